@@ -1,0 +1,765 @@
+"""EnCodec: codes <-> samples, and audio files.
+
+The neural codec of Défossez et al. (https://arxiv.org/abs/2210.13438), encoder
+and decoder, for the three published sizes: 24 kHz mono (causal), 32 kHz mono
+(the one MusicGen speaks) and 48 kHz stereo (normalised, in overlapping chunks).
+Stands alone:
+
+    model = Encodec.from_pretrained("32khz")
+    audio = load_audio("in.wav", model.sampling_rate, model.channels)
+    chunks = model.encode(audio[None])
+    save_audio("out.wav", model.decode(chunks)[0], model.sampling_rate)
+
+or `python encodec.py in.wav out.wav --model 48khz --bandwidth 6`. Only reading
+audiocraft's `compression_state_dict.bin` needs `convert.py` beside it.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import warnings
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import soundfile
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+
+REPOS = {
+    "24khz": "facebook/encodec_24khz",
+    "32khz": "facebook/encodec_32khz",
+    "48khz": "facebook/encodec_48khz",
+}
+FILES = ("config.json", "model.safetensors")
+AUDIOCRAFT_FILE = "compression_state_dict.bin"
+
+
+@dataclass
+class EncodecConfig:
+    """The graph, spelled as in `config.json`; defaults: MusicGen's 32 kHz codec."""
+
+    audio_channels: int = 1
+    sampling_rate: int = 32000
+    target_bandwidths: tuple[float, ...] = (2.2,)  # kbit/s
+    normalize: bool = False
+    chunk_length_s: float | None = None
+    overlap: float | None = None
+    hidden_size: int = 128
+    num_filters: int = 64
+    num_residual_layers: int = 1
+    upsampling_ratios: tuple[int, ...] = (8, 5, 4, 4)
+    norm_type: str = "weight_norm"
+    kernel_size: int = 7
+    last_kernel_size: int = 7
+    residual_kernel_size: int = 3
+    dilation_growth_rate: int = 2
+    use_causal_conv: bool = False
+    pad_mode: str = "reflect"
+    compress: int = 2
+    num_lstm_layers: int = 2
+    trim_right_ratio: float = 1.0
+    codebook_size: int = 2048
+    use_conv_shortcut: bool = False
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "EncodecConfig":
+        """Take the known keys. Raises ValueError when one is missing or unknown."""
+        names = {field.name for field in fields(cls)}
+        if missing := names - config.keys():
+            raise ValueError(
+                f"The codec's config must have {', '.join(sorted(missing))}."
+            )
+        return cls(**{name: config[name] for name in names})
+
+    def __post_init__(self):
+        if self.norm_type not in ("weight_norm", "time_group_norm"):
+            raise ValueError(
+                "norm_type must be 'weight_norm' or 'time_group_norm', "
+                f"got '{self.norm_type}'."
+            )
+        if self.pad_mode not in ("reflect", "constant"):
+            raise ValueError(
+                f"pad_mode must be 'reflect' or 'constant', got '{self.pad_mode}'."
+            )
+
+    @property
+    def hop_length(self) -> int:
+        """Samples per frame."""
+        return math.prod(self.upsampling_ratios)
+
+    @property
+    def frame_rate(self) -> int:
+        """Frames per second."""
+        return math.ceil(self.sampling_rate / self.hop_length)
+
+    @property
+    def chunk_length(self) -> int | None:
+        """Samples per chunk, None when the audio is coded in one piece."""
+        seconds = self.chunk_length_s
+        return None if seconds is None else int(seconds * self.sampling_rate)
+
+    @property
+    def chunk_stride(self) -> int | None:
+        """Samples from one chunk's start to the next's."""
+        if self.chunk_length is None:
+            return None
+        return max(1, int((1 - (self.overlap or 0)) * self.chunk_length))
+
+    def num_codebooks(self, bandwidth: float | None = None) -> int:
+        """Codebooks at `bandwidth` kbit/s; without one, all there are."""
+        bits = math.ceil(math.log2(self.codebook_size)) * self.frame_rate
+        bandwidth = bandwidth or self.target_bandwidths[-1]
+        # Guard against 1000 * 2.2 and the like falling short of a whole number.
+        return max(1, math.floor(1000 * bandwidth / bits + 1e-6))
+
+
+def pad(x: mx.array, left: int, right: int, mode: str) -> mx.array:
+    """Pad (B, N, C) along N, by zeros or by reflection.
+
+    Where x is too short to be reflected, zeros are appended for the reflection
+    to see, and cut off again.
+    """
+    if mode == "constant":
+        return mx.pad(x, [(0, 0), (left, right), (0, 0)])
+    missing = max(left, right) + 1 - x.shape[1]
+    if missing > 0:
+        x = mx.pad(x, [(0, 0), (0, missing), (0, 0)])
+    N = x.shape[1]
+    head = x[:, 1 : left + 1][:, ::-1]
+    tail = x[:, N - 1 - right : N - 1][:, ::-1]
+    x = mx.concatenate([head, x, tail], axis=1)
+    return x[:, : x.shape[1] - missing] if missing > 0 else x
+
+
+def group_norm(config: EncodecConfig, channels: int) -> nn.Module | None:
+    """What follows a convolution; weight norm is folded into its weights."""
+    if config.norm_type == "weight_norm":
+        return None
+    return nn.GroupNorm(1, channels, pytorch_compatible=True)
+
+
+class Conv1d(nn.Module):
+    """Convolution (B, N, C_in) -> (B, ceil(N / stride), C_out)."""
+
+    def __init__(
+        self,
+        config: EncodecConfig,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        dilation: int = 1,
+    ):
+        super().__init__()
+        self.conv = nn.Conv1d(
+            in_channels, out_channels, kernel_size, stride, dilation=dilation
+        )
+        self.norm = group_norm(config, out_channels)
+        self._pad_mode = config.pad_mode
+        self._stride = stride
+        total = (kernel_size - 1) * dilation + 1 - stride
+        self._right = 0 if config.use_causal_conv else total // 2
+        self._left = total - self._right
+
+    def __call__(self, x: mx.array) -> mx.array:
+        fill = -x.shape[1] % self._stride  # makes the last window full
+        x = self.conv(pad(x, self._left, self._right + fill, self._pad_mode))
+        return x if self.norm is None else self.norm(x)
+
+
+class TransposedKernel(nn.Module):
+    """Weights of a transposed convolution whose kernel is twice its stride."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        bound = (in_channels * 2 * stride) ** -0.5
+        shape = (2 * stride, out_channels, in_channels)
+        self.weight = mx.random.uniform(-bound, bound, shape)
+        self.bias = mx.zeros(out_channels)
+
+
+class ConvTranspose1d(nn.Module):
+    """Transposed convolution (B, T, C_in) -> (B, T * stride, C_out).
+
+    Each input position adds 2 * stride outputs: its own half and the half it
+    shares with its successor. So this is one matrix product and one overlap-add,
+    where a general transposed convolution stuffs its input with zeros.
+    """
+
+    def __init__(
+        self, config: EncodecConfig, in_channels: int, out_channels: int, stride: int
+    ):
+        super().__init__()
+        self.conv = TransposedKernel(in_channels, out_channels, stride)
+        self.norm = group_norm(config, out_channels)
+        if config.use_causal_conv:
+            self._trim_right = math.ceil(stride * config.trim_right_ratio)
+        else:
+            self._trim_right = stride // 2
+        self._trim_left = stride - self._trim_right
+
+    def __call__(self, x: mx.array) -> mx.array:
+        B, T, C = x.shape
+        halves = x @ self.conv.weight.reshape(-1, C).T
+        own, shared = mx.split(halves, 2, axis=-1)  # (B, T, stride * C_out) each
+        x = mx.pad(own, [(0, 0), (0, 1), (0, 0)])
+        x = x + mx.pad(shared, [(0, 0), (1, 0), (0, 0)])
+        x = x.reshape(B, -1, self.conv.bias.size) + self.conv.bias
+        if self.norm is not None:
+            x = self.norm(x)
+        return x[:, self._trim_left : x.shape[1] - self._trim_right]
+
+
+class LSTM(nn.Module):
+    """Stacked LSTM over time with a skip connection around the whole stack."""
+
+    def __init__(self, config: EncodecConfig, channels: int):
+        super().__init__()
+        self.lstm = [nn.LSTM(channels, channels) for _ in range(config.num_lstm_layers)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        hidden = x
+        for layer in self.lstm:
+            hidden, _ = layer(hidden)
+        return hidden + x
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, config: EncodecConfig, channels: int, dilation: int):
+        super().__init__()
+        hidden, kernel_size = channels // config.compress, config.residual_kernel_size
+        self.block = [
+            nn.ELU(),
+            Conv1d(config, channels, hidden, kernel_size, dilation=dilation),
+            nn.ELU(),
+            Conv1d(config, hidden, channels, kernel_size=1),
+        ]
+        self.shortcut = None
+        if config.use_conv_shortcut:
+            self.shortcut = Conv1d(config, channels, channels, kernel_size=1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        skip = x if self.shortcut is None else self.shortcut(x)
+        for layer in self.block:
+            x = layer(x)
+        return skip + x
+
+
+class Stack(nn.Module):
+    """Layers one after another, numbered as in the checkpoints."""
+
+    def __init__(self, layers: list[nn.Module]):
+        super().__init__()
+        self.layers = layers
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def residual_blocks(config: EncodecConfig, channels: int) -> list[nn.Module]:
+    return [
+        ResnetBlock(config, channels, config.dilation_growth_rate**i)
+        for i in range(config.num_residual_layers)
+    ]
+
+
+def build_encoder(config: EncodecConfig) -> Stack:
+    """SEANet encoder: samples (B, N, C) -> embeddings (B, T, hidden_size)."""
+    width = config.num_filters
+    layers = [Conv1d(config, config.audio_channels, width, config.kernel_size)]
+    for ratio in reversed(config.upsampling_ratios):
+        layers += residual_blocks(config, width)
+        layers += [nn.ELU(), Conv1d(config, width, 2 * width, 2 * ratio, ratio)]
+        width *= 2
+    layers += [LSTM(config, width), nn.ELU()]
+    layers += [Conv1d(config, width, config.hidden_size, config.last_kernel_size)]
+    return Stack(layers)
+
+
+def build_decoder(config: EncodecConfig) -> Stack:
+    """SEANet decoder: embeddings (B, T, hidden_size) -> samples (B, N, C)."""
+    width = config.num_filters * 2 ** len(config.upsampling_ratios)
+    layers = [Conv1d(config, config.hidden_size, width, config.kernel_size)]
+    layers += [LSTM(config, width)]
+    for ratio in config.upsampling_ratios:
+        layers += [nn.ELU(), ConvTranspose1d(config, width, width // 2, ratio)]
+        width //= 2
+        layers += residual_blocks(config, width)
+    layers += [nn.ELU()]
+    layers += [Conv1d(config, width, config.audio_channels, config.last_kernel_size)]
+    return Stack(layers)
+
+
+class Codebook(nn.Module):
+    def __init__(self, config: EncodecConfig):
+        super().__init__()
+        self.embed = mx.random.normal((config.codebook_size, config.hidden_size))
+
+    def nearest(self, x: mx.array) -> mx.array:
+        """Index of the entry nearest to each vector: (B, T, D) -> (B, T)."""
+        distance = (self.embed**2).sum(axis=-1) - 2 * (x @ self.embed.T)
+        return mx.argmin(distance, axis=-1)
+
+
+class Quantizer(nn.Module):
+    """Residual vector quantizer: each codebook codes what the last left over."""
+
+    def __init__(self, config: EncodecConfig):
+        super().__init__()
+        self.layers = [QuantizerLayer(config) for _ in range(config.num_codebooks())]
+
+    def encode(self, x: mx.array, num_codebooks: int) -> mx.array:
+        """Embeddings (B, T, D) -> codes (B, T, K)."""
+        codes = []
+        for layer in self.layers[:num_codebooks]:
+            codes.append(layer.codebook.nearest(x))
+            x = x - layer.codebook.embed[codes[-1]]
+        return mx.stack(codes, axis=-1)
+
+    def decode(self, codes: mx.array) -> mx.array:
+        """Codes (B, T, K) -> embeddings (B, T, D)."""
+        return sum(
+            layer.codebook.embed[codes[..., k]]
+            for k, layer in enumerate(self.layers[: codes.shape[-1]])
+        )
+
+
+class QuantizerLayer(nn.Module):
+    def __init__(self, config: EncodecConfig):
+        super().__init__()
+        self.codebook = Codebook(config)
+
+
+Chunk = tuple[mx.array, mx.array | None]  # codes (B, T, K), scale (B, 1, 1)
+
+
+class Encodec(nn.Module):
+    """The codec. Parameter names are those of the transformers checkpoints."""
+
+    def __init__(self, config: EncodecConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = build_encoder(config)
+        self.quantizer = Quantizer(config)
+        self.decoder = build_decoder(config)
+
+    @property
+    def sampling_rate(self) -> int:
+        """Samples per second."""
+        return self.config.sampling_rate
+
+    @property
+    def channels(self) -> int:
+        """Audio channels."""
+        return self.config.audio_channels
+
+    def encode(self, audio: mx.array, bandwidth: float | None = None) -> list[Chunk]:
+        """Code audio (B, N, C) as a list of chunks, `(codes (B, T, K), scale)`.
+
+        There is one chunk, with scale None, except in the 48 kHz model: there
+        each second is a chunk, and scale (B, 1, 1) is its volume. `bandwidth`
+        in kbit/s sets K; the default is the model's smallest. Raises ValueError
+        for audio of another shape or a bandwidth the model does not know.
+        """
+        config = self.config
+        if audio.ndim != 3 or audio.shape[1] == 0 or audio.shape[2] != self.channels:
+            raise ValueError(
+                f"audio must have the shape (B, N, {self.channels}) with N > 0, "
+                f"got {audio.shape}."
+            )
+        if bandwidth is None:
+            bandwidth = config.target_bandwidths[0]
+        if bandwidth not in config.target_bandwidths:
+            raise ValueError(
+                f"bandwidth must be one of {list(config.target_bandwidths)} kbit/s, "
+                f"got {bandwidth}."
+            )
+        K = config.num_codebooks(bandwidth)
+        N = audio.shape[1]
+        length, stride = config.chunk_length or N, config.chunk_stride or N
+        return [
+            self.encode_chunk(audio[:, start : start + length], K)
+            for start in range(0, N, stride)
+        ]
+
+    def encode_chunk(self, audio: mx.array, num_codebooks: int) -> Chunk:
+        """Code one piece (B, N, C) with the first `num_codebooks` codebooks."""
+        scale = None
+        if self.config.normalize:
+            mono = audio.mean(axis=2, keepdims=True)
+            scale = mx.sqrt((mono**2).mean(axis=1, keepdims=True)) + 1e-8
+            audio = audio / scale
+        return self.quantizer.encode(self.encoder(audio), num_codebooks), scale
+
+    def decode(self, chunks: list[Chunk]) -> mx.array:
+        """Audio (B, N, C) of the chunks that `encode` gave.
+
+        N is rounded up to whole frames. Overlapping chunks are cross-faded by
+        triangular weights.
+        """
+        pieces = [self.decode_chunk(codes, scale) for codes, scale in chunks]
+        if len(pieces) == 1:
+            return pieces[0]
+        return overlap_add(pieces, self.config.chunk_stride)
+
+    def decode_chunk(self, codes: mx.array, scale: mx.array | None = None) -> mx.array:
+        """Audio (B, T * hop_length, C) of codes (B, T, K)."""
+        audio = self.decoder(self.quantizer.decode(codes))
+        return audio if scale is None else audio * scale
+
+    @staticmethod
+    def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Names and layouts of either published form -> ours, in float32."""
+        weights = {rename(name): w for name, w in weights.items()}
+        weights = {k: w for k, w in weights.items() if not k.endswith(UNUSED)}
+        if not any("lstm.weight_ih" in name for name in weights):
+            return weights  # ours already
+        return merge_lstm(channels_last(fold_weight_norm(weights)))
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | Path) -> "Encodec":
+        """Load a codec in float32.
+
+        `path_or_repo` is "24khz", "32khz", "48khz", another Hub id, or a local
+        folder with `config.json` and `model.safetensors` or with audiocraft's
+        `compression_state_dict.bin`. Raises ValueError or OSError naming the
+        file and what is wrong with it.
+        """
+        folder = Path(path_or_repo)
+        if (folder / AUDIOCRAFT_FILE).is_file():
+            return cls.from_audiocraft(folder)
+        config, weights = locate(path_or_repo)
+        try:
+            config = EncodecConfig.from_dict(json.loads(config.read_text()))
+            model = cls(config)
+            model.load_weights(list(cls.sanitize(mx.load(str(weights))).items()))
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"Codec {weights.parent} does not load: {error}"
+            ) from error
+        return model
+
+    @classmethod
+    def from_audiocraft(cls, folder: Path) -> "Encodec":
+        """Load `compression_state_dict.bin`: a codec, or the name of one.
+
+        A pointed-to codec is looked for beside the file, in a folder of its
+        repository's name, before the Hub.
+        """
+        from convert import load_torch, read_yaml
+
+        path = folder / AUDIOCRAFT_FILE
+        package = load_torch(path)
+        if "pretrained" in package:
+            repo = package["pretrained"]
+            local = folder / repo.split("/")[-1]
+            return cls.from_pretrained(local if local.is_dir() else repo)
+        try:
+            weights = cls.sanitize(package["best_state"])
+            cfg = read_yaml(package.get("xp.cfg", ""))
+            model = cls(audiocraft_config(weights, cfg))
+            model.load_weights(list(weights.items()))
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} does not load: {error}") from error
+        return model
+
+
+def overlap_add(pieces: list[mx.array], stride: int) -> mx.array:
+    """Cross-fade pieces (B, N_i, C) that start `stride` samples apart."""
+    B, length, C = pieces[0].shape
+    ramp = mx.linspace(0, 1, length + 2)[1:-1]
+    weight = (0.5 - mx.abs(ramp - 0.5))[:, None]
+    total = stride * (len(pieces) - 1) + pieces[-1].shape[1]
+    audio, weights = mx.zeros((B, total, C)), mx.zeros((total, 1))
+    for i, piece in enumerate(pieces):
+        N = piece.shape[1]
+        place = slice(i * stride, i * stride + N)
+        audio[:, place] += weight[:N] * piece
+        weights[place] += weight[:N]
+    return audio / weights
+
+
+# Training's bookkeeping, of no use here.
+UNUSED = (".inited", ".cluster_size", ".embed_avg")
+
+RENAMES = (  # audiocraft's names, then transformers' since 4.46
+    (r"^(encoder|decoder)\.model\.", r"\1.layers."),
+    (r"\.conv(tr)?\.(conv|convtr)\.", ".conv."),
+    (r"^quantizer\.vq\.", "quantizer."),
+    (r"\._codebook\.", ".codebook."),
+    (r"\.parametrizations\.weight\.original0$", ".weight_g"),
+    (r"\.parametrizations\.weight\.original1$", ".weight_v"),
+)
+
+
+def rename(name: str) -> str:
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def fold_weight_norm(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """weight = g * v / |v|, the norm taken over all dimensions but the first."""
+    folded = {}
+    for name, weight in weights.items():
+        if name.endswith(".weight_v"):
+            gain = weights[name[:-1] + "g"]
+            norm = mx.sqrt((weight**2).sum(axis=(1, 2), keepdims=True))
+            folded[name[:-2]] = gain * weight / norm
+        elif not name.endswith(".weight_g"):
+            folded[name] = weight
+    return folded
+
+
+def channels_last(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Move torch's kernels to our layouts.
+
+    (out, in, kernel) -> (out, kernel, in), and where the decoder upsamples, in
+    its inner layers, (in, out, kernel) -> (kernel, out, in).
+    """
+    inner = re.compile(r"decoder\.layers\.(\d+)\.conv\.weight")
+    last = max(int(m[1]) for m in map(inner.fullmatch, weights) if m)
+
+    def move(name: str, weight: mx.array) -> mx.array:
+        match = inner.fullmatch(name)
+        if match and 0 < int(match[1]) < last:
+            return weight.transpose(2, 1, 0)
+        return weight.swapaxes(1, 2) if weight.ndim == 3 else weight
+
+    return {name: move(name, weight) for name, weight in weights.items()}
+
+
+def merge_lstm(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """torch's `lstm.weight_ih_l0` and its like -> `lstm.0.Wx`, biases added up."""
+    merged = {}
+    for name, weight in weights.items():
+        stem, lstm, tail = name.rpartition("lstm.")
+        kind, _, layer = tail.rpartition("_l")
+        if not lstm:
+            merged[name] = weight
+        elif kind.startswith("weight"):
+            matrix = {"weight_ih": "Wx", "weight_hh": "Wh"}[kind]
+            merged[f"{stem}lstm.{layer}.{matrix}"] = weight
+        elif kind == "bias_ih":
+            other = weights[f"{stem}lstm.bias_hh_l{layer}"]
+            merged[f"{stem}lstm.{layer}.bias"] = weight + other
+    return merged
+
+
+def audiocraft_config(weights: dict[str, mx.array], cfg: dict) -> EncodecConfig:
+    """Config from what the shapes of our weights show and what `cfg` alone tells.
+
+    `cfg` maps dotted names of `xp.cfg` to strings. Where it is silent the
+    defaults of audiocraft's code hold.
+    """
+    outer = weights["encoder.layers.0.conv.weight"]  # (filters, kernel, channels)
+    inner = weights["encoder.layers.1.block.1.conv.weight"]
+    entries, width = weights["quantizer.layers.0.codebook.embed"].shape
+    upsampling = {}  # layer -> stride, half of the kernel
+    for name, weight in weights.items():
+        match = re.fullmatch(r"decoder\.layers\.(\d+)\.conv\.weight", name)
+        if match:
+            upsampling[int(match[1])] = weight.shape[0] // 2
+    _, *places, last = sorted(upsampling)
+    config = EncodecConfig(
+        audio_channels=outer.shape[2],
+        sampling_rate=int(cfg.get("sample_rate", 32000)),
+        normalize=cfg.get("encodec.renormalize", "false") == "true",
+        hidden_size=width,
+        num_filters=outer.shape[0],
+        num_residual_layers=places[1] - places[0] - 2,
+        upsampling_ratios=tuple(upsampling[place] for place in places),
+        kernel_size=outer.shape[1],
+        last_kernel_size=weights[f"decoder.layers.{last}.conv.weight"].shape[1],
+        residual_kernel_size=inner.shape[1],
+        dilation_growth_rate=int(cfg.get("seanet.dilation_base", 2)),
+        use_causal_conv=cfg.get("seanet.causal", "false") == "true",
+        pad_mode=cfg.get("seanet.pad_mode", "reflect"),
+        compress=outer.shape[0] // inner.shape[0],
+        num_lstm_layers=sum(name.endswith(".Wh") for name in weights) // 2,
+        codebook_size=entries,
+        use_conv_shortcut=any(".shortcut." in name for name in weights),
+    )
+    codebooks = sum(name.endswith(".embed") for name in weights)
+    bits = codebooks * math.ceil(math.log2(entries)) * config.frame_rate
+    return replace(config, target_bandwidths=(bits / 1000,))
+
+
+def locate(path_or_repo: str | Path) -> list[Path]:
+    """The two FILES: in a local folder, or from the Hub through its cache."""
+    folder = Path(path_or_repo)
+    if not folder.is_dir():
+        repo = REPOS.get(str(path_or_repo), str(path_or_repo))
+        try:
+            return [Path(hf_hub_download(repo, name)) for name in FILES]
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise OSError(
+                f"'{path_or_repo}' is none of {', '.join(REPOS)}, no local folder, and "
+                f"the Hub did not give it: {error}. To work offline, name a folder "
+                f"with {' and '.join(FILES)}."
+            ) from error
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} must hold {' and '.join(FILES)}, or {AUDIOCRAFT_FILE}, "
+                f"but {name} is missing."
+            )
+    return [folder / name for name in FILES]
+
+
+def load_audio(path: str | Path, sampling_rate: int, channels: int) -> mx.array:
+    """Read a sound file as (N, channels) float32 at `sampling_rate`.
+
+    Whatever soundfile reads: wav, flac, ogg, mp3 and more. Mono is copied to
+    every channel, several are averaged to one; of more channels than wanted the
+    first are taken. Raises FileNotFoundError, or ValueError for a file that is
+    not sound, holds none, holds NaN or has too few channels.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no sound file {path}.")
+    try:
+        audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{path} is not a readable sound file: {error}") from error
+    if len(audio) == 0 or not np.isfinite(audio).all():
+        raise ValueError(f"{path} must hold sound, but it is empty or holds NaN.")
+    found = audio.shape[1]
+    if channels == 1:
+        audio = audio.mean(axis=1, keepdims=True)
+    elif found == 1:
+        audio = np.repeat(audio, channels, axis=1)
+    elif found < channels:
+        raise ValueError(f"{path} has {found} channels, but {channels} are needed.")
+    return mx.array(resample(audio[:, :channels], rate, sampling_rate))
+
+
+def resample(audio: np.ndarray, source: int, target: int) -> np.ndarray:
+    """(N, C) at `source` Hz -> (floor(N * target / source), C) at `target` Hz.
+
+    A sinc of 24 zero crossings under a squared cosine, cut off at 0.945 of the
+    lower Nyquist frequency, edges held: the filter of julius, which the original
+    uses (https://github.com/adefossez/julius).
+    """
+    if source == target:
+        return audio
+    zeros, rolloff = 24, 0.945
+    divisor = math.gcd(source, target)
+    source, target = source // divisor, target // divisor
+    rate = min(source, target) * rolloff
+    width = math.ceil(zeros * source / rate)
+    taps = np.arange(-width, width + 2)
+
+    phase = (np.arange(target) * source % target) / target  # where between samples
+    time = (taps - phase[:, None]) * rate / source
+    time = np.clip(time, -zeros, zeros)
+    kernels = np.sinc(time) * np.cos(np.pi * time / zeros / 2) ** 2
+    kernels = (kernels / kernels.sum(axis=1, keepdims=True)).astype(np.float32)
+
+    output = np.empty((len(audio) * target // source, audio.shape[1]), np.float32)
+    for start in range(0, len(output), 65536):  # bounds the memory of the windows
+        places = np.arange(start, min(start + 65536, len(output)))
+        window = (places * source // target)[:, None] + taps
+        window = audio[np.clip(window, 0, len(audio) - 1)]
+        output[places] = np.einsum("nt,ntc->nc", kernels[places % target], window)
+    return output
+
+
+SUBTYPES = {
+    ".wav": "PCM_16",
+    ".flac": "PCM_16",
+    ".ogg": "VORBIS",
+    ".mp3": "MPEG_LAYER_III",
+}
+
+
+def check_suffix(path: str | Path) -> None:
+    """Raise ValueError for an extension that `save_audio` does not know."""
+    suffix = Path(path).suffix
+    if suffix.lower() not in SUBTYPES:
+        raise ValueError(
+            f"{path} must end in one of {', '.join(SUBTYPES)}, got '{suffix}'."
+        )
+
+
+def check_audio_path(path: str | Path) -> Path:
+    """Raise OSError unless a file can be written at `path`, ValueError for an
+    extension that `save_audio` does not know."""
+    check_suffix(path)
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"The folder {path.parent} of {path.name} must exist.")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"{path} cannot be written; choose another place.")
+    return path
+
+
+def save_audio(path: str | Path, audio: mx.array, sampling_rate: int) -> None:
+    """Write (N, C) or (N,) float samples; the extension names the format.
+
+    wav and flac (16 bit), ogg and mp3. Samples beyond 1 would clip: then the
+    whole is scaled down to a peak of 1, with a warning. Raises ValueError for
+    NaN or an unknown extension, OSError where nothing can be written.
+    """
+    path = check_audio_path(path)
+    audio = np.asarray(audio, dtype=np.float32)
+    peak = np.abs(audio).max(initial=0)
+    if not np.isfinite(peak):
+        raise ValueError(f"The audio for {path} must be finite, but it holds NaN.")
+    if peak > 1:
+        warnings.warn(f"{path} was scaled down: its peak of {peak:.2f} would clip.")
+        audio = audio / peak
+    audio = audio.reshape(len(audio), -1)
+    try:
+        soundfile.write(
+            path, audio, sampling_rate, subtype=SUBTYPES[path.suffix.lower()]
+        )
+    except soundfile.LibsndfileError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+
+
+def demo(model: Encodec, source: Path, target: Path, bandwidth: float | None) -> None:
+    """Pass a sound file through the codec."""
+    audio = load_audio(source, model.sampling_rate, model.channels)
+    chunks = model.encode(audio[None], bandwidth)
+    decoded = model.decode(chunks)[0, : len(audio)]
+    save_audio(target, decoded, model.sampling_rate)
+    frames = sum(codes.shape[1] for codes, _ in chunks)
+    K = chunks[0][0].shape[2]
+    print(f"{target}: {len(audio) / model.sampling_rate:.2f} s, {frames} x {K} codes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Pass a sound file through EnCodec.")
+    parser.add_argument("source", type=Path, help="sound file to read")
+    parser.add_argument("target", type=Path, help="sound file to write")
+    parser.add_argument(
+        "--model",
+        default="32khz",
+        help="24khz, 32khz, 48khz, a Hub id or a folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--bandwidth", type=float, help="kbit/s (default: the model's smallest)"
+    )
+    args = parser.parse_args()
+    try:
+        check_audio_path(args.target)
+        demo(
+            Encodec.from_pretrained(args.model),
+            args.source,
+            args.target,
+            args.bandwidth,
+        )
+    except (OSError, ValueError) as error:
+        sys.exit(f"encodec.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

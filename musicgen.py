@@ -1,0 +1,805 @@
+"""MusicGen: text -> music.
+
+The single-stage language model over EnCodec codes of Copet et al.
+(https://arxiv.org/abs/2306.05284): a decoder that attends a text and writes K
+codes for every frame of 20 ms, the k-th codebook a little later than the first.
+Needs `t5.py` and `encodec.py` beside it, and `convert.py` to read `.bin` files.
+
+    model = MusicGen.from_pretrained("stereo-small")
+    audio = model.generate(["happy rock", "calm piano"], duration=8.0, seed=0)
+    save_audio("out.wav", audio[0], model.sampling_rate)
+"""
+
+import json
+import math
+import re
+import secrets
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+from encodec import Encodec, EncodecConfig
+from t5 import T5, T5Config, Tokenizer
+
+MODELS = {
+    name: f"facebook/musicgen-{name}"
+    for name in (
+        "small",
+        "medium",
+        "large",
+        "stereo-small",
+        "stereo-medium",
+        "stereo-large",
+    )
+}
+AUDIOCRAFT_FILES = ("state_dict.bin", "compression_state_dict.bin")
+T5_REPO = "google-t5/t5-base"
+
+DELAYS = {  # (codebooks, audio channels): steps by which each codebook lags
+    (4, 1): (0, 1, 2, 3),
+    (8, 2): (0, 0, 1, 1, 2, 2, 3, 3),  # left, right, left, right, ...
+}
+
+
+@dataclass
+class DecoderConfig:
+    """Sizes of the decoder, spelled as in `config.json`; defaults: small."""
+
+    vocab_size: int = 2048  # entries per codebook; also the id of the blank
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    ffn_dim: int = 4096
+    num_codebooks: int = 4
+    audio_channels: int = 1
+    activation_function: str = "gelu"
+    delays: tuple[int, ...] | None = None  # None: what DELAYS says
+
+    def __post_init__(self):
+        key = (self.num_codebooks, self.audio_channels)
+        if self.delays is None and key not in DELAYS:
+            raise ValueError(
+                f"delays must be given for {key[0]} codebooks and {key[1]} channels; "
+                f"known without are {list(DELAYS)}."
+            )
+        self.delays = tuple(self.delays or DELAYS[key])
+        if len(self.delays) != self.num_codebooks or min(self.delays) != 0:
+            raise ValueError(
+                f"delays must give {self.num_codebooks} numbers from 0, "
+                f"got {self.delays}."
+            )
+        if self.activation_function != "gelu":
+            raise ValueError(
+                "activation_function must be 'gelu', "
+                f"got '{self.activation_function}'."
+            )
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "DecoderConfig":
+        """Take the known keys. Raises ValueError when a size is missing."""
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "ffn_dim")
+        for key in (*sizes, "num_codebooks"):
+            if key not in config:
+                raise ValueError(f"The decoder's config must have '{key}'.")
+        known = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+        known.setdefault("num_attention_heads", config["hidden_size"] // 64)
+        return cls(**known)
+
+
+@dataclass
+class MusicGenConfig:
+    """The three models, and the longest audio in seconds the decoder knows."""
+
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    text_encoder: T5Config = field(default_factory=T5Config)
+    audio_encoder: EncodecConfig = field(default_factory=EncodecConfig)
+    max_duration: float = 30.0
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "MusicGenConfig":
+        """Read a nested `config.json`, published or ours."""
+        if config.get("model_type") != "musicgen":
+            raise ValueError(
+                f"model_type must be 'musicgen', got '{config.get('model_type')}'. "
+                "Melody and style checkpoints are not supported yet."
+            )
+        for part in ("decoder", "text_encoder", "audio_encoder"):
+            if part not in config:
+                raise ValueError(f"config.json must have '{part}', but lacks it.")
+        return cls(
+            DecoderConfig.from_dict(config["decoder"]),
+            T5Config.from_dict(config["text_encoder"]),
+            EncodecConfig.from_dict(config["audio_encoder"]),
+            config.get("max_duration", 30.0),
+        )
+
+
+class KVCache:
+    """Keys and values of one layer's past, in one buffer that is allocated once."""
+
+    def __init__(self, rows: int, heads: int, steps: int, width: int, dtype: mx.Dtype):
+        self._buffer = mx.zeros((2, rows, heads, steps, width), dtype)
+        self.offset = 0
+
+    def update(self, keys_values: mx.array) -> mx.array:
+        """Append (2, R, H, S, d); returns all that is there, in the same form."""
+        end = self.offset + keys_values.shape[3]
+        self._buffer[:, :, :, self.offset : end] = keys_values
+        self.offset = end
+        return self._buffer[:, :, :, :end]
+
+
+class Conditioning(NamedTuple):
+    """What stays the same over a whole generation."""
+
+    memory: list[mx.array]  # per layer, keys and values of the text (2, R, H, L, d)
+    mask: mx.array | None  # (R, 1, 1, L), added to the scores; None: all attended
+    positions: mx.array  # (S, D)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        D = config.hidden_size
+        self._heads = config.num_attention_heads
+        self.in_proj = nn.Linear(D, 3 * D, bias=False)  # queries, keys, values
+        self.out_proj = nn.Linear(D, D, bias=False)
+
+    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
+        R, S, D = x.shape
+        qkv = self.in_proj(x).reshape(R, S, 3, self._heads, -1)
+        qkv = qkv.transpose(2, 0, 3, 1, 4)  # (R, S, 3, H, d) -> (3, R, H, S, d)
+        queries, (keys, values) = qkv[0], cache.update(qkv[1:])
+        mask = "causal" if S > 1 else None
+        return self.out_proj(attend(queries, keys, values, mask))
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        D = config.hidden_size
+        self._heads = config.num_attention_heads
+        self.q_proj = nn.Linear(D, D, bias=False)
+        self.kv_proj = nn.Linear(D, 2 * D, bias=False)  # keys, values
+        self.out_proj = nn.Linear(D, D, bias=False)
+
+    def keys_values(self, text: mx.array) -> mx.array:
+        """Text states (R, L, D) -> (2, R, H, L, d)."""
+        R, L, _ = text.shape
+        kv = self.kv_proj(text).reshape(R, L, 2, self._heads, -1)
+        return kv.transpose(2, 0, 3, 1, 4)
+
+    def __call__(
+        self, x: mx.array, memory: mx.array, mask: mx.array | None
+    ) -> mx.array:
+        R, S, D = x.shape
+        queries = self.q_proj(x).reshape(R, S, self._heads, -1).swapaxes(1, 2)
+        return self.out_proj(attend(queries, memory[0], memory[1], mask))
+
+
+def attend(
+    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None
+) -> mx.array:
+    """Scaled dot-product attention, heads joined: (R, H, S, d) -> (R, S, D)."""
+    R, H, S, width = queries.shape
+    x = mx.fast.scaled_dot_product_attention(
+        queries, keys, values, scale=width**-0.5, mask=mask
+    )
+    return x.swapaxes(1, 2).reshape(R, S, H * width)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.norm1 = nn.LayerNorm(D)
+        self.self_attn = SelfAttention(config)
+        self.norm_cross = nn.LayerNorm(D)
+        self.cross_attention = CrossAttention(config)
+        self.norm2 = nn.LayerNorm(D)
+        self.linear1 = nn.Linear(D, config.ffn_dim, bias=False)
+        self.linear2 = nn.Linear(config.ffn_dim, D, bias=False)
+
+    def __call__(
+        self, x: mx.array, memory: mx.array, mask: mx.array | None, cache: KVCache
+    ) -> mx.array:
+        x = x + self.self_attn(self.norm1(x), cache)
+        x = x + self.cross_attention(self.norm_cross(x), memory, mask)
+        return x + self.linear2(nn.gelu(self.linear1(self.norm2(x))))
+
+
+def sinusoids(steps: int, width: int) -> mx.array:
+    """Position embeddings (S, D), cosines before sines. float32."""
+    half = width // 2
+    period = 10000.0 ** (mx.arange(half) / (half - 1))
+    phase = mx.arange(steps)[:, None] / period
+    return mx.concatenate([mx.cos(phase), mx.sin(phase)], axis=-1)
+
+
+class Decoder(nn.Module):
+    """The language model: codes and a text in, logits of the next codes out.
+
+    The K embedding tables lie in one, codebook after codebook, and so do the K
+    output projections.
+    """
+
+    def __init__(self, config: DecoderConfig, text_width: int):
+        super().__init__()
+        self.config = config
+        K, V, D = config.num_codebooks, config.vocab_size, config.hidden_size
+        self.output_proj = nn.Linear(text_width, D)  # of the text, as audiocraft has it
+        self.emb = nn.Embedding(K * (V + 1), D)
+        self.layers = [Layer(config) for _ in range(config.num_hidden_layers)]
+        self.out_norm = nn.LayerNorm(D)
+        self.linears = nn.Linear(D, K * V, bias=False)
+        self._tables = mx.arange(K) * (V + 1)  # where each codebook's table begins
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The one dtype from the embeddings to the logits."""
+        return self.out_norm.weight.dtype
+
+    def condition(self, text: mx.array, mask: mx.array, steps: int) -> Conditioning:
+        """Prepare `steps` steps under the text states (R, L, width).
+
+        `mask` (R, L) is true for the tokens to attend. The others are zeroed;
+        a row without any attends nothing but zeros, which adds nothing.
+        """
+        text = self.output_proj(text.astype(self.dtype)) * mask[..., None]
+        memory = [layer.cross_attention.keys_values(text) for layer in self.layers]
+        attended = mask | ~mask.any(axis=1, keepdims=True)
+        bias = mx.where(attended, 0, -mx.inf)[:, None, None].astype(self.dtype)
+        positions = sinusoids(steps, self.config.hidden_size).astype(self.dtype)
+        return Conditioning(memory, None if attended.all().item() else bias, positions)
+
+    def make_cache(self, rows: int, steps: int) -> list[KVCache]:
+        """Empty caches for `rows` sequences of up to `steps` steps."""
+        H = self.config.num_attention_heads
+        width = self.config.hidden_size // H
+        return [KVCache(rows, H, steps, width, self.dtype) for _ in self.layers]
+
+    def __call__(
+        self, tokens: mx.array, conditioning: Conditioning, cache: list[KVCache]
+    ) -> mx.array:
+        """Logits (R, S, K, V) of what follows `tokens` (R, S, K)."""
+        R, S, K = tokens.shape
+        start = cache[0].offset
+        x = self.emb(tokens + self._tables).sum(axis=2)  # (R, S, K, D) -> (R, S, D)
+        x = x + conditioning.positions[start : start + S]
+        for layer, memory, past in zip(self.layers, conditioning.memory, cache):
+            x = layer(x, memory, conditioning.mask, past)
+        return self.linears(self.out_norm(x)).reshape(R, S, K, -1)
+
+    @staticmethod
+    def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """audiocraft's or transformers' names -> ours, with what we fuse fused."""
+        renamed = {rename(name): w for name, w in weights.items()}
+        renamed.pop("embed_positions.weights", None)  # computed instead
+        return fuse(split_cross(renamed))
+
+
+RENAMES = (  # transformers' names -> audiocraft's -> ours
+    (r"^model\.decoder\.", ""),
+    (r"^embed_tokens\.", "emb."),
+    (r"^lm_heads\.", "linears."),
+    (r"^enc_to_dec_proj\.", "output_proj."),
+    (r"^layer_norm\.", "out_norm."),
+    (r"\.self_attn_layer_norm\.", ".norm1."),
+    (r"\.encoder_attn_layer_norm\.", ".norm_cross."),
+    (r"\.final_layer_norm\.", ".norm2."),
+    (r"\.encoder_attn\.", ".cross_attention."),
+    (r"\.fc([12])\.", r".linear\1."),
+    (r"^transformer\.", ""),
+    (r"^condition_provider\.conditioners\.description\.", ""),
+    (r"\.in_proj_weight$", ".in_proj.weight"),
+)
+
+
+def rename(name: str) -> str:
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def split_cross(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Part the queries of audiocraft's cross-attention from keys and values."""
+    split = {}
+    for name, weight in weights.items():
+        stem, found, _ = name.partition("cross_attention.in_proj.weight")
+        if found:
+            D = weight.shape[0] // 3
+            split[f"{stem}cross_attention.q_proj.weight"] = weight[:D]
+            split[f"{stem}cross_attention.kv_proj.weight"] = weight[D:]
+        else:
+            split[name] = weight
+    return split
+
+
+FUSED = (  # pattern of the parts' names -> name of the whole; parts in order
+    (r"(.*self_attn)\.([qkv])_proj\.weight", r"\1.in_proj.weight", "qkv"),
+    (r"(.*cross_attention)\.([kv])_proj\.weight", r"\1.kv_proj.weight", "kv"),
+    (r"(emb)\.(\d+)\.weight", r"\1.weight", None),
+    (r"(linears)\.(\d+)\.weight", r"\1.weight", None),
+)
+
+
+def fuse(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Stack the matrices that are applied to the same input."""
+    fused, parts = {}, {}
+    for name, weight in weights.items():
+        for pattern, whole, order in FUSED:
+            if match := re.fullmatch(pattern, name):
+                place = order.index(match[2]) if order else int(match[2])
+                parts.setdefault(match.expand(whole), {})[place] = weight
+                break
+        else:
+            fused[name] = weight
+    for name, places in parts.items():
+        if missing := set(range(max(places) + 1)) - places.keys():
+            raise ValueError(f"part {min(missing)} of {name} is missing")
+        fused[name] = mx.concatenate([places[i] for i in sorted(places)])
+    return fused
+
+
+def delay_mask(frames: int, delays: tuple[int, ...]) -> mx.array:
+    """Which cells of the delayed sequence hold a code: (S, K) booleans.
+
+    Codebook k writes frame t in step t + delays[k]. Four frames, mono, where a
+    dot is a blank:
+
+        step        0  1  2  3  4  5  6
+        codebook 0  0  1  2  3  .  .  .
+        codebook 1  .  0  1  2  3  .  .
+        codebook 2  .  .  0  1  2  3  .
+        codebook 3  .  .  .  0  1  2  3
+
+    MusicGen paper, section 2.2.
+    """
+    frame = mx.arange(frames + max(delays))[:, None] - mx.array(delays)
+    return (frame >= 0) & (frame < frames)
+
+
+def undelay(sequence: mx.array, delays: tuple[int, ...]) -> mx.array:
+    """Realign the codebooks: (B, S, K) -> (B, T, K).
+
+    S counts steps, T = S - max(delays) frames. Raises ValueError when S holds
+    no whole frame.
+    """
+    frames = sequence.shape[1] - max(delays)
+    if frames < 1:
+        raise ValueError(
+            f"The sequence must have more than {max(delays)} steps to hold a whole "
+            f"frame, got {sequence.shape[1]}."
+        )
+    aligned = [sequence[:, d : d + frames, k] for k, d in enumerate(delays)]
+    return mx.stack(aligned, axis=-1)
+
+
+def guide(logits: mx.array, guidance_coef: float) -> mx.array:
+    """Classifier-free guidance: rows [text; null] (2B, S, K, V) -> (B, S, K, V).
+
+    In float32. Guidance 1 is the text alone and comes without null rows.
+    """
+    logits = logits.astype(mx.float32)
+    if guidance_coef == 1:
+        return logits
+    text, null = mx.split(logits, 2)
+    return null + guidance_coef * (text - null)
+
+
+Sampler = Callable[[mx.array, mx.array], mx.array]
+
+
+def make_sampler(temp: float = 1.0, top_k: int = 250, top_p: float = 0.0) -> Sampler:
+    """A function from logits (B, S, K, V) and keys (B, 2) to tokens (B, S, K).
+
+    `temp` 0 takes the likeliest. Otherwise `top_p` > 0 draws from the likeliest
+    entries that together reach that probability, and `top_p` 0 from the `top_k`
+    likeliest and what ties with the last of them. Every row draws by its own key.
+    """
+
+    def draw(logits: mx.array, keys: mx.array) -> mx.array:
+        noise = mx.vmap(lambda key: mx.random.gumbel(logits.shape[1:], key=key))(keys)
+        return mx.argmax(logits + noise, axis=-1)
+
+    def greedy(logits: mx.array, keys: mx.array) -> mx.array:
+        return mx.argmax(logits, axis=-1)
+
+    def nucleus(logits: mx.array, keys: mx.array) -> mx.array:
+        order = mx.argsort(-logits, axis=-1)
+        logits = mx.take_along_axis(logits, order, axis=-1) / temp
+        before = mx.cumsum(mx.softmax(logits, axis=-1), axis=-1, inclusive=False)
+        rank = draw(mx.where(before > top_p, -mx.inf, logits), keys)
+        return mx.take_along_axis(order, rank[..., None], axis=-1).squeeze(-1)
+
+    def likeliest(logits: mx.array, keys: mx.array) -> mx.array:
+        place = max(logits.shape[-1] - top_k, 0)
+        least = mx.partition(logits, place, axis=-1)[..., place : place + 1]
+        return draw(mx.where(logits < least, -mx.inf, logits / temp), keys)
+
+    if temp == 0:
+        return greedy
+    return nucleus if top_p > 0 else likeliest
+
+
+def sampling_keys(seeds: list[int], steps: int) -> mx.array:
+    """Random keys (S, B, 2): a word from the row's seed, and the step's number.
+
+    So a row's draws depend on its seed alone, however many rows or steps.
+    """
+    words = mx.stack([mx.random.split(mx.random.key(s), 1)[0, 0] for s in seeds])
+    words = mx.broadcast_to(words, (steps, len(seeds)))
+    numbers = mx.broadcast_to(mx.arange(steps, dtype=mx.uint32)[:, None], words.shape)
+    return mx.stack([words, numbers], axis=-1)
+
+
+def check_options(
+    duration: float = 8.0,
+    temp: float = 1.0,
+    top_k: int = 250,
+    top_p: float = 0.0,
+    guidance_coef: float = 3.0,
+    *,
+    max_duration: float = 30.0,
+) -> None:
+    """Raise ValueError, saying what must hold, for what `generate` cannot do."""
+    if not 0 < duration <= max_duration:
+        raise ValueError(
+            f"duration must be more than 0 and at most {max_duration:g} seconds, "
+            f"got {duration}."
+        )
+    if not 0 <= temp < math.inf:
+        raise ValueError(f"temp must be 0 (greedy) or more, got {temp}.")
+    if not 1 <= top_k <= 2048:
+        raise ValueError(
+            f"top_k must be between 1 and 2048 (all), got {top_k}. "
+            "For greedy decoding use temp=0."
+        )
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"top_p must be between 0 (off) and 1, got {top_p}.")
+    if not math.isfinite(guidance_coef):
+        raise ValueError(f"guidance_coef must be a number, got {guidance_coef}.")
+
+
+class MusicGen(nn.Module):
+    """Text encoder, decoder and codec together."""
+
+    def __init__(self, config: MusicGenConfig, tokenizer: Tokenizer):
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.text_encoder = T5(config.text_encoder)
+        self.decoder = Decoder(config.decoder, config.text_encoder.d_model)
+        self.audio_encoder = Encodec(config.audio_encoder)
+
+    @property
+    def sampling_rate(self) -> int:
+        """Samples per second."""
+        return self.audio_encoder.sampling_rate
+
+    @property
+    def frame_rate(self) -> int:
+        """Frames per second."""
+        return self.config.audio_encoder.frame_rate
+
+    @property
+    def channels(self) -> int:
+        """Audio channels: 1, or 2 in the stereo models."""
+        return self.config.decoder.audio_channels
+
+    def generate(self, prompts: str | list[str], **options) -> mx.array:
+        """Music for each prompt: (B, N, C) float32 samples in about -1 to 1.
+
+        Takes the options of `generate_codes`.
+        """
+        return self.decode(self.generate_codes(prompts, **options))
+
+    def generate_codes(
+        self,
+        prompts: str | list[str],
+        duration: float = 8.0,
+        temp: float = 1.0,
+        top_k: int = 250,
+        top_p: float = 0.0,
+        guidance_coef: float = 3.0,
+        seed: int | list[int] | None = None,
+        callback: Callable[[int, int], None] | None = None,
+    ) -> mx.array:
+        """Codes (B, T, K) for each prompt, T = int(duration * frame_rate).
+
+        Args:
+            prompts: one text or several; "" is unconditional.
+            duration: seconds.
+            temp, top_k, top_p: see `make_sampler`.
+            guidance_coef: weight of the text against no text; 1 is the text
+                alone, and runs half the rows.
+            seed: row i draws from seed + i, or from the i-th of a list; a row's
+                codes depend on its own prompt and seed only. None: any.
+            callback: called before each step with its number and their count.
+
+        Raises ValueError for options out of range.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        options = dict(temp=temp, top_k=top_k, top_p=top_p)
+        self._check(prompts, duration, guidance_coef, **options)
+        frames = int(duration * self.frame_rate)
+        seeds = row_seeds(seed, len(prompts))
+
+        decoder, delays = self.decoder, self.config.decoder.delays
+        holds_code = delay_mask(frames, delays)
+        S, B, K = len(holds_code), len(prompts), len(delays)
+        text, mask = self.encode_text(prompts, with_null=guidance_coef != 1)
+        conditioning = decoder.condition(text, mask, S)
+        cache = decoder.make_cache(len(text), S)
+        sample, keys = make_sampler(**options), sampling_keys(seeds, S)
+        blank = mx.array(self.config.decoder.vocab_size, mx.uint32)
+        tokens = mx.broadcast_to(blank, (B, 1, K))
+        steps = []
+        for step in range(S):
+            if callback:
+                callback(step, S)
+            rows = mx.concatenate([tokens] * (len(text) // B))  # (2B, 1, K)
+            logits = guide(decoder(rows, conditioning, cache), guidance_coef)
+            tokens = mx.where(holds_code[step], sample(logits, keys[step]), blank)
+            mx.async_eval(tokens)
+            steps.append(tokens)
+        return undelay(mx.concatenate(steps, axis=1), delays)
+
+    def _check(self, prompts, duration, guidance_coef, temp, top_k, top_p) -> None:
+        limit = self.config.max_duration
+        check_options(duration, temp, top_k, top_p, guidance_coef, max_duration=limit)
+        if not prompts:
+            raise ValueError('There must be a prompt; "" generates without a text.')
+        if int(duration * self.frame_rate) < 1:
+            raise ValueError(
+                f"duration must reach one frame, 1/{self.frame_rate} s, got {duration}."
+            )
+
+    def encode_text(
+        self, prompts: list[str], with_null: bool
+    ) -> tuple[mx.array, mx.array]:
+        """T5 states (R, L, width) and mask (R, L) of the prompts.
+
+        `with_null` adds as many rows in which nothing is attended; so is an
+        empty prompt's row. Longer prompts than T5 knows lose their end, with a
+        warning.
+        """
+        longest = self.config.text_encoder.n_positions
+        ids = [self.tokenizer.encode(prompt) for prompt in prompts]
+        for i, row in enumerate(ids):
+            if len(row) > longest:
+                warnings.warn(
+                    f"Prompt {i + 1} has {len(row)} tokens; T5 takes {longest}, "
+                    "so the rest is left out."
+                )
+                ids[i] = row[: longest - 1] + row[-1:]
+        text, mask = self.text_encoder.encode(ids)
+        mask = mask & mx.array([prompt != "" for prompt in prompts])[:, None]
+        if with_null:
+            text = mx.concatenate([text, mx.zeros_like(text)])
+            mask = mx.concatenate([mask, mx.zeros_like(mask)])
+        return text, mask
+
+    def decode(self, codes: mx.array) -> mx.array:
+        """Samples (B, N, C) of codes (B, T, K), N = T * hop_length.
+
+        Stereo is two runs of the mono codec: codebooks alternate left, right.
+        """
+        B, T, K = codes.shape
+        C = self.channels
+        codes = codes.reshape(B, T, K // C, C).transpose(0, 3, 1, 2)
+        audio = self.audio_encoder.decode_chunk(codes.reshape(B * C, T, K // C))
+        return audio.reshape(B, C, -1).swapaxes(1, 2)  # (B, C, N) -> (B, N, C)
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_repo: str | Path, dtype: mx.Dtype | None = None
+    ) -> "MusicGen":
+        """Load a model by short name ("small"), Hub id or local folder.
+
+        A folder may have audiocraft's layout, with T5 in `t5-base/` and a codec
+        that is only named in `encodec_32khz/` (else the Hub is asked for them),
+        transformers', or the one `convert.py` writes. `dtype` is the decoder's:
+        by default float32 on the CPU, on a GPU what `convert.py` wrote, else
+        float16. T5 and codec are always float32. Raises ValueError or OSError
+        naming the file, tensor or key and what to do.
+        """
+        folder = locate(str(path_or_repo))
+        if (folder / AUDIOCRAFT_FILES[0]).is_file():
+            model, stored = load_audiocraft(folder)
+        else:
+            model, stored = load_transformers(folder)
+        if dtype is None:
+            dtype = stored if mx.default_device() == mx.gpu else mx.float32
+        model.decoder.set_dtype(dtype)
+        mx.eval(model.parameters())
+        return model
+
+
+def row_seeds(seed: int | list[int] | None, rows: int) -> list[int]:
+    """One seed a row: counted up from `seed`, as listed, or any."""
+    if seed is None:
+        seed = secrets.randbits(32)
+    seeds = [seed + row for row in range(rows)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != rows or not all(0 <= s < 2**64 for s in seeds):
+        raise ValueError(
+            f"seed must be a number from 0 to 2**64 - 1, or {rows} of them, got {seed}."
+        )
+    return seeds
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for what is no short name, Hub id or local folder."""
+    if not (name in MODELS or "/" in name or Path(name).is_dir()):
+        raise ValueError(
+            f"model must be one of {', '.join(MODELS)}, a Hub id or a local folder, "
+            f"got '{name}'."
+        )
+
+
+def locate(name: str) -> Path:
+    """The folder of a model: a local one, or the Hub's cache of what it needs.
+
+    Of a short name exactly AUDIOCRAFT_FILES are fetched; of another repository
+    these, or where it has none the transformers layout.
+    """
+    check_name(name)
+    if Path(name).is_dir():
+        return Path(name)
+    repo = MODELS.get(name, name)
+    try:
+        try:
+            paths = [hf_hub_download(repo, file) for file in AUDIOCRAFT_FILES]
+            return Path(paths[0]).parent
+        except EntryNotFoundError:
+            if name in MODELS:
+                raise
+            return fetch_transformers(repo)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise OSError(
+            f"The Hub did not give {repo}: {error} To work offline, name a local "
+            f"folder with {' and '.join(AUDIOCRAFT_FILES)}, T5 in t5-base/ and, for "
+            "stereo, the codec in encodec_32khz/; or one that convert.py wrote."
+        ) from error
+
+
+def fetch_transformers(repo: str) -> Path:
+    common = ["config.json", "spiece.model"]
+    files = ["model*.safetensors", "model.safetensors.index.json"]
+    folder = Path(snapshot_download(repo, allow_patterns=common + files))
+    if not any(folder.glob("model*.safetensors")):
+        snapshot_download(repo, allow_patterns=common + ["pytorch_model*"])
+    return folder
+
+
+def load_audiocraft(folder: Path) -> tuple[MusicGen, mx.Dtype]:
+    """Build from `state_dict.bin` and its companions, with the published dtype."""
+    from convert import load_torch, read_yaml
+
+    path = folder / AUDIOCRAFT_FILES[0]
+    package = load_torch(path)
+    try:
+        weights, cfg = package["best_state"], read_yaml(package.get("xp.cfg", ""))
+        if any(".conditioners.self_wav." in name for name in weights):
+            raise ValueError("melody and style checkpoints are not supported yet")
+        decoder = audiocraft_config(weights, cfg)
+        weights = Decoder.sanitize(weights)
+    except (AttributeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} does not load: {error}") from error
+    t5 = cfg.get("conditioners.description.t5.name", "t5-base")
+    local = folder / t5.split("/")[-1]
+    repo = t5 if "/" in t5 else f"google-t5/{t5}"
+    text_encoder, tokenizer = T5.from_pretrained(local if local.is_dir() else repo)
+    audio_encoder = Encodec.from_pretrained(folder)
+    max_duration = float(cfg.get("dataset.segment_duration", 30))
+    model = MusicGen(
+        MusicGenConfig(
+            decoder, text_encoder.config, audio_encoder.config, max_duration
+        ),
+        tokenizer,
+    )
+    model.text_encoder, model.audio_encoder = text_encoder, audio_encoder
+    try:
+        model.decoder.load_weights(list(weights.items()))
+    except ValueError as error:
+        raise ValueError(f"{path} does not load: {error}") from error
+    return model, mx.float16
+
+
+def audiocraft_config(weights: dict[str, mx.array], cfg: dict) -> DecoderConfig:
+    """Config from what the shapes show and what `cfg` alone tells.
+
+    `cfg` maps dotted names of `xp.cfg` to strings. Where it is silent the
+    published models' values hold: heads of width 64, delays as in DELAYS.
+    """
+    K = sum(name.startswith("emb.") for name in weights)
+    entries, D = weights["emb.0.weight"].shape
+    layers = {name.split(".")[2] for name in weights if "transformer.layers." in name}
+    stereo = cfg.get("interleave_stereo_codebooks.use", str(K == 8).lower())
+    delays = cfg.get("codebooks_pattern.delay.delays")
+    return DecoderConfig(
+        vocab_size=entries - 1,
+        hidden_size=D,
+        num_hidden_layers=len(layers),
+        num_attention_heads=int(cfg.get("transformer_lm.num_heads", D // 64)),
+        ffn_dim=weights["transformer.layers.0.linear1.weight"].shape[0],
+        num_codebooks=K,
+        audio_channels=2 if stereo == "true" else 1,
+        delays=tuple(map(int, delays)) if delays else None,
+    )
+
+
+def load_transformers(folder: Path) -> tuple[MusicGen, mx.Dtype]:
+    """Build from config.json, weights and spiece.model, transformers' or ours,
+    with the decoder's dtype on a GPU."""
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+        config = MusicGenConfig.from_dict(settings)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{folder} must hold {' and '.join(AUDIOCRAFT_FILES)}, or config.json "
+            "with weights and spiece.model, but has neither."
+        ) from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'} does not load: {error}") from error
+    if not (folder / "spiece.model").is_file():
+        raise FileNotFoundError(
+            f"{folder} must hold spiece.model; take that of {T5_REPO}."
+        )
+    model = MusicGen(config, Tokenizer(folder / "spiece.model"))
+    try:
+        model.load_weights(list(sanitize(read_weights(folder)).items()))
+    except ValueError as error:
+        raise ValueError(f"{folder} does not load: {error}") from error
+    return model, getattr(mx, settings.get("decoder_dtype", "float16"))
+
+
+def read_weights(folder: Path) -> dict[str, mx.array]:
+    """All tensors of `model.safetensors`, `pytorch_model.bin`, or their shards."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return read_file(folder / name)
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            return {
+                k: w for shard in shards for k, w in read_file(folder / shard).items()
+            }
+    raise FileNotFoundError(
+        f"{folder} must hold model.safetensors or pytorch_model.bin, or their shards "
+        "and index, but has neither."
+    )
+
+
+def read_file(path: Path) -> dict[str, mx.array]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, though the index names it.")
+    if path.suffix == ".bin":
+        from convert import load_torch
+
+        return load_torch(path)
+    try:
+        return mx.load(str(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} is damaged, fetch it again: {error}") from error
+
+
+def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Names and layouts of a whole model, transformers' or ours -> ours."""
+    parts = {"text_encoder.": T5, "audio_encoder.": Encodec, "decoder.": Decoder}
+    grouped = {prefix: {} for prefix in parts}
+    for name, weight in weights.items():
+        prefix = next((p for p in parts if name.startswith(p)), "decoder.")
+        grouped[prefix][name.removeprefix(prefix)] = weight
+    return {
+        prefix + name: weight
+        for prefix, part in parts.items()
+        for name, weight in part.sanitize(grouped[prefix]).items()
+    }

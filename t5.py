@@ -1,0 +1,292 @@
+"""T5 text encoder: text -> hidden states.
+
+The encoder half of T5 (Raffel et al., https://arxiv.org/abs/1910.10683) in
+float32, with relu or gated feed-forward, and a tokenizer that needs only the
+published `spiece.model`. Stands alone:
+
+    model, tokenizer = T5.from_pretrained("google-t5/t5-base")
+    states, mask = model.encode([tokenizer.encode("happy rock")])
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import sentencepiece
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+
+FILES = ("config.json", "model.safetensors", "spiece.model")
+
+
+@dataclass
+class T5Config:
+    """Sizes of the encoder, spelled as in `config.json`; defaults: t5-base."""
+
+    vocab_size: int = 32128
+    d_model: int = 768
+    d_kv: int = 64
+    d_ff: int = 3072
+    num_layers: int = 12
+    num_heads: int = 12
+    n_positions: int = 512
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "relu"
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "T5Config":
+        """Take the known keys. Raises ValueError when a size is missing."""
+        for key in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"):
+            if key not in config:
+                raise ValueError(f"The T5 config must have '{key}', but lacks it.")
+        names = {field.name for field in fields(cls)}
+        return cls(**{k: v for k, v in config.items() if k in names})
+
+
+class Tokenizer:
+    """Text to T5 ids, as the published fast tokenizer gives them.
+
+    `spiece.model` knows the pieces; the names of the special tokens and of the
+    100 sentinels `<extra_id_N>`, which number downwards behind the pieces, are
+    cut out of the text first.
+    """
+
+    def __init__(self, path: str | Path):
+        try:
+            self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"{path} must be a SentencePiece model: {error}. Fetch "
+                "spiece.model of google-t5/t5-base again."
+            ) from error
+        size = self._pieces.vocab_size()
+        self._special = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+        self._special |= {f"<extra_id_{i}>": size + 99 - i for i in range(100)}
+        self._split = re.compile("(" + "|".join(map(re.escape, self._special)) + ")")
+
+    def serialized(self) -> bytes:
+        """The content of `spiece.model`."""
+        return self._pieces.serialized_model_proto()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, ending in 1 (end of sequence); never truncated."""
+        ids = []
+        for part in self._split.split(text):
+            if part in self._special:
+                ids.append(self._special[part])
+            else:
+                # U+0085 is white space to the published tokenizer only.
+                ids.extend(self._pieces.encode(part.replace("\x85", " ")))
+        return ids + [1]
+
+
+def relative_position_buckets(length: int, config: T5Config) -> mx.array:
+    """Bucket of every key as seen from every query: (L, L) integers.
+
+    Half of the buckets look back, half ahead; in each half one part counts
+    single positions and the rest grows logarithmically. T5 paper, section 2.1.
+    """
+    half = config.relative_attention_num_buckets // 2
+    exact = half // 2
+    position = np.arange(length)
+    offset = position[None, :] - position[:, None]  # key - query
+    distance = np.abs(offset)
+    # float32 throughout, since the boundaries depend on its rounding
+    growth = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+    growth = growth / np.float32(
+        math.log(config.relative_attention_max_distance / exact)
+    )
+    far = exact + (growth * np.float32(half - exact)).astype(np.int32)
+    bucket = np.where(distance < exact, distance, np.minimum(far, half - 1))
+    return mx.array(bucket + half * (offset > 0))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, unscaled: T5 folds the scale into its weights."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.num_heads = config.num_heads
+        inner = config.num_heads * config.d_kv
+        self.q = nn.Linear(config.d_model, inner, bias=False)
+        self.k = nn.Linear(config.d_model, inner, bias=False)
+        self.v = nn.Linear(config.d_model, inner, bias=False)
+        self.o = nn.Linear(inner, config.d_model, bias=False)
+
+    def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
+        B, L, _ = x.shape
+        q, k, v = (
+            proj(x).reshape(B, L, self.num_heads, -1).swapaxes(1, 2)  # (B, H, L, d)
+            for proj in (self.q, self.k, self.v)
+        )
+        x = mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=bias)
+        return self.o(x.swapaxes(1, 2).reshape(B, L, -1))
+
+
+class AttentionLayer(nn.Module):
+    def __init__(self, config: T5Config, has_bias: bool):
+        super().__init__()
+        self.SelfAttention = Attention(config)
+        if has_bias:
+            self.SelfAttention.relative_attention_bias = nn.Embedding(
+                config.relative_attention_num_buckets, config.num_heads
+            )
+        self.layer_norm = nn.RMSNorm(config.d_model, config.layer_norm_epsilon)
+
+    def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
+        return x + self.SelfAttention(self.layer_norm(x), bias)
+
+
+FEED_FORWARDS = {  # feed_forward_proj: activation, input projections
+    "relu": (nn.relu, ("wi",)),
+    "gated-gelu": (nn.gelu_approx, ("wi_0", "wi_1")),
+    "gated-silu": (nn.silu, ("wi_0", "wi_1")),
+}
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: T5Config):
+        super().__init__()
+        if config.feed_forward_proj not in FEED_FORWARDS:
+            raise ValueError(
+                f"feed_forward_proj must be one of {', '.join(FEED_FORWARDS)}, "
+                f"got '{config.feed_forward_proj}'."
+            )
+        self._activation, self._inputs = FEED_FORWARDS[config.feed_forward_proj]
+        for name in self._inputs:
+            setattr(self, name, nn.Linear(config.d_model, config.d_ff, bias=False))
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        first, *gate = (self[name](x) for name in self._inputs)
+        hidden = self._activation(first)
+        return self.wo(hidden * gate[0] if gate else hidden)
+
+
+class FeedForwardLayer(nn.Module):
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.DenseReluDense = FeedForward(config)
+        self.layer_norm = nn.RMSNorm(config.d_model, config.layer_norm_epsilon)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x + self.DenseReluDense(self.layer_norm(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: T5Config, has_bias: bool):
+        super().__init__()
+        self.layer = [AttentionLayer(config, has_bias), FeedForwardLayer(config)]
+
+    def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
+        attention, feed_forward = self.layer
+        return feed_forward(attention(x, bias))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.block = [Block(config, i == 0) for i in range(config.num_layers)]
+        self.final_layer_norm = nn.RMSNorm(config.d_model, config.layer_norm_epsilon)
+
+
+class T5(nn.Module):
+    """The encoder. Parameter names are those of the published checkpoints."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = Encoder(config)
+
+    def __call__(self, ids: mx.array, mask: mx.array) -> mx.array:
+        """Hidden states (B, L, d_model) float32 of `ids` (B, L).
+
+        `mask` (B, L) is true for tokens and false for padding, which no token
+        attends; what stands at the padding itself means nothing.
+        """
+        _, L = ids.shape
+        buckets = relative_position_buckets(L, self.config)
+        bias = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+        bias = bias(buckets).transpose(2, 0, 1)  # (L, L, H) -> (H, L, L)
+        # Finite, so that a row of nothing but padding gives no NaN.
+        lowest = mx.finfo(mx.float32).min
+        bias = mx.where(mask[:, None, None, :], bias, lowest)  # (B, H, L, L)
+        x = self.shared(ids)
+        for block in self.encoder.block:
+            x = block(x, bias)
+        return self.encoder.final_layer_norm(x)
+
+    def encode(self, ids: list[list[int]]) -> tuple[mx.array, mx.array]:
+        """States (B, L, d_model) and mask (B, L) of lists of ids, padded to one length."""
+        L = max(map(len, ids))
+        padded = mx.array([row + [0] * (L - len(row)) for row in ids])
+        lengths = mx.array([len(row) for row in ids])
+        mask = mx.arange(L) < lengths[:, None]
+        return self(padded, mask), mask
+
+    @staticmethod
+    def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Keep the encoder of a whole T5, in float32 (float16 overflows)."""
+        return {
+            name: weight.astype(mx.float32)
+            for name, weight in weights.items()
+            if not name.startswith(("decoder.", "lm_head."))
+            and name != "encoder.embed_tokens.weight"  # the same as shared
+        }
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | Path) -> "tuple[T5, Tokenizer]":
+        """Load `config.json`, `model.safetensors` and `spiece.model`.
+
+        From a local folder or a Hub id such as "google-t5/t5-base". Raises
+        ValueError or OSError naming the file and what is wrong with it.
+        """
+        config, weights, spiece = locate(path_or_repo)
+        try:
+            config = T5Config.from_dict(json.loads(config.read_text()))
+            weights = cls.sanitize(mx.load(str(weights)))
+            model = cls(config)
+            model.load_weights(list(weights.items()))
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"T5 in {spiece.parent} does not load: {error}") from error
+        return model, Tokenizer(spiece)
+
+
+def locate(path_or_repo: str | Path) -> list[Path]:
+    """The three FILES: in a local folder, or from the Hub through its cache."""
+    folder = Path(path_or_repo)
+    if not folder.is_dir():
+        try:
+            return [Path(hf_hub_download(str(path_or_repo), name)) for name in FILES]
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise OSError(
+                f"'{path_or_repo}' is no local folder, and the Hub did not give it: "
+                f"{error}. To work offline, name a folder with {', '.join(FILES)}."
+            ) from error
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} must hold {', '.join(FILES)}, but {name} is missing."
+            )
+    return [folder / name for name in FILES]
+
+
+def demo(model: T5, tokenizer: Tokenizer, texts: list[str]) -> None:
+    """Print each text's ids and the size of its states."""
+    states, mask = model.encode([tokenizer.encode(text) for text in texts])
+    for text, state, used in zip(texts, states, mask):
+        length = used.sum().item()
+        print(f"{text!r}: {length} tokens, states {state[:length].shape}")
+        print("  ids", tokenizer.encode(text))
+
+
+if __name__ == "__main__":
+    demo(*T5.from_pretrained("google-t5/t5-base"), ["happy rock", "calm piano"])

@@ -1,0 +1,1079 @@
+"""What we promise, checked without network, torch or released weights.
+
+    python test.py [-v] [NAME ...]
+
+`reference/` holds tiny random checkpoints in the published layouts and what the
+original implementations compute with them. A few tests want the real tokenizer
+model of google-t5/t5-base: they look in ../shared/t5 and in the Hub's cache, and
+say so when they skip.
+"""
+
+import io
+import json
+import math
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import unittest
+import warnings
+import zipfile
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import mlx.core as mx
+import numpy as np
+import soundfile
+from huggingface_hub import try_to_load_from_cache
+from mlx.utils import tree_flatten
+
+import convert
+import encodec
+import generate
+import musicgen
+import t5
+from encodec import Encodec, EncodecConfig, load_audio, resample, save_audio
+from musicgen import MusicGen, delay_mask, make_sampler, sampling_keys, undelay
+from t5 import T5, Tokenizer
+
+HERE = Path(__file__).resolve().parent
+REFERENCE = HERE / "reference"
+EXPECTED = json.loads((REFERENCE / "expected.json").read_text())
+TRANSFORMERS = ("mono-transformers", "stereo-transformers")
+AUDIOCRAFT = ("mono-audiocraft", "stereo-audiocraft")
+
+sys.path.insert(0, str(REFERENCE))
+import manifests  # noqa: E402
+
+
+def expected(name: str) -> dict[str, mx.array]:
+    return mx.load(str(REFERENCE / name / "expected.safetensors"))
+
+
+def last(array: mx.array) -> mx.array:
+    """The originals put time last; we put channels, codebooks, vocabulary last."""
+    return array.swapaxes(1, 2)
+
+
+class Test(unittest.TestCase):
+    def setUp(self):
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+
+    def assertClose(self, got: mx.array, want: mx.array, tolerance: float = 1e-4):
+        """Relative to the largest expected value, or to 1 where that is less."""
+        self.assertEqual(got.shape, want.shape)
+        got, want = np.array(got, np.float64), np.array(want, np.float64)
+        scale = max(np.abs(want).max(initial=0), 1)
+        self.assertLess(np.abs(got - want).max(initial=0) / scale, tolerance)
+
+    def assertSame(self, got: mx.array, want: mx.array):
+        self.assertEqual(np.array(got).tolist(), np.array(want).tolist())
+
+    def copy(self, name: str) -> Path:
+        """A copy of a reference checkpoint, to be damaged."""
+        return Path(shutil.copytree(REFERENCE / name, self.folder / name))
+
+
+class TestTokenizer(Test):
+    def test_published_ids(self):
+        cases = HERE.parent / "shared" / "t5" / "cases.json"
+        if not cases.is_file():
+            self.skipTest(f"{cases} is not there")
+        tokenizer = Tokenizer(real_spiece(self))
+        for case in json.loads(cases.read_text())["cases"]:
+            self.assertEqual(tokenizer.encode(case["text"]), case["ids"], case)
+
+    def test_known_prompt(self):
+        ids = Tokenizer(real_spiece(self)).encode(
+            "90s rock song with loud guitars and heavy drums"
+        )
+        self.assertEqual(
+            ids, [2777, 7, 2480, 2324, 28, 8002, 5507, 7, 11, 2437, 5253, 7, 1]
+        )
+
+    def test_special_tokens(self):
+        tokenizer = Tokenizer(REFERENCE / "mono-transformers" / "spiece.model")
+        drums = tokenizer.encode("drums")[:-1]
+        size = tokenizer._pieces.vocab_size()
+        self.assertEqual(tokenizer.encode(""), [1])
+        self.assertEqual(tokenizer.encode("drums"), drums + [1])
+        ids = tokenizer.encode("drums<extra_id_0>drums</s> <pad>\x85<unk><extra_id_99>")
+        self.assertEqual(ids, [*drums, size + 99, *drums, 1, 0, 2, size, 1])
+
+    def test_damaged_model(self):
+        path = self.folder / "spiece.model"
+        for content in (b"", b"not a model"):
+            path.write_bytes(content)
+            with self.assertRaisesRegex(ValueError, "spiece.model"):
+                Tokenizer(path)
+
+
+def real_spiece(test: unittest.TestCase) -> Path:
+    shared = HERE.parent / "shared" / "t5" / "spiece.model"
+    cached = try_to_load_from_cache(musicgen.T5_REPO, "spiece.model")
+    if shared.is_file():
+        return shared
+    if isinstance(cached, str):
+        return Path(cached)
+    test.skipTest(f"no spiece.model in {shared.parent} or the Hub's cache")
+
+
+class TestT5(Test):
+    def test_states(self):
+        for name in (
+            "t5-gated",
+            "mono-audiocraft/t5-base",
+            "stereo-audiocraft/t5-base",
+        ):
+            model, _ = T5.from_pretrained(REFERENCE / name)
+            want = expected(name)
+            mask = want["attention_mask"] == 1
+            states = model(want["input_ids"], mask)
+            tokens = mask[..., None]  # padding's own states mean nothing
+            self.assertClose(states * tokens, want["last_hidden_state"] * tokens)
+
+    def test_batch_equals_alone(self):
+        model, tokenizer = T5.from_pretrained(REFERENCE / "t5-gated")
+        ids = [tokenizer.encode(text) for text in ("slow", "a slow piano and drums")]
+        states, mask = model.encode(ids)
+        self.assertSame(mask.sum(axis=1), [len(row) for row in ids])
+        for row, own in zip(states, ids):
+            self.assertClose(row[: len(own)], model.encode([own])[0][0])
+
+    def test_missing_file(self):
+        with self.assertRaisesRegex(FileNotFoundError, "config.json is missing"):
+            T5.from_pretrained(self.folder)
+
+    def test_demo(self):
+        with redirect_stdout(io.StringIO()) as output:
+            t5.demo(*T5.from_pretrained(REFERENCE / "t5-gated"), ["a piano"])
+        self.assertIn("'a piano': ", output.getvalue())
+
+
+class TestEncodec(Test):
+    def test_encode_and_decode(self):
+        for name in ("encodec_24khz", "encodec_32khz", "encodec_48khz"):
+            model, want = Encodec.from_pretrained(REFERENCE / name), expected(name)
+            for bandwidth in EXPECTED[name]["bandwidths"]:
+                with self.subTest(name, bandwidth=bandwidth):
+                    chunks = model.encode(last(want["audio"]), bandwidth)
+                    codes = want[f"codes_{bandwidth}"]
+                    self.assertEqual(len(chunks), len(codes))
+                    for i, (got, scale) in enumerate(chunks):
+                        self.assertSame(last(got), codes[i, ..., : got.shape[1]])
+                        if scale is not None:
+                            scales = want[f"scales_{bandwidth}"][i]
+                            self.assertClose(scale[..., 0], scales)
+                    audio = model.decode(chunks)
+                    self.assertClose(last(audio), want[f"decoded_{bandwidth}"])
+
+    def test_audio_shorter_than_its_padding(self):
+        for name in ("encodec_24khz", "encodec_32khz", "encodec_48khz"):
+            model, want = Encodec.from_pretrained(REFERENCE / name), expected(name)
+            bandwidth = model.config.target_bandwidths[-1]
+            chunks = model.encode(last(want["short_audio"]), bandwidth)
+            self.assertSame(last(chunks[0][0]), want["codes_short"][0])
+            self.assertClose(last(model.decode(chunks)), want["decoded_short"])
+
+    def test_audiocraft(self):
+        model = Encodec.from_pretrained(REFERENCE / "mono-audiocraft")
+        self.assertEqual(model.config.pad_mode, "constant")  # as its xp.cfg says
+        want = expected("mono-audiocraft")
+        for kind in ("", "short_"):
+            ((codes, _),) = model.encode(last(want[f"{kind}audio"]))
+            self.assertSame(last(codes), want[f"{kind}codes"])
+            self.assertClose(last(model.decode_chunk(codes)), want[f"{kind}decoded"])
+
+    def test_sanitize_twice(self):
+        for name in ("encodec_24khz", "encodec_32khz", "encodec_48khz"):
+            weights = mx.load(str(REFERENCE / name / "model.safetensors"))
+            once = Encodec.sanitize(weights)
+            twice = Encodec.sanitize(once)
+            self.assertEqual(once.keys(), twice.keys())
+            self.assertTrue(all(mx.array_equal(once[k], twice[k]) for k in once))
+
+    def test_transposed_convolution(self):
+        for causal, out_channels, stride in ((True, 3, 4), (False, 2, 5)):
+            config = EncodecConfig(use_causal_conv=causal)
+            layer = encodec.ConvTranspose1d(config, 6, out_channels, stride)
+            layer.conv.bias = mx.random.normal((out_channels,))
+            x = mx.random.normal((2, 7, 6))
+            plain = mx.conv_transpose1d(
+                x, layer.conv.weight.transpose(1, 0, 2), stride=stride
+            )
+            right = stride if causal else stride // 2
+            plain = plain[:, stride - right : plain.shape[1] - right]
+            self.assertClose(layer(x), plain + layer.conv.bias, 1e-5)
+
+    def test_bad_input(self):
+        model = Encodec.from_pretrained(REFERENCE / "encodec_24khz")
+        for shape in ((1, 0, 1), (1, 100, 2), (100, 1)):
+            with self.assertRaisesRegex(ValueError, "audio must have the shape"):
+                model.encode(mx.zeros(shape))
+        with self.assertRaisesRegex(ValueError, "bandwidth must be one of"):
+            model.encode(mx.zeros((1, 100, 1)), bandwidth=5)
+
+    def test_script(self):
+        source, target = self.folder / "in.wav", self.folder / "out.flac"
+        save_audio(source, 0.1 * mx.random.normal((9000, 1)), 44100)
+        model = str(REFERENCE / "encodec_48khz")
+        arguments = ["encodec.py", str(source), str(target), "--model", model]
+        with patch("sys.argv", arguments + ["--bandwidth", "3.6"]):
+            with redirect_stdout(io.StringIO()):
+                encodec.main()
+        audio, rate = soundfile.read(target)
+        self.assertEqual((audio.shape, rate), ((9000 * 480 // 441, 2), 48000))
+        with patch("sys.argv", arguments + ["--bandwidth", "99"]):
+            with self.assertRaisesRegex(SystemExit, "bandwidth must be one of"):
+                encodec.main()
+
+
+class TestAudioFiles(Test):
+    def test_resample(self):
+        signals = mx.load(str(REFERENCE / "resample.safetensors"))
+        rates = [name[: -len("_input")] for name in signals if name.endswith("_input")]
+        self.assertEqual(len(rates), 4)
+        for name in rates:
+            source, target = map(int, name.split("_"))
+            got = resample(np.array(signals[f"{name}_input"]).T, source, target)
+            self.assertClose(mx.array(got.T), signals[f"{name}_output"])
+
+    def test_round_trip(self):
+        tone = np.sin(np.arange(32000) * 0.05)[:, None] * [0.5, 0.25]
+        for suffix, tolerance in (
+            (".wav", 1e-4),
+            (".flac", 1e-4),
+            (".ogg", 0.05),
+            (".mp3", 0.05),
+        ):
+            path = self.folder / f"tone{suffix}"
+            save_audio(path, mx.array(tone), 32000)
+            audio = load_audio(path, 32000, 2)
+            self.assertEqual(audio.shape[1], 2)
+            middle = slice(8000, 24000)
+            self.assertClose(audio[middle], mx.array(tone)[middle], tolerance)
+
+    def test_channels(self):
+        path = self.folder / "in.wav"
+        sound = np.array([[0.5, -0.25, 0.125]] * 100)
+        for found, wanted, result in (
+            (1, 2, [0.5, 0.5]),
+            (2, 1, [0.125]),
+            (3, 2, [0.5, -0.25]),
+        ):
+            soundfile.write(path, sound[:, :found], 32000, subtype="FLOAT")
+            self.assertSame(load_audio(path, 32000, wanted)[50], result)
+        soundfile.write(path, sound[:, :2], 32000)
+        with self.assertRaisesRegex(ValueError, "has 2 channels, but 4"):
+            load_audio(path, 32000, 4)
+
+    def test_never_clips_silently(self):
+        path = self.folder / "loud.wav"
+        with self.assertWarnsRegex(UserWarning, "scaled down: its peak of 4.00"):
+            save_audio(path, mx.array([1.0, -4.0, 2.0]), 32000)
+        self.assertClose(
+            load_audio(path, 32000, 1)[:, 0], mx.array([0.25, -1, 0.5]), 1e-4
+        )
+
+    def test_bad_files(self):
+        text = self.folder / "text.wav"
+        text.write_text("not sound")
+        empty, broken = self.folder / "empty.wav", self.folder / "nan.wav"
+        soundfile.write(empty, np.zeros((0, 1)), 32000)
+        soundfile.write(broken, np.array([0.0, np.nan]), 32000, subtype="FLOAT")
+        for path in (text, empty, broken):
+            with self.assertRaisesRegex(ValueError, path.name):
+                load_audio(path, 32000, 1)
+        with self.assertRaisesRegex(FileNotFoundError, "no sound file"):
+            load_audio(self.folder / "none.wav", 32000, 1)
+        with self.assertRaisesRegex(ValueError, "must be finite"):
+            save_audio(self.folder / "out.wav", mx.array([0.0, math.nan]), 32000)
+
+
+class TestDecoder(Test):
+    def test_text_states_and_logits(self):
+        for name in TRANSFORMERS + AUDIOCRAFT:
+            with self.subTest(name):
+                model, want = MusicGen.from_pretrained(REFERENCE / name), expected(name)
+                decoder, mask = model.decoder, want["text_mask"] == 1
+                text = model.text_encoder(want["text_ids"], mask)
+                states = decoder.output_proj(text) * mask[..., None]
+                self.assertClose(states, want["text_states"])
+
+                tokens = last(want["tokens"])
+                B, S, _ = tokens.shape
+                conditioning = decoder.condition(text[:B], mask[:B], S)
+                logits = decoder(tokens, conditioning, decoder.make_cache(B, S))
+                self.assertClose(logits.swapaxes(1, 2), want["logits"])
+
+    def test_step_by_step_equals_one_pass(self):
+        decoder, conditioning, tokens = random_decoder()
+        whole = decoder(tokens, conditioning, decoder.make_cache(2, 9))
+        cache, steps = decoder.make_cache(2, 9), []
+        for start, stop in ((0, 4), (4, 5), (5, 9)):
+            steps.append(decoder(tokens[:, start:stop], conditioning, cache))
+        self.assertClose(mx.concatenate(steps, axis=1), whole, 1e-5)
+
+    def test_one_dtype(self):
+        for dtype in (mx.float16, mx.bfloat16):
+            decoder, conditioning, tokens = random_decoder(dtype)
+            cache = decoder.make_cache(2, 9)
+            logits = decoder(tokens, conditioning, cache)
+            late = cache[-1].update(mx.zeros((2, 2, 2, 0, 8), dtype))
+            memory, mask, positions = conditioning
+            for array in (logits, late, memory[-1], mask, positions):
+                self.assertEqual(array.dtype, dtype)
+
+    def test_empty_text_adds_nothing(self):
+        decoder, _, tokens = random_decoder()
+        empty = decoder.condition(mx.ones((2, 5, 12)), mx.zeros((2, 5), mx.bool_), 9)
+        logits = decoder(tokens, empty, decoder.make_cache(2, 9))
+        for layer in decoder.layers:
+            layer.cross_attention.out_proj.weight *= 0
+        without = decoder(tokens, empty, decoder.make_cache(2, 9))
+        self.assertSame(logits, without)
+
+    def test_sanitize_twice(self):
+        for name in TRANSFORMERS:
+            weights = musicgen.read_weights(REFERENCE / name)
+            once = musicgen.sanitize(weights)
+            twice = musicgen.sanitize(once)
+            self.assertEqual(once.keys(), twice.keys())
+            self.assertTrue(all(mx.array_equal(once[k], twice[k]) for k in once))
+
+
+def random_decoder(dtype: mx.Dtype = mx.float32):
+    """A tiny decoder, conditioning for two texts of different lengths, tokens."""
+    config = musicgen.DecoderConfig(
+        vocab_size=10,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        ffn_dim=20,
+    )
+    mx.random.seed(0)
+    decoder = musicgen.Decoder(config, text_width=12)
+    decoder.set_dtype(dtype)
+    mask = mx.arange(5) < mx.array([[3], [5]])
+    conditioning = decoder.condition(mx.random.normal((2, 5, 12)), mask, 9)
+    return decoder, conditioning, mx.random.randint(0, 11, (2, 9, 4))
+
+
+class TestDelayPattern(Test):
+    def test_drawing(self):
+        rows = ["0123...", ".0123..", "..0123.", "...0123"]
+        drawn = [[cell != "." for cell in row] for row in rows]
+        self.assertSame(delay_mask(4, (0, 1, 2, 3)).T, drawn)
+
+    def test_undone_exactly(self):
+        for delays in ((0, 1, 2, 3), (0, 0, 1, 1, 2, 2, 3, 3)):
+            frames, K = 6, len(delays)
+            codes = np.random.default_rng(0).integers(0, 50, (2, frames, K))
+            sequence = np.full((2, frames + 3, K), 99)
+            for k, delay in enumerate(delays):
+                sequence[:, delay : delay + frames, k] = codes[:, :, k]
+            self.assertSame(undelay(mx.array(sequence), delays), codes)
+            self.assertSame(delay_mask(frames, delays), sequence[0] != 99)
+
+    def test_too_short(self):
+        with self.assertRaisesRegex(ValueError, "more than 3 steps"):
+            undelay(mx.zeros((1, 3, 4), mx.int32), (0, 1, 2, 3))
+
+
+class TestSampling(Test):
+    logits = mx.array([2.0, 1.0, 0.0, 0.0, -1.0, -3.0])
+
+    def frequencies(self, draws: int = 20000, **options) -> np.ndarray:
+        """Share of each token in draws of rows with a key each."""
+        logits = mx.broadcast_to(self.logits, (draws, 1, 1, 6))
+        keys = sampling_keys(list(range(draws)), 1)[0]
+        tokens = make_sampler(**options)(logits, keys)
+        return np.bincount(np.array(tokens).ravel(), minlength=6) / draws
+
+    def check(self, kept: list[int], temp: float = 1.0, **options):
+        """The shares are the softmax over `kept`, within four deviations."""
+        weights = np.exp(np.array(self.logits) / temp) * np.isin(np.arange(6), kept)
+        exact = weights / weights.sum()
+        got = self.frequencies(temp=temp, **options)
+        self.assertTrue((np.abs(got - exact) <= 4 * np.sqrt(exact / 20000)).all(), got)
+        self.assertEqual(got[exact == 0].sum(), 0)
+
+    def test_temperature(self):
+        self.check([0, 1, 2, 3, 4, 5], temp=1.7, top_k=2048)
+        self.check([0, 1, 2, 3, 4, 5], temp=0.6, top_k=6)
+
+    def test_top_k_keeps_ties(self):
+        self.check([0, 1], top_k=2)
+        self.check([0, 1, 2, 3], top_k=3)  # the third ties with the fourth
+        self.check([0], top_k=1)
+
+    def test_top_p(self):
+        # Probabilities 0.59, 0.22, 0.08, 0.08, 0.03, 0.004: an entry stays where
+        # those before it reach no more than p.
+        self.check([0], top_p=0.58)
+        self.check([0, 1], top_p=0.6)
+        self.check([0, 1], temp=0.5, top_p=0.9, top_k=1)  # and top_k is ignored
+        self.check([0, 1, 2, 3, 4, 5], top_p=1.0)
+
+    def test_greedy(self):
+        self.assertEqual(self.frequencies(draws=3, temp=0).tolist(), [1, 0, 0, 0, 0, 0])
+
+    def test_keys_depend_on_seed_and_step_alone(self):
+        several = sampling_keys([5, 7, 2**64 - 1], 9)
+        self.assertSame(several[:4, 1:2], sampling_keys([7], 4))
+        self.assertEqual(len(np.unique(np.array(several).reshape(-1, 2), axis=0)), 27)
+
+
+class TestGenerate(Test):
+    def test_greedy_codes(self):
+        for name in TRANSFORMERS + AUDIOCRAFT:
+            model, want = MusicGen.from_pretrained(REFERENCE / name), expected(name)
+            prompts = EXPECTED[name]["prompts"]
+            duration = EXPECTED[name]["frames"] / model.frame_rate
+            for guidance in (1, 3, 4.5):
+                options = dict(duration=duration, temp=0, guidance_coef=guidance)
+                with self.subTest(name, guidance=guidance):
+                    codes = model.generate_codes(prompts, **options)
+                    self.assertSame(last(codes), want[f"batch_g{guidance}_codes"])
+                    alone = model.generate_codes(prompts[0], **options)
+                    self.assertSame(alone[0], codes[0])
+                    if name in TRANSFORMERS:
+                        self.assertSame(last(alone), want[f"one_g{guidance}_codes"])
+
+    def test_audio(self):
+        for name in TRANSFORMERS + AUDIOCRAFT:
+            model, want = MusicGen.from_pretrained(REFERENCE / name), expected(name)
+            kind = "one" if name in TRANSFORMERS else "batch"
+            audio = model.decode(last(want[f"{kind}_g3_codes"]))
+            self.assertClose(last(audio), want[f"{kind}_g3_audio"])
+
+    def test_take_is_the_same_alone_and_in_a_batch(self):
+        model = MusicGen.from_pretrained(REFERENCE / "stereo-audiocraft")
+        prompts = [
+            "slow piano",
+            "",
+            "808 drums and a very long guitar solo",
+            "slow piano",
+        ]
+        batch = model.generate_codes(prompts, duration=0.4, seed=11)
+        for row, prompt in enumerate(prompts):
+            alone = model.generate_codes(prompt, duration=0.4, seed=11 + row)
+            self.assertSame(alone[0], batch[row])
+        listed = model.generate_codes(prompts[:2], duration=0.4, seed=[12, 12])
+        self.assertSame(listed[1], batch[1])
+        self.assertNotEqual(batch[0].tolist(), batch[3].tolist())
+
+    def test_shapes(self):
+        model = MusicGen.from_pretrained(REFERENCE / "stereo-transformers")
+        audio = model.generate(["a", "b"], duration=0.239, seed=0)
+        self.assertEqual(audio.shape, (2, 11 * 640, 2))
+        self.assertEqual(audio.dtype, mx.float32)
+        self.assertEqual(model.generate_codes("a", duration=0.02).shape, (1, 1, 8))
+
+    def test_half_precision(self):
+        exact = MusicGen.from_pretrained(REFERENCE / "mono-transformers")
+        for dtype in (mx.float16, mx.bfloat16):
+            model = MusicGen.from_pretrained(REFERENCE / "mono-transformers", dtype)
+            self.assertEqual(model.decoder.dtype, dtype)
+            codes = model.generate_codes("drums", duration=0.1, temp=0)
+            want = exact.generate_codes("drums", duration=0.1, temp=0)
+            self.assertSame(codes[:, 0], want[:, 0])
+
+    def test_long_prompt_is_cut_with_a_warning(self):
+        model = MusicGen.from_pretrained(REFERENCE / "mono-transformers")
+        with self.assertWarnsRegex(UserWarning, "T5 takes 512"):
+            text, mask = model.encode_text(["drums " * 600], with_null=False)
+        self.assertEqual(mask.shape, (1, 512))
+        self.assertTrue(mask.all().item())
+
+    def test_bad_options(self):
+        model = MusicGen.from_pretrained(REFERENCE / "mono-transformers")
+        for name, values in {
+            "duration": (0, -1, math.nan, 31, 0.01, math.inf),
+            "temp": (-0.1, math.nan),
+            "top_k": (0, 2049),
+            "top_p": (-0.1, 1.1, math.nan),
+            "guidance_coef": (math.nan, math.inf),
+            "seed": (-1, 2**64, [1, 2]),
+        }.items():
+            for value in values:
+                with self.subTest(name, value=value):
+                    with self.assertRaisesRegex(ValueError, f"^{name} must"):
+                        model.generate_codes("a", **{name: value})
+        with self.assertRaisesRegex(ValueError, "must be a prompt"):
+            model.generate_codes([])
+
+
+class TestPublishedCheckpoints(Test):
+    """Strict loads at full size, from lazy arrays that are never computed."""
+
+    def arrays(self, name: str) -> dict[str, mx.array]:
+        tensors = manifests.expand(manifests.read()["tensors"][name])
+        return {
+            name: mx.zeros(shape, getattr(mx, dtype))
+            for name, (dtype, shape) in tensors.items()
+        }
+
+    def config(self, name: str) -> dict:
+        return manifests.read()["configs"][name]
+
+    def test_transformers(self):
+        for name in manifests.MUSICGEN:
+            with self.subTest(name):
+                config = musicgen.MusicGenConfig.from_dict(self.config(name))
+                model = MusicGen(config, tokenizer=None)
+                weights = self.arrays(f"{name}.transformers")
+                again = {respell(k): v for k, v in weights.items()}
+                for spelling in (weights, again):
+                    found = musicgen.sanitize(spelling)
+                    model.load_weights(list(found.items()))
+                ours = musicgen.sanitize(dict(tree_flatten(model.parameters())))
+                model.load_weights(list(ours.items()))
+
+    def test_audiocraft(self):
+        for name in manifests.MUSICGEN:
+            with self.subTest(name):
+                weights = self.arrays(f"{name}.audiocraft")
+                config = musicgen.audiocraft_config(weights, {})
+                published = musicgen.MusicGenConfig.from_dict(self.config(name))
+                self.assertEqual(config, published.decoder)
+                decoder = musicgen.Decoder(config, text_width=768)
+                found = musicgen.Decoder.sanitize(weights)
+                decoder.load_weights(list(found.items()))
+
+    def test_codecs(self):
+        for name in ("encodec_24khz", "encodec_32khz", "encodec_48khz"):
+            config = EncodecConfig.from_dict(self.config(name))
+            weights = self.arrays(f"{name}.transformers")
+            again = {respell(k): v for k, v in weights.items()}
+            for spelling in (weights, again):
+                Encodec(config).load_weights(list(Encodec.sanitize(spelling).items()))
+        weights = Encodec.sanitize(self.arrays("encodec_32khz.audiocraft"))
+        found = encodec.audiocraft_config(weights, {})
+        published = EncodecConfig.from_dict(self.config("encodec_32khz"))
+        found.target_bandwidths = list(found.target_bandwidths)
+        found.upsampling_ratios = list(found.upsampling_ratios)
+        self.assertEqual(found, published)
+        Encodec(found).load_weights(list(weights.items()))
+
+    def test_t5(self):
+        model = T5(t5.T5Config.from_dict(self.config("t5-base")))
+        weights = T5.sanitize(self.arrays("t5-base.transformers"))
+        model.load_weights(list(weights.items()))
+
+    def test_manifests_equal_the_full_ones(self):
+        folder = HERE.parent / "shared" / "checkpoints"
+        if not folder.is_dir():
+            self.skipTest(f"{folder} is not there")
+        for name in manifests.MUSICGEN:
+            full = json.loads((folder / f"{name}.audiocraft.json").read_text())
+            full = full["state_dict.bin"]["best_state"]
+            ours = manifests.expand(manifests.read()["tensors"][f"{name}.audiocraft"])
+            self.assertEqual({k: (d, tuple(s)) for k, (d, s) in full.items()}, ours)
+
+
+def respell(name: str) -> str:
+    """Weight norm as transformers has spelled it since 4.46."""
+    name = name.replace(".weight_g", ".parametrizations.weight.original0")
+    return name.replace(".weight_v", ".parametrizations.weight.original1")
+
+
+class TestLoading(Test):
+    def fails(self, pattern: str, folder: Path, error: type = ValueError):
+        with self.assertRaisesRegex(error, pattern):
+            MusicGen.from_pretrained(folder)
+
+    def change(self, folder: Path, change) -> None:
+        """Rewrite a folder's safetensors with changed tensors."""
+        path = str(folder / "model.safetensors")
+        weights = mx.load(path)
+        mx.eval(weights)
+        change(weights)
+        mx.save_safetensors(path, weights)
+
+    def test_missing_left_over_or_misshapen_tensor(self):
+        head = "decoder.lm_heads.2.weight"
+        bias = "enc_to_dec_proj.bias"
+        for change, pattern in (
+            (lambda w: w.pop(head), "part 2 of linears.weight is missing"),
+            (lambda w: w.pop(bias), r"Missing.*\n?decoder.output_proj.bias"),
+            (lambda w: w.update(stray=mx.zeros(1)), r"not in model.*\n?decoder.stray"),
+            (lambda w: w.update({bias: mx.zeros(7)}), "decoder.output_proj.bias"),
+        ):
+            with self.subTest(pattern):
+                folder = self.copy("mono-transformers")
+                self.change(folder, change)
+                self.fails(pattern, folder)
+                shutil.rmtree(folder)
+
+    def test_damaged_safetensors(self):
+        folder = self.copy("mono-transformers")
+        path = folder / "model.safetensors"
+        content = path.read_bytes()
+        header = b'{"x":{"dtype":"F32","shape":[99],"data_offsets":[0,4]}}'
+        hostile = struct.pack("<Q", len(header)) + header + bytes(4)
+        for damaged in (content[:5000], content[:3], b"", b"junk" * 100, hostile):
+            path.write_bytes(damaged)
+            self.fails("model.safetensors is damaged", folder)
+
+    def test_missing_files(self):
+        self.fails(
+            "state_dict.bin and .*or config.json", self.folder, FileNotFoundError
+        )
+        folder = self.copy("mono-transformers")
+        (folder / "spiece.model").unlink()
+        self.fails("must hold spiece.model", folder, FileNotFoundError)
+        folder = self.copy("stereo-transformers")
+        (folder / "pytorch_model-00001-of-00002.bin").unlink()
+        self.fails("00001-of-00002.bin is missing", folder, FileNotFoundError)
+        (folder / "pytorch_model.bin.index.json").unlink()
+        self.fails("must hold model.safetensors or", folder, FileNotFoundError)
+
+    def test_bad_config(self):
+        folder = self.copy("mono-transformers")
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        path.write_text("{not json")
+        self.fails("config.json does not load", folder)
+        path.write_text("[]")
+        self.fails("config.json does not load", folder)
+        path.write_text(json.dumps(config | {"model_type": "musicgen_melody"}))
+        self.fails("not supported yet", folder)
+        for part, key in (
+            ("decoder", "hidden_size"),
+            ("decoder", "num_codebooks"),
+            ("text_encoder", "num_heads"),
+            ("audio_encoder", "upsampling_ratios"),
+        ):
+            lacking = {k: v for k, v in config[part].items() if k != key}
+            path.write_text(json.dumps(config | {part: lacking}))
+            self.fails(key, folder)
+            path.write_text(json.dumps({k: v for k, v in config.items() if k != part}))
+            self.fails(part, folder)
+
+    def test_melody_in_audiocraft_layout(self):
+        name = "condition_provider.conditioners.self_wav.output_proj.weight"
+        package = {"best_state": {name: mx.zeros((4, 12))}, "xp.cfg": ""}
+        (self.folder / "state_dict.bin").touch()
+        with patch.object(convert, "load_torch", return_value=package):
+            self.fails("state_dict.bin.*not supported yet", self.folder)
+
+    def test_unknown_name(self):
+        with self.assertRaisesRegex(ValueError, "must be one of small, medium, large"):
+            MusicGen.from_pretrained("smal")
+
+    def test_short_name_fetches_exactly_what_it_needs(self):
+        folders = {
+            "facebook/musicgen-stereo-small": REFERENCE / "stereo-audiocraft",
+            "facebook/encodec_32khz": REFERENCE / "stereo-audiocraft/encodec_32khz",
+            "google-t5/t5-base": REFERENCE / "stereo-audiocraft/t5-base",
+        }
+        fetched, hub = [], self.folder / "hub"
+
+        def download(repo: str, name: str) -> str:
+            fetched.append((repo, name))
+            (hub / repo).mkdir(parents=True, exist_ok=True)
+            return shutil.copy(folders[repo] / name, hub / repo / name)
+
+        with patch("musicgen.hf_hub_download", download):
+            with patch("t5.hf_hub_download", download):
+                with patch("encodec.hf_hub_download", download):
+                    MusicGen.from_pretrained("stereo-small")
+        names = {
+            "facebook/musicgen-stereo-small": musicgen.AUDIOCRAFT_FILES,
+            "facebook/encodec_32khz": encodec.FILES,
+            "google-t5/t5-base": t5.FILES,
+        }
+        wanted = [(repo, name) for repo, files in names.items() for name in files]
+        self.assertEqual(sorted(fetched), sorted(wanted))
+
+    def test_hub_id_from_the_cache_without_network(self):
+        for name in ("mono-transformers", "mono-audiocraft"):
+            repo = self.folder / "hub" / f"models--someone--{name}"
+            snapshot = repo / "snapshots" / ("0" * 40)
+            shutil.copytree(REFERENCE / name, snapshot)
+            (repo / "refs").mkdir()
+            (repo / "refs" / "main").write_text("0" * 40)
+        script = (
+            "import musicgen, sys; "
+            "musicgen.MusicGen.from_pretrained(sys.argv[1]).generate('a', duration=0.1)"
+        )
+        offline = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_CACHE": str(self.folder / "hub"),
+        }
+
+        def run(name: str) -> subprocess.CompletedProcess:
+            command = [sys.executable, "-c", script, f"someone/{name}"]
+            return subprocess.run(
+                command, cwd=HERE, env=offline, capture_output=True, text=True
+            )
+
+        for name in ("mono-transformers", "mono-audiocraft"):
+            result = run(name)
+            self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertRegex(run("nothing").stderr, "To work offline, name a local folder")
+
+
+class TestTorchFiles(Test):
+    def fails(self, pattern: str, content: bytes):
+        path = self.folder / "x.bin"
+        path.write_bytes(content)
+        with self.assertRaisesRegex(
+            ValueError, "x.bin is not a checkpoint.*" + pattern
+        ):
+            convert.load_torch(path)
+
+    def test_round_trip(self):
+        numbers = np.arange(12, dtype=np.float32)
+        for form in (zip_file, legacy_file):
+            path = self.folder / "x.bin"
+            path.write_bytes(form(tensor_pickle((2, 3), (3, 1), offset=4), numbers))
+            found = convert.load_torch(path)["x"]
+            self.assertSame(found, numbers[4:10].reshape(2, 3))
+            path.write_bytes(form(tensor_pickle((3, 2), (1, 3)), numbers))
+            self.assertSame(convert.load_torch(path)["x"], numbers[:6].reshape(2, 3).T)
+            path.write_bytes(form(tensor_pickle((), (), offset=11), numbers))
+            self.assertEqual(convert.load_torch(path)["x"].item(), 11)
+
+    def test_bfloat16(self):
+        content = tensor_pickle((3,), (1,), kind="BFloat16Storage")
+        path = self.folder / "x.bin"
+        path.write_bytes(zip_file(content, np.array([0x3F80] * 12, np.uint16)))
+        found = convert.load_torch(path)["x"]
+        self.assertEqual((found.dtype, found.tolist()), (mx.bfloat16, [1, 1, 1]))
+
+    def test_reads_nothing_out_of_bounds(self):
+        numbers = np.arange(12, dtype=np.float32)
+        for shape, stride, offset in (
+            ((2, 3), (6, 3), 1),  # last element 13
+            ((12,), (1,), 1),
+            ((2,), (-1,), 3),
+            ((2,), (1,), -1),
+            ((2, 2), (1,), 0),
+            ((10**9, 10**9), (0, 0), 0),
+            ((-1,), (1,), 0),
+        ):
+            content = tensor_pickle(shape, stride, offset)
+            for form in (zip_file, legacy_file):
+                self.fails("a tensor", form(content, numbers))
+        for size in (13, -1, 2**60):
+            content = tensor_pickle((1,), (1,), size=size)
+            self.fails("storage 0 reaches beyond", zip_file(content, numbers))
+
+    def test_runs_nothing(self):
+        witness = self.folder / "witness"
+
+        class Hostile:
+            def __reduce__(self):
+                return (os.mkdir, (str(witness),))
+
+        class Building:
+            def __reduce__(self):
+                return (convert.Dict, (), {"a": 1})
+
+        numbers = np.zeros(12, np.float32)
+        for content in (
+            pickle.dumps(Hostile(), 2),
+            pickle.dumps({"x": [Hostile()]}, 2),
+            pickle.dumps(Building(), 2),
+            pickle.dumps(Hostile(), 4),
+            b"cbuiltins\neval\n(U\x0b__import__('U\x01'tR.",
+            b"\x80\x02cos\nsystem\nq\x00.",
+            b"\x80\x02ctorch\nload\n.",
+            b"\x80\x02ctorch._utils\n_rebuild_tensor_v2.__globals__\n.",
+        ):
+            self.fails("", zip_file(content, numbers))
+            self.fails("", legacy_file(content, numbers))
+            self.fails("", content)
+        self.assertFalse(witness.exists())
+
+    def test_memory_is_not_for_the_asking(self):
+        bomb = b"\x80\x02}r\xff\xff\xff\xff."  # memo entry 2**32 - 1
+        self.fails("numbers more objects", zip_file(bomb, np.zeros(1, np.float32)))
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("x/data.pkl", bytes(10**6))
+        self.fails("stored", buffer.getvalue())
+
+    def test_damaged(self):
+        content = (REFERENCE / "mono-audiocraft" / "state_dict.bin").read_bytes()
+        step = len(content) // 7
+        for damaged in (b"", b"PK\x03\x04", *(content[: i * step] for i in range(7))):
+            self.fails("", damaged)
+        rng = np.random.default_rng(0)
+        path = self.folder / "x.bin"
+        for _ in range(200):  # flipped bytes: any outcome but a crash
+            flipped = bytearray(content[:60000] + content[-40000:])
+            for place in rng.integers(0, len(flipped), 20):
+                flipped[place] ^= int(rng.integers(1, 256))
+            path.write_bytes(flipped)
+            try:
+                convert.load_torch(path)
+            except ValueError:
+                pass
+
+    def test_yaml(self):
+        text = """
+a: 1
+b:
+  c: 'x'
+  d: ${b.e}
+  e: ${a}
+  list:
+  - 0
+  - 1.5
+  empty: {}
+  short: [0, 1]
+  loop: ${b.loop}
+  null_value: null
+f:
+  g:
+    h: .inf
+i: true
+"""
+        values = convert.read_yaml(text)
+        self.assertEqual(values["b.d"], "1")
+        self.assertEqual(values["b.list"], ["0", "1.5"])
+        self.assertEqual(values["b.short"], ["0", "1"])
+        self.assertEqual(
+            (values["b.c"], values["f.g.h"], values["i"]), ("x", ".inf", "true")
+        )
+        self.assertEqual(convert.read_yaml(""), {})
+
+
+def tensor_pickle(shape, stride, offset=0, size=12, kind="FloatStorage") -> bytes:
+    """The pickle that torch writes for {"x": tensor}, assembled by hand."""
+
+    def number(n: int) -> bytes:
+        if -(2**31) <= n < 2**31:
+            return b"J" + struct.pack("<i", n)
+        return b"\x8a\x09" + n.to_bytes(9, "little", signed=True)
+
+    def text(string: str) -> bytes:
+        return b"X" + struct.pack("<I", len(string)) + string.encode()
+
+    def numbers(values) -> bytes:
+        return b"(" + b"".join(map(number, values)) + b"t"
+
+    storage = b"(" + text("storage") + b"ctorch\n" + kind.encode() + b"\n"
+    storage += text("0") + text("cpu") + number(size)
+    return (
+        b"\x80\x02}"
+        + text("x")
+        + b"ctorch._utils\n_rebuild_tensor_v2\n("
+        # the legacy form's sixth item, None, is left out of the zip form
+        + storage
+        + b"VIEW"
+        + b"tQ"
+        + number(offset)
+        + numbers(shape)
+        + numbers(stride)
+        + b"\x89ccollections\nOrderedDict\n)RtRs."
+    )
+
+
+def zip_file(content: bytes, numbers: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("any/data.pkl", content.replace(b"VIEW", b""))
+        archive.writestr("any/data/0", numbers.tobytes())
+        archive.writestr("any/version", "3\n")
+    return buffer.getvalue()
+
+
+def legacy_file(content: bytes, numbers: np.ndarray) -> bytes:
+    magic = 0x1950A86A20F9469CFC6C
+    header = [magic, 1001, {"little_endian": True, "protocol_version": 1001}]
+    head = b"".join(pickle.dumps(item, 2) for item in header)
+    content = content.replace(b"VIEW", b"N") + pickle.dumps(["0"], 2)
+    return head + content + struct.pack("<q", numbers.size) + numbers.tobytes()
+
+
+class TestConvert(Test):
+    def run_script(self, *arguments: str) -> str:
+        with patch("sys.argv", ["convert.py", *arguments]):
+            with redirect_stdout(io.StringIO()) as output:
+                convert.main()
+        return output.getvalue()
+
+    def test_round_trip(self):
+        for name in TRANSFORMERS + AUDIOCRAFT:
+            source, target = REFERENCE / name, self.folder / name
+            self.run_script(
+                "--hf-path",
+                str(source),
+                "--mlx-path",
+                str(target),
+                "--dtype",
+                "float32",
+            )
+            self.assertEqual(
+                sorted(path.name for path in target.iterdir()),
+                ["config.json", "model.safetensors", "spiece.model"],
+            )
+            before, after = (MusicGen.from_pretrained(p) for p in (source, target))
+            options = dict(prompts=["drums", "piano"], duration=0.2, seed=3)
+            audio = before.generate(**options)
+            self.assertSame(audio, after.generate(**options))
+
+    def test_dtype(self):
+        target = self.folder / "half"
+        self.run_script(
+            "--hf-path",
+            str(REFERENCE / "mono-transformers"),
+            "--mlx-path",
+            str(target),
+            "--dtype",
+            "bfloat16",
+        )
+        weights = mx.load(str(target / "model.safetensors"))
+        for name, weight in weights.items():
+            ours = mx.bfloat16 if name.startswith("decoder.") else mx.float32
+            self.assertEqual(weight.dtype, ours, name)
+        _, stored = musicgen.load_transformers(target)
+        self.assertEqual(stored, mx.bfloat16)
+
+    def test_refuses_to_overwrite(self):
+        source = str(REFERENCE / "mono-transformers")
+        with self.assertRaisesRegex(SystemExit, "exists already"):
+            self.run_script("--hf-path", source, "--mlx-path", str(self.folder))
+        with self.assertRaisesRegex(SystemExit, "must exist"):
+            self.run_script("--hf-path", source, "--mlx-path", str(self.folder / "a/b"))
+
+    def test_interrupted_leaves_nothing(self):
+        target = self.folder / "new"
+        with patch("convert.json.dumps", side_effect=KeyboardInterrupt):
+            with self.assertRaises(KeyboardInterrupt):
+                convert.convert(
+                    str(REFERENCE / "mono-transformers"), target, mx.float16
+                )
+        self.assertEqual(list(self.folder.iterdir()), [])
+
+    def test_upload(self):
+        target = self.folder / "new"
+        with patch("huggingface_hub.HfApi") as api:
+            self.run_script(
+                "--hf-path",
+                str(REFERENCE / "mono-transformers"),
+                "--mlx-path",
+                str(target),
+                "--upload-repo",
+                "someone/model",
+            )
+        api().create_repo.assert_called_once_with("someone/model", exist_ok=True)
+        card = (target / "README.md").read_text()
+        self.assertIn("license: cc-by-nc-4.0", card)
+        self.assertIn("--model someone/model", card)
+
+
+class TestCommandLine(Test):
+    model = str(REFERENCE / "stereo-audiocraft")
+
+    def run_script(self, *arguments: str) -> tuple[int, str, str]:
+        """Exit status, standard output and standard error."""
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(
+            io.StringIO()
+        ) as err:
+            with patch("sys.argv", ["generate.py", *map(str, arguments)]):
+                try:
+                    generate.main()
+                    status = 0
+                except SystemExit as stop:
+                    status = stop.code
+                    if isinstance(status, str):  # as the interpreter does
+                        print(status, file=sys.stderr)
+                        status = 1
+        return status, out.getvalue(), err.getvalue()
+
+    def test_end_to_end(self):
+        output = self.folder / "music.wav"
+        command = [sys.executable, "generate.py", "-p", "drums", "--model", self.model]
+        command += ["--duration", "0.5", "--seed", "4", "--output", str(output)]
+        result = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertRegex(
+            result.stdout, r"^.*music.wav: 0.50 s of audio in .* seed 4\n$"
+        )
+        self.assertIn("28/28", result.stderr)  # 25 frames and 3 steps of delay
+        audio, rate = soundfile.read(output)
+        self.assertEqual((audio.shape, rate), ((16000, 2), 32000))
+        model = MusicGen.from_pretrained(self.model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            save_audio(
+                self.folder / "same.wav",
+                model.generate("drums", duration=0.5, seed=4)[0],
+                32000,
+            )
+        self.assertEqual(output.read_bytes(), (self.folder / "same.wav").read_bytes())
+
+    def test_wrong_command_lines(self):
+        good = ["--prompt", "a", "--output", self.folder / "out.wav"]
+        for bad, pattern in (
+            (["--duration", "0"], "duration must"),
+            (["--duration", "-3"], "duration must"),
+            (["--duration", "nan"], "duration must"),
+            (["--duration", "31"], "duration must"),
+            (["--duration", "x"], "duration: invalid"),
+            (["--top-k", "0"], "top_k must"),
+            (["--top-k", "2049"], "top_k must"),
+            (["--top-p", "1.5"], "top_p must"),
+            (["--top-p", "-1"], "top_p must"),
+            (["--temp", "-1"], "temp must"),
+            (["--guidance-coef", "nan"], "guidance_coef must"),
+            (["--seed", "-1"], "seed must"),
+            (["--dtype", "int8"], "invalid choice"),
+            (["--nonsense"], "unrecognized"),
+            (["--model", "smal"], "must be one of small"),
+            (["--output", "out.xyz"], "must end in one of"),
+        ):
+            with self.subTest(bad):
+                status, out, err = self.run_script(*good, *bad)
+                self.assertEqual((status, out), (2, ""))
+                self.assertRegex(err, rf"^generate.py: error: .*{pattern}.*\n$")
+        self.assertEqual(self.run_script()[0], 2)
+
+    def test_what_else_goes_wrong(self):
+        empty = self.folder / "empty"
+        empty.mkdir()
+        damaged = self.copy("stereo-audiocraft")
+        (damaged / "state_dict.bin").write_bytes(b"PK\x03\x04 and nothing more")
+        for arguments, pattern in (
+            (["--output", self.folder / "no/out.wav"], "must exist"),
+            (["--output", empty / ".wav" / "x.wav"], "must exist"),
+            (["--model", empty], "must hold state_dict.bin"),
+            (["--model", damaged], "state_dict.bin is not a checkpoint"),
+        ):
+            with self.subTest(pattern):
+                output = ["--output", self.folder / "out.wav", "--prompt", "a"]
+                status, out, err = self.run_script(*output, *arguments)
+                self.assertEqual((status, out), (1, ""))
+                self.assertRegex(err, rf"^generate.py: error: .*{pattern}.*\n$")
+        self.assertFalse((self.folder / "out.wav").exists())
+
+    def test_help_names_every_unit(self):
+        status, out, _ = self.run_script("--help")
+        self.assertEqual(status, 0)
+        for flag in (
+            "--prompt",
+            "--model",
+            "--duration",
+            "--temp",
+            "--top-k",
+            "--top-p",
+            "--guidance-coef",
+            "--seed",
+            "--output",
+            "--dtype",
+        ):
+            self.assertIn(flag, out)
+        self.assertIn("seconds", out)
+
+
+if __name__ == "__main__":
+    unittest.main()
