@@ -82,7 +82,7 @@ class TestTokenizer(Test):
     def test_published_ids(self):
         cases = HERE.parent / "shared" / "t5" / "cases.json"
         if not cases.is_file():
-            self.skipTest(f"{cases} is not there")
+            skip(self, f"{cases} is not there")
         tokenizer = Tokenizer(real_spiece(self))
         for case in json.loads(cases.read_text())["cases"]:
             self.assertEqual(tokenizer.encode(case["text"]), case["ids"], case)
@@ -119,7 +119,12 @@ def real_spiece(test: unittest.TestCase) -> Path:
         return shared
     if isinstance(cached, str):
         return Path(cached)
-    test.skipTest(f"no spiece.model in {shared.parent} or the Hub's cache")
+    skip(test, f"no spiece.model in {shared.parent} or the Hub's cache")
+
+
+def skip(test: unittest.TestCase, reason: str) -> None:
+    print(f"\nskipped {test.id()}: {reason}", file=sys.stderr)
+    test.skipTest(reason)
 
 
 class TestT5(Test):
@@ -567,7 +572,7 @@ class TestPublishedCheckpoints(Test):
     def test_manifests_equal_the_full_ones(self):
         folder = HERE.parent / "shared" / "checkpoints"
         if not folder.is_dir():
-            self.skipTest(f"{folder} is not there")
+            skip(self, f"{folder} is not there")
         for name in manifests.MUSICGEN:
             full = json.loads((folder / f"{name}.audiocraft.json").read_text())
             full = full["state_dict.bin"]["best_state"]
