@@ -12,7 +12,7 @@ import time
 import warnings
 
 import mlx.core as mx
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils import logging, tqdm
 
 from encodec import check_audio_path, check_suffix, save_audio
 from musicgen import MODELS, MusicGen, check_name, check_options, row_seeds
@@ -107,6 +107,7 @@ def warn(message: Warning | str, *_) -> None:
 def main() -> None:
     args = parse_arguments()
     warnings.showwarning = warn
+    logging.set_verbosity_error()  # the Hub's retries; the end result is reported
     try:
         run(args)
     except (OSError, ValueError) as error:

@@ -424,6 +424,12 @@ class TestSampling(Test):
         self.check([0, 1], temp=0.5, top_p=0.9, top_k=1)  # and top_k is ignored
         self.check([0, 1, 2, 3, 4, 5], top_p=1.0)
 
+    def test_top_p_reached_exactly(self):
+        # audiocraft drops what comes after more than p: here half is no more.
+        self.logits = mx.array([0.0, 0.0, -100.0, -100.0, -100.0, -100.0])
+        self.check([0, 1], top_p=0.5)
+        self.check([0], top_p=0.49)
+
     def test_greedy(self):
         self.assertEqual(self.frequencies(draws=3, temp=0).tolist(), [1, 0, 0, 0, 0, 0])
 
@@ -471,6 +477,32 @@ class TestGenerate(Test):
         self.assertSame(listed[1], batch[1])
         self.assertNotEqual(batch[0].tolist(), batch[3].tolist())
 
+    def test_no_guidance_by_the_text_is_the_null_rows(self):
+        model = MusicGen.from_pretrained(REFERENCE / "mono-audiocraft")
+        null = model.generate_codes("", duration=0.3, temp=0, guidance_coef=1)
+        guided = model.generate_codes("drums", duration=0.3, temp=0, guidance_coef=0)
+        self.assertSame(guided, null)
+        empty = model.generate_codes("", duration=0.3, temp=0, guidance_coef=3)
+        self.assertSame(empty, null)
+        _, mask = model.encode_text(["", "drums"], with_null=False)
+        self.assertSame(mask.any(axis=1), [False, True])
+
+    def test_every_step_draws_anew(self):
+        model = MusicGen.from_pretrained(REFERENCE / "mono-audiocraft")
+        model.decoder.linears.weight *= 0  # all codes equally likely
+        codes = np.array(model.generate_codes("a", duration=1.0, top_k=64, seed=0))
+        for k in range(4):
+            self.assertGreater(len(np.unique(codes[0, :, k])), 20)
+
+    def test_dtype_on_a_gpu(self):
+        with patch("musicgen.mx.default_device", return_value=mx.gpu):
+            for name in ("mono-audiocraft", "mono-transformers"):
+                model = MusicGen.from_pretrained(REFERENCE / name)
+                self.assertEqual(model.decoder.dtype, mx.float16)
+                for part in (model.text_encoder, model.audio_encoder):
+                    dtypes = {w.dtype for _, w in tree_flatten(part.parameters())}
+                    self.assertEqual(dtypes, {mx.float32})
+
     def test_shapes(self):
         model = MusicGen.from_pretrained(REFERENCE / "stereo-transformers")
         audio = model.generate(["a", "b"], duration=0.239, seed=0)
@@ -489,9 +521,11 @@ class TestGenerate(Test):
 
     def test_long_prompt_is_cut_with_a_warning(self):
         model = MusicGen.from_pretrained(REFERENCE / "mono-transformers")
+        prompt = "drums " * 600
+        ids = model.tokenizer.encode(prompt)[:511] + [1]
         with self.assertWarnsRegex(UserWarning, "T5 takes 512"):
-            text, mask = model.encode_text(["drums " * 600], with_null=False)
-        self.assertEqual(mask.shape, (1, 512))
+            text, mask = model.encode_text([prompt], with_null=False)
+        self.assertSame(text, model.text_encoder.encode([ids])[0])
         self.assertTrue(mask.all().item())
 
     def test_bad_options(self):
@@ -658,6 +692,19 @@ class TestLoading(Test):
             self.fails(key, folder)
             path.write_text(json.dumps({k: v for k, v in config.items() if k != part}))
             self.fails(part, folder)
+
+    def test_settings_of_the_bin_are_heeded(self):
+        settings = {
+            "codebooks_pattern.delay.delays": ["0", "2", "4", "6"],
+            "transformer_lm.num_heads": "4",
+            "dataset.segment_duration": "12",
+        }
+        with patch.object(convert, "read_yaml", return_value=settings):
+            model = MusicGen.from_pretrained(REFERENCE / "mono-audiocraft")
+        self.assertEqual(model.config.decoder.delays, (0, 2, 4, 6))
+        self.assertEqual(model.config.decoder.num_attention_heads, 4)
+        self.assertEqual(model.config.max_duration, 12)
+        self.assertEqual(model.generate_codes("a", duration=0.1).shape, (1, 5, 4))
 
     def test_melody_in_audiocraft_layout(self):
         name = "condition_provider.conditioners.self_wav.output_proj.weight"
