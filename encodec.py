@@ -216,17 +216,44 @@ class ConvTranspose1d(nn.Module):
         return x[:, self._trim_left : x.shape[1] - self._trim_right]
 
 
+@mx.compile
+def lstm_cell(gates: mx.array, cell: mx.array) -> tuple[mx.array, mx.array]:
+    """Next hidden and cell state (B, D) from the gates (B, 4 D): in, forget, new, out."""
+    i, f, g, o = mx.split(gates, 4, axis=-1)
+    cell = mx.sigmoid(f) * cell + mx.sigmoid(i) * mx.tanh(g)
+    return mx.sigmoid(o) * mx.tanh(cell), cell
+
+
+class LSTMLayer(nn.LSTM):
+    """MLX's LSTM in two operations a step, one of them a compiled kernel.
+
+    `nn.LSTM` takes twelve. On a GPU their number decides, for each is tiny.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        B, T, _ = x.shape
+        inputs = mx.addmm(self.bias, x, self.Wx.T)
+        hidden = cell = mx.zeros((B, self.hidden_size), x.dtype)
+        steps = []
+        for t in range(T):
+            gates = mx.addmm(inputs[:, t], hidden, self.Wh.T)
+            hidden, cell = lstm_cell(gates, cell)
+            steps.append(hidden)
+        return mx.stack(steps, axis=1)
+
+
 class LSTM(nn.Module):
     """Stacked LSTM over time with a skip connection around the whole stack."""
 
     def __init__(self, config: EncodecConfig, channels: int):
         super().__init__()
-        self.lstm = [nn.LSTM(channels, channels) for _ in range(config.num_lstm_layers)]
+        layers = range(config.num_lstm_layers)
+        self.lstm = [LSTMLayer(channels, channels) for _ in layers]
 
     def __call__(self, x: mx.array) -> mx.array:
         hidden = x
         for layer in self.lstm:
-            hidden, _ = layer(hidden)
+            hidden = layer(hidden)
         return hidden + x
 
 
@@ -262,6 +289,18 @@ class Stack(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+def upsampling_reach(config: EncodecConfig) -> int:
+    """Frames to either side on which a sample depends, after the LSTM."""
+    reach, rate = 0.0, 1
+    for ratio in config.upsampling_ratios:
+        reach += 1 / rate  # a transposed convolution sees a neighbour
+        rate *= ratio
+        for i in range(config.num_residual_layers):
+            dilation = config.dilation_growth_rate**i
+            reach += (config.residual_kernel_size - 1) * dilation / rate
+    return math.ceil(reach + (config.last_kernel_size - 1) / rate)
 
 
 def residual_blocks(config: EncodecConfig, channels: int) -> list[nn.Module]:
@@ -412,8 +451,36 @@ class Encodec(nn.Module):
 
     def decode_chunk(self, codes: mx.array, scale: mx.array | None = None) -> mx.array:
         """Audio (B, T * hop_length, C) of codes (B, T, K)."""
-        audio = self.decoder(self.quantizer.decode(codes))
+        embeddings = self.quantizer.decode(codes)
+        if self.config.norm_type == "weight_norm":
+            audio = self._decode_in_pieces(embeddings)
+        else:  # group norm looks at the whole; such a codec has short chunks
+            audio = self.decoder(embeddings)
         return audio if scale is None else audio * scale
+
+    def _decode_in_pieces(self, x: mx.array, frames: int = 100) -> mx.array:
+        """The decoder on (B, T, D), upsampling `frames` at a time to save memory.
+
+        First convolution and LSTM see all frames. The layers after them reach
+        over few, so each piece takes those along on both sides and drops the
+        samples they make: the rest is what one pass over all would give.
+        """
+        first, lstm, *upsampling = self.decoder.layers
+        x = lstm(first(x))
+        T, hop, reach = (
+            x.shape[1],
+            self.config.hop_length,
+            upsampling_reach(self.config),
+        )
+        pieces = []
+        for start in range(0, T, frames):
+            left, stop = max(start - reach, 0), min(start + frames, T)
+            piece = x[:, left : stop + reach]
+            for layer in upsampling:
+                piece = layer(piece)
+            pieces.append(piece[:, (start - left) * hop : (stop - left) * hop])
+            mx.async_eval(pieces[-1])
+        return mx.concatenate(pieces, axis=1)
 
     @staticmethod
     def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:

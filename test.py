@@ -26,6 +26,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import soundfile
 from huggingface_hub import try_to_load_from_cache
@@ -213,6 +214,19 @@ class TestEncodec(Test):
             right = stride if causal else stride // 2
             plain = plain[:, stride - right : plain.shape[1] - right]
             self.assertClose(layer(x), plain + layer.conv.bias, 1e-5)
+
+    def test_lstm(self):
+        mx.random.seed(0)
+        layer, x = encodec.LSTMLayer(6, 6), mx.random.normal((2, 9, 6))
+        self.assertClose(layer(x), nn.LSTM.__call__(layer, x)[0], 1e-6)
+
+    def test_pieces_equal_the_whole(self):
+        for name in ("encodec_24khz", "encodec_32khz"):
+            model = Encodec.from_pretrained(REFERENCE / name)
+            x = mx.random.normal((2, 23, 16))
+            whole = model.decoder(x)
+            for frames in (1, 4, 22, 23, 100):
+                self.assertClose(model._decode_in_pieces(x, frames), whole, 1e-6)
 
     def test_bad_input(self):
         model = Encodec.from_pretrained(REFERENCE / "encodec_24khz")
