@@ -128,60 +128,40 @@ class KVCache:
         self._buffer = mx.zeros((2, rows, heads, steps, width), dtype)
         self.offset = 0
 
-    def update(self, keys_values: mx.array) -> mx.array:
-        """Append (2, R, H, S, d); returns all that is there, in the same form."""
+    def update(self, keys_values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append (2, R, H, S, d); returns all keys and all values (R, H, S', d)."""
         end = self.offset + keys_values.shape[3]
         self._buffer[:, :, :, self.offset : end] = keys_values
         self.offset = end
-        return self._buffer[:, :, :, :end]
+        return self._buffer[0, :, :, :end], self._buffer[1, :, :, :end]
 
 
 class Conditioning(NamedTuple):
     """What stays the same over a whole generation."""
 
-    memory: list[mx.array]  # per layer, keys and values of the text (2, R, H, L, d)
+    memory: list[tuple[mx.array, mx.array]]  # text keys and values (R, H, L, d)
     mask: mx.array | None  # (R, 1, 1, L), added to the scores; None: all attended
     positions: mx.array  # (S, D)
 
 
-class SelfAttention(nn.Module):
-    def __init__(self, config: DecoderConfig):
-        super().__init__()
-        D = config.hidden_size
-        self._heads = config.num_attention_heads
-        self.in_proj = nn.Linear(D, 3 * D, bias=False)  # queries, keys, values
-        self.out_proj = nn.Linear(D, D, bias=False)
-
-    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
-        R, S, D = x.shape
-        qkv = self.in_proj(x).reshape(R, S, 3, self._heads, -1)
-        qkv = qkv.transpose(2, 0, 3, 1, 4)  # (R, S, 3, H, d) -> (3, R, H, S, d)
-        queries, (keys, values) = qkv[0], cache.update(qkv[1:])
-        mask = "causal" if S > 1 else None
-        return self.out_proj(attend(queries, keys, values, mask))
+# cublasLt, which MLX's CUDA build asks for a product with several rows, costs the
+# host 16 to 26 microseconds a call; the same product as matrix times columns is one
+# kernel of 8 to 13. Beyond a few rows reading the matrix again for each loses that.
+MAX_COLUMNS = 8 if mx.cuda.is_available() else 0
 
 
-class CrossAttention(nn.Module):
-    def __init__(self, config: DecoderConfig):
-        super().__init__()
-        D = config.hidden_size
-        self._heads = config.num_attention_heads
-        self.q_proj = nn.Linear(D, D, bias=False)
-        self.kv_proj = nn.Linear(D, 2 * D, bias=False)  # keys, values
-        self.out_proj = nn.Linear(D, D, bias=False)
-
-    def keys_values(self, text: mx.array) -> mx.array:
-        """Text states (R, L, D) -> (2, R, H, L, d)."""
-        R, L, _ = text.shape
-        kv = self.kv_proj(text).reshape(R, L, 2, self._heads, -1)
-        return kv.transpose(2, 0, 3, 1, 4)
-
-    def __call__(
-        self, x: mx.array, memory: mx.array, mask: mx.array | None
-    ) -> mx.array:
-        R, S, D = x.shape
-        queries = self.q_proj(x).reshape(R, S, self._heads, -1).swapaxes(1, 2)
-        return self.out_proj(attend(queries, memory[0], memory[1], mask))
+def project(layer: nn.Module, x: mx.array, residual: mx.array | None = None):
+    """`layer(x)`, plus `residual`: (R, S, D) -> (R, S, D') in the fewest operations."""
+    R, S, _ = x.shape
+    if isinstance(layer, nn.QuantizedLinear):
+        y = layer(x)
+    elif S == 1 < R <= MAX_COLUMNS:
+        y = (layer.weight @ x.swapaxes(1, 2)).swapaxes(1, 2)
+    elif residual is None:
+        return layer(x)
+    else:
+        return mx.addmm(residual, x, layer.weight.T)
+    return y if residual is None else residual + y
 
 
 def attend(
@@ -195,7 +175,49 @@ def attend(
     return x.swapaxes(1, 2).reshape(R, S, H * width)
 
 
+class SelfAttention(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        D = config.hidden_size
+        self._heads = config.num_attention_heads
+        self.in_proj = nn.Linear(D, 3 * D, bias=False)  # queries, keys, values
+        self.out_proj = nn.Linear(D, D, bias=False)
+
+    def queries_keys_values(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """(R, S, D) -> queries (R, H, S, d), keys and values (2, R, H, S, d)."""
+        R, S, D = x.shape
+        q, kv = mx.split(project(self.in_proj, x), [D], axis=-1)
+        q = q.reshape(R, S, self._heads, -1).swapaxes(1, 2)
+        kv = kv.reshape(R, S, 2, self._heads, -1)
+        return q, kv.transpose(2, 0, 3, 1, 4)  # (R, S, 2, H, d) -> (2, R, H, S, d)
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        D = config.hidden_size
+        self._heads = config.num_attention_heads
+        self.q_proj = nn.Linear(D, D, bias=False)
+        self.kv_proj = nn.Linear(D, 2 * D, bias=False)  # keys, values
+        self.out_proj = nn.Linear(D, D, bias=False)
+
+    def queries(self, x: mx.array) -> mx.array:
+        """(R, S, D) -> (R, H, S, d)."""
+        R, S, _ = x.shape
+        return project(self.q_proj, x).reshape(R, S, self._heads, -1).swapaxes(1, 2)
+
+    def keys_values(self, text: mx.array) -> tuple[mx.array, mx.array]:
+        """Text states (R, L, D) -> keys and values (R, H, L, d)."""
+        R, L, _ = text.shape
+        return tuple(
+            part.reshape(R, L, self._heads, -1).swapaxes(1, 2)
+            for part in mx.split(self.kv_proj(text), 2, axis=-1)
+        )
+
+
 class Layer(nn.Module):
+    """One layer, in two parts: what goes before the self-attention, and after."""
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
         D = config.hidden_size
@@ -207,12 +229,30 @@ class Layer(nn.Module):
         self.linear1 = nn.Linear(D, config.ffn_dim, bias=False)
         self.linear2 = nn.Linear(config.ffn_dim, D, bias=False)
 
-    def __call__(
-        self, x: mx.array, memory: mx.array, mask: mx.array | None, cache: KVCache
+    def before(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Queries (R, H, S, d), keys and values (2, R, H, S, d) of x (R, S, D)."""
+        return self.self_attn.queries_keys_values(self.norm1(x))
+
+    def after(
+        self,
+        x: mx.array,
+        attended: mx.array,
+        memory: tuple[mx.array, mx.array],
+        mask: mx.array | None,
     ) -> mx.array:
-        x = x + self.self_attn(self.norm1(x), cache)
-        x = x + self.cross_attention(self.norm_cross(x), memory, mask)
-        return x + self.linear2(nn.gelu(self.linear1(self.norm2(x))))
+        """The layer's output (R, S, D), from what its self-attention gave."""
+        x = project(self.self_attn.out_proj, attended, x)
+        queries = self.cross_attention.queries(self.norm_cross(x))
+        attended = attend(queries, *memory, mask)
+        x = project(self.cross_attention.out_proj, attended, x)
+        hidden = nn.gelu(project(self.linear1, self.norm2(x)))
+        return project(self.linear2, hidden, x)
+
+
+def attend_past(cache: KVCache, queries: mx.array, keys_values: mx.array) -> mx.array:
+    """Append keys and values to the cache, and attend all that is in it."""
+    mask = "causal" if queries.shape[2] > 1 else None
+    return attend(queries, *cache.update(keys_values), mask)
 
 
 def sinusoids(steps: int, width: int) -> mx.array:
@@ -265,17 +305,62 @@ class Decoder(nn.Module):
         width = self.config.hidden_size // H
         return [KVCache(rows, H, steps, width, self.dtype) for _ in self.layers]
 
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Sum of the codebooks' embeddings: (R, S, K) -> (R, S, D)."""
+        return self.emb(tokens + self._tables).sum(axis=2)
+
+    def logits(self, x: mx.array) -> mx.array:
+        """(R, S, D) -> (R, S, K, V)."""
+        R, S, _ = x.shape
+        x = project(self.linears, self.out_norm(x))
+        return x.reshape(R, S, self.config.num_codebooks, -1)
+
     def __call__(
         self, tokens: mx.array, conditioning: Conditioning, cache: list[KVCache]
     ) -> mx.array:
         """Logits (R, S, K, V) of what follows `tokens` (R, S, K)."""
-        R, S, K = tokens.shape
+        memory, mask, positions = conditioning
         start = cache[0].offset
-        x = self.emb(tokens + self._tables).sum(axis=2)  # (R, S, K, D) -> (R, S, D)
-        x = x + conditioning.positions[start : start + S]
-        for layer, memory, past in zip(self.layers, conditioning.memory, cache):
-            x = layer(x, memory, conditioning.mask, past)
-        return self.linears(self.out_norm(x)).reshape(R, S, K, -1)
+        x = self.embed(tokens) + positions[start : start + tokens.shape[1]]
+        for layer, text, past in zip(self.layers, memory, cache):
+            x = layer.after(x, attend_past(past, *layer.before(x)), text, mask)
+        return self.logits(x)
+
+    def compile(
+        self, conditioning: Conditioning, cache: list[KVCache]
+    ) -> Callable[[mx.array], mx.array]:
+        """A faster `self` for single steps: tokens (R, 1, K) -> logits (R, 1, K, V).
+
+        All between two self-attentions is compiled, so that Python does not build
+        its graph anew in every step; the attention's own shape grows.
+        """
+        (memory, mask, positions), layers = conditioning, self.layers
+
+        @mx.compile
+        def enter(tokens: mx.array, position: mx.array):
+            x = self.embed(tokens) + position
+            return x, *layers[0].before(x)
+
+        def between(i: int):
+            def run(x: mx.array, attended: mx.array):
+                x = layers[i].after(x, attended, memory[i], mask)
+                return x, *layers[i + 1].before(x)
+
+            return mx.compile(run)
+
+        @mx.compile
+        def leave(x: mx.array, attended: mx.array):
+            return self.logits(layers[-1].after(x, attended, memory[-1], mask))
+
+        segments = [between(i) for i in range(len(layers) - 1)]
+
+        def step(tokens: mx.array) -> mx.array:
+            x, *qkv = enter(tokens, positions[cache[0].offset])
+            for past, segment in zip(cache, segments):
+                x, *qkv = segment(x, attend_past(past, *qkv))
+            return leave(x, attend_past(cache[-1], *qkv))
+
+        return step
 
     @staticmethod
     def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -532,22 +617,27 @@ class MusicGen(nn.Module):
         frames = int(duration * self.frame_rate)
         seeds = row_seeds(seed, len(prompts))
 
-        decoder, delays = self.decoder, self.config.decoder.delays
+        delays = self.config.decoder.delays
         holds_code = delay_mask(frames, delays)
         S, B, K = len(holds_code), len(prompts), len(delays)
         text, mask = self.encode_text(prompts, with_null=guidance_coef != 1)
-        conditioning = decoder.condition(text, mask, S)
-        cache = decoder.make_cache(len(text), S)
-        sample, keys = make_sampler(**options), sampling_keys(seeds, S)
-        blank = mx.array(self.config.decoder.vocab_size, mx.uint32)
-        tokens = mx.broadcast_to(blank, (B, 1, K))
+        conditioning = self.decoder.condition(text, mask, S)
+        cache = self.decoder.make_cache(len(text), S)
+        advance = self.decoder.compile(conditioning, cache)
+        sample, blank = make_sampler(**options), self.config.decoder.vocab_size
+
+        @mx.compile
+        def choose(logits: mx.array, keys: mx.array, holds_code: mx.array) -> mx.array:
+            tokens = sample(guide(logits, guidance_coef), keys)
+            return mx.where(holds_code, tokens, blank)
+
+        tokens = mx.full((B, 1, K), blank, mx.uint32)
         steps = []
-        for step in range(S):
+        for step, keys in enumerate(sampling_keys(seeds, S)):
             if callback:
                 callback(step, S)
             rows = mx.concatenate([tokens] * (len(text) // B))  # (2B, 1, K)
-            logits = guide(decoder(rows, conditioning, cache), guidance_coef)
-            tokens = mx.where(holds_code[step], sample(logits, keys[step]), blank)
+            tokens = choose(advance(rows), keys, holds_code[step])
             mx.async_eval(tokens)
             steps.append(tokens)
         return undelay(mx.concatenate(steps, axis=1), delays)

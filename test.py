@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -337,6 +338,36 @@ class TestDecoder(Test):
             steps.append(decoder(tokens[:, start:stop], conditioning, cache))
         self.assertClose(mx.concatenate(steps, axis=1), whole, 1e-5)
 
+    def test_compiled_steps_equal_the_plain_ones(self):
+        # float16 and bfloat16 round after each operation, and compiled code after
+        # fewer: two units in the last place of the largest logits.
+        tolerances = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 2e-2}
+        for dtype, tolerance in tolerances.items():
+            decoder, conditioning, tokens = random_decoder(dtype)
+            cache = decoder.make_cache(2, 9)
+            step = decoder.compile(conditioning, decoder.make_cache(2, 9))
+            for i in range(9):
+                plain = decoder(tokens[:, i : i + 1], conditioning, cache)
+                fast = step(tokens[:, i : i + 1])
+                self.assertClose(
+                    fast.astype(mx.float32), plain.astype(mx.float32), tolerance
+                )
+
+    def test_products_as_columns(self):
+        layer, x = nn.Linear(6, 4, bias=False), mx.random.normal((2, 1, 6))
+        plain = layer(x)
+        residual = mx.random.normal((2, 1, 4))
+        for limit in (0, 8):
+            with patch("musicgen.MAX_COLUMNS", limit):
+                self.assertClose(musicgen.project(layer, x), plain, 1e-6)
+                both = musicgen.project(layer, x, residual)
+                self.assertClose(both, plain + residual, 1e-6)
+
+    def test_operations_per_layer(self):
+        # Each costs the host some microseconds, whatever its size.
+        counts = [operations_per_step(layers) for layers in (2, 3)]
+        self.assertLessEqual(counts[1] - counts[0], 14)
+
     def test_one_dtype(self):
         for dtype in (mx.float16, mx.bfloat16):
             decoder, conditioning, tokens = random_decoder(dtype)
@@ -344,7 +375,7 @@ class TestDecoder(Test):
             logits = decoder(tokens, conditioning, cache)
             late = cache[-1].update(mx.zeros((2, 2, 2, 0, 8), dtype))
             memory, mask, positions = conditioning
-            for array in (logits, late, memory[-1], mask, positions):
+            for array in (logits, *late, *memory[-1], mask, positions):
                 self.assertEqual(array.dtype, dtype)
 
     def test_empty_text_adds_nothing(self):
@@ -380,6 +411,46 @@ def random_decoder(dtype: mx.Dtype = mx.float32):
     mask = mx.arange(5) < mx.array([[3], [5]])
     conditioning = decoder.condition(mx.random.normal((2, 5, 12)), mask, 9)
     return decoder, conditioning, mx.random.randint(0, 11, (2, 9, 4))
+
+
+VIEWS = {
+    "Broadcast",
+    "ExpandDims",
+    "Flatten",
+    "Reshape",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "Transpose",
+    "Unflatten",
+}
+
+
+def operations_per_step(layers: int) -> int:
+    """Operations, views aside, in the graph of one step of a decoder.
+
+    MLX fuses attention and norm on GPUs only; here one operation stands for each.
+    """
+    config = musicgen.DecoderConfig(64, 128, layers, 2, 256)
+    decoder = musicgen.Decoder(config, text_width=12)
+    text, mask = mx.zeros((2, 5, 12)), mx.ones((2, 5), mx.bool_)
+    conditioning = decoder.condition(text, mask, 4)
+    cache = decoder.make_cache(2, 4)
+    mx.eval(decoder.parameters(), conditioning, [past._buffer for past in cache])
+
+    def attention(queries, keys, values, scale, mask):
+        return mx.concatenate([queries, keys, values], axis=2)[:, :, :1]
+
+    def norm(x, weight, bias, eps):
+        return mx.softmax(x, axis=-1)
+
+    fast = dict(scaled_dot_product_attention=attention, layer_norm=norm)
+    with patch.multiple("mlx.core.fast", **fast):
+        logits = decoder.compile(conditioning, cache)(mx.zeros((2, 1, 4), mx.int32))
+    graph = io.StringIO()
+    mx.export_to_dot(graph, logits)
+    names = re.findall(r'label ?= ?"([A-Za-z]+)', graph.getvalue())
+    return sum(name not in VIEWS for name in names)
 
 
 class TestDelayPattern(Test):
