@@ -155,6 +155,10 @@ class TestT5(Test):
         with self.assertRaisesRegex(FileNotFoundError, "config.json is missing"):
             T5.from_pretrained(self.folder)
 
+    def test_float32_always(self):
+        weights = T5.sanitize({"shared.weight": mx.zeros((2, 2), mx.float16)})
+        self.assertEqual(weights["shared.weight"].dtype, mx.float32)
+
     def test_demo(self):
         with redirect_stdout(io.StringIO()) as output:
             t5.demo(*T5.from_pretrained(REFERENCE / "t5-gated"), ["a piano"])
@@ -901,6 +905,30 @@ class TestTorchFiles(Test):
             content = tensor_pickle((1,), (1,), size=size)
             self.fails("storage 0 reaches beyond", zip_file(content, numbers))
 
+    def test_parameter(self):
+        tensor = tensor_pickle((2,), (1,))
+        start, stop = tensor.index(b"ctorch._utils"), tensor.rindex(b"s.")
+        wrapped = b"ctorch._utils\n_rebuild_parameter\n(" + tensor[start:stop]
+        content = tensor[:start] + wrapped + b"\x89ccollections\nOrderedDict\n)RtRs."
+        path = self.folder / "x.bin"
+        path.write_bytes(zip_file(content, np.arange(12, dtype=np.float32)))
+        self.assertSame(convert.load_torch(path)["x"], [0, 1])
+
+    def test_refuses_what_torch_does_not_write(self):
+        numbers = np.zeros(12, np.float32)
+        new = b"\x80\x02ccollections\nOrderedDict\n)\x81."
+        self.fails("opcode NEWOBJ", zip_file(new, numbers))
+        floats = tensor_pickle((2,), (1,)).replace(
+            b"(J\x02\0\0\0t", b"(G" + struct.pack(">d", 2) + b"t"
+        )
+        self.fails("a tensor has the shape", zip_file(floats, numbers))
+        content = tensor_pickle((2,), (1,))
+        big = zip_file(content, numbers, {"any/byteorder": "big"})
+        self.fails("little-endian", big)
+        self.fails("neither of torch's", legacy_file(content, numbers, little=False))
+        old = legacy_file(content.replace(b"VIEW", b"K\x01"), numbers)
+        self.fails("unknown kind of storage", old)
+
     def test_runs_nothing(self):
         witness = self.folder / "witness"
 
@@ -1013,18 +1041,20 @@ def tensor_pickle(shape, stride, offset=0, size=12, kind="FloatStorage") -> byte
     )
 
 
-def zip_file(content: bytes, numbers: np.ndarray) -> bytes:
+def zip_file(content: bytes, numbers: np.ndarray, more: dict | None = None) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("any/data.pkl", content.replace(b"VIEW", b""))
         archive.writestr("any/data/0", numbers.tobytes())
         archive.writestr("any/version", "3\n")
+        for name, text in (more or {}).items():
+            archive.writestr(name, text)
     return buffer.getvalue()
 
 
-def legacy_file(content: bytes, numbers: np.ndarray) -> bytes:
+def legacy_file(content: bytes, numbers: np.ndarray, little: bool = True) -> bytes:
     magic = 0x1950A86A20F9469CFC6C
-    header = [magic, 1001, {"little_endian": True, "protocol_version": 1001}]
+    header = [magic, 1001, {"little_endian": little, "protocol_version": 1001}]
     head = b"".join(pickle.dumps(item, 2) for item in header)
     content = content.replace(b"VIEW", b"N") + pickle.dumps(["0"], 2)
     return head + content + struct.pack("<q", numbers.size) + numbers.tobytes()
@@ -1090,6 +1120,18 @@ class TestConvert(Test):
                 )
         self.assertEqual(list(self.folder.iterdir()), [])
 
+    def test_appears_whole_or_not_at_all(self):
+        target, written = self.folder / "new", convert.save
+
+        def save(model: MusicGen, folder: Path) -> None:
+            written(model, folder)
+            self.assertFalse(target.exists())
+
+        with patch("convert.save", save):
+            source = str(REFERENCE / "mono-transformers")
+            convert.convert(source, target, mx.float16)
+        self.assertTrue((target / "config.json").is_file())
+
     def test_upload(self):
         target = self.folder / "new"
         with patch("huggingface_hub.HfApi") as api:
@@ -1147,6 +1189,36 @@ class TestCommandLine(Test):
                 32000,
             )
         self.assertEqual(output.read_bytes(), (self.folder / "same.wav").read_bytes())
+
+    def test_flags_reach_the_model(self):
+        output = self.folder / "out.wav"
+        flags = "--duration 0.1 --temp 0.5 --top-k 9 --top-p 0.7 --guidance-coef 2"
+        arguments = ["-p", "a", "--output", output, "--model", self.model]
+        arguments += flags.split() + ["--dtype", "bfloat16"]
+        seeds = []
+
+        def generate_codes(model, prompt, callback, seed, **options):
+            seeds.append(seed)
+            self.assertEqual(model.decoder.dtype, mx.bfloat16)
+            want = dict(duration=0.1, temp=0.5, top_k=9, top_p=0.7, guidance_coef=2)
+            self.assertEqual((prompt, options), ("a", want))
+            return mx.zeros((1, 5, 8), mx.int32)
+
+        with patch.object(MusicGen, "generate_codes", generate_codes):
+            for _ in range(2):
+                self.assertEqual(self.run_script(*arguments)[0], 0)
+        self.assertNotEqual(*seeds)
+
+    def test_warnings_take_one_line(self):
+        loud = mx.full((1, 640, 2), 3.0)
+        with patch.object(MusicGen, "decode", return_value=loud):
+            output = ["--output", self.folder / "out.wav", "--duration", "0.02"]
+            _, _, err = self.run_script("-p", "a", "--model", self.model, *output)
+        self.assertRegex(err, r"(?m)^generate.py: warning: .*scaled down.*$")
+
+    def test_interrupt(self):
+        with patch("generate.run", side_effect=KeyboardInterrupt):
+            self.assertEqual(self.run_script("-p", "a", "--model", self.model)[0], 130)
 
     def test_wrong_command_lines(self):
         good = ["--prompt", "a", "--output", self.folder / "out.wav"]
