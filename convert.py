@@ -283,8 +283,16 @@ The weights are Meta's, under CC-BY-NC 4.0.
 """
 
 
-def convert(source: str, target: Path, dtype: mx.Dtype) -> None:
+def convert(
+    source: str,
+    target: Path,
+    dtype: mx.Dtype,
+    q_bits: int | None = None,
+    q_group_size: int = 64,
+) -> None:
     """Write the model `source` (short name, Hub id or folder) to `target`.
+
+    `q_bits` quantizes the decoder's layers, with a scale for `q_group_size` weights.
 
     Raises FileExistsError when `target` is there already. What is written
     appears under its name only when it is whole.
@@ -295,7 +303,7 @@ def convert(source: str, target: Path, dtype: mx.Dtype) -> None:
         raise FileExistsError(f"{target} exists already; choose another folder.")
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"The folder {target.parent} must exist.")
-    model = MusicGen.from_pretrained(source, dtype)
+    model = MusicGen.from_pretrained(source, dtype, q_bits, q_group_size)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         save(model, folder)
@@ -341,12 +349,22 @@ def main() -> None:
         choices=["float16", "bfloat16", "float32"],
         help="of the decoder; T5 and codec stay float32 (default: %(default)s)",
     )
+    add("-q", "--quantize", action="store_true", help="quantize the decoder's layers")
+    add("--q-bits", type=int, default=4, help="bits per weight (default: %(default)s)")
+    add(
+        "--q-group-size",
+        type=int,
+        default=64,
+        help="weights that share a scale: 32, 64 or 128 (default: %(default)s)",
+    )
     add(
         "--upload-repo", help="Hub repository to publish to, such as mlx-community/NAME"
     )
     args = parser.parse_args()
     try:
-        convert(args.hf_path, args.mlx_path, getattr(mx, args.dtype))
+        q_bits = args.q_bits if args.quantize else None
+        dtype = getattr(mx, args.dtype)
+        convert(args.hf_path, args.mlx_path, dtype, q_bits, args.q_group_size)
         print(f"Wrote {args.mlx_path}")
         if args.upload_repo:
             upload(args.mlx_path, args.upload_repo, args.hf_path)

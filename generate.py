@@ -31,6 +31,7 @@ HELP = {
     "0 to 1, instead of the top k; 0 is off (default: %(default)s)",
     "guidance_coef": "weight of the prompt; 1 is no guidance (default: %(default)s)",
     "dtype": "of the decoder (default: float16 on a GPU, float32 on the CPU)",
+    "q_bits": "quantize the decoder's layers while loading: 4 or 8 bits per weight",
 }
 
 
@@ -58,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     add("top_p", type=float, default=0.0)
     add("guidance_coef", type=float, default=3.0)
     add("dtype", choices=["float16", "bfloat16", "float32"])
+    add("q_bits", type=int, choices=[4, 8])
     args = parser.parse_args()
     if args.seed is None:
         args.seed = secrets.randbits(32)
@@ -74,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     check_audio_path(args.output)
     dtype = getattr(mx, args.dtype) if args.dtype else None
-    model = MusicGen.from_pretrained(args.model, dtype)
+    model = MusicGen.from_pretrained(args.model, dtype, args.q_bits)
     options = {name: getattr(args, name) for name in SAMPLING}
 
     start = time.perf_counter()

@@ -101,6 +101,7 @@ class MusicGenConfig:
     text_encoder: T5Config = field(default_factory=T5Config)
     audio_encoder: EncodecConfig = field(default_factory=EncodecConfig)
     max_duration: float = 30.0
+    quantization: dict[str, int] | None = None  # bits and group_size, of the decoder
 
     @classmethod
     def from_dict(cls, config: dict) -> "MusicGenConfig":
@@ -118,6 +119,7 @@ class MusicGenConfig:
             T5Config.from_dict(config["text_encoder"]),
             EncodecConfig.from_dict(config["audio_encoder"]),
             config.get("max_duration", 30.0),
+            config.get("quantization"),
         )
 
 
@@ -362,6 +364,24 @@ class Decoder(nn.Module):
 
         return step
 
+    def quantize(self, bits: int, group_size: int = 64) -> None:
+        """Store the layers' matrices in `bits` bits, with a scale for each group.
+
+        Embeddings and output heads stay as they are: they are small, and an error
+        there is not averaged over a layer. Raises ValueError for what MLX cannot do.
+        """
+        if bits not in (2, 3, 4, 6, 8):
+            raise ValueError(f"q_bits must be 2, 3, 4, 6 or 8, got {bits}.")
+        width = math.gcd(self.config.hidden_size, self.config.ffn_dim)
+        if group_size not in (32, 64, 128) or width % group_size:
+            raise ValueError(
+                "q_group_size must be 32, 64 or 128 and divide the matrices' width, "
+                f"a multiple of {width}; got {group_size}."
+            )
+        for layer in self.layers:
+            nn.quantize(layer, group_size, bits)
+            mx.eval(layer.parameters())  # one layer at a time, to save memory
+
     @staticmethod
     def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """audiocraft's or transformers' names -> ours, with what we fuse fused."""
@@ -563,6 +583,8 @@ class MusicGen(nn.Module):
         self.text_encoder = T5(config.text_encoder)
         self.decoder = Decoder(config.decoder, config.text_encoder.d_model)
         self.audio_encoder = Encodec(config.audio_encoder)
+        if config.quantization:
+            self.decoder.quantize(**config.quantization)
 
     @property
     def sampling_rate(self) -> int:
@@ -690,7 +712,11 @@ class MusicGen(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path_or_repo: str | Path, dtype: mx.Dtype | None = None
+        cls,
+        path_or_repo: str | Path,
+        dtype: mx.Dtype | None = None,
+        q_bits: int | None = None,
+        q_group_size: int = 64,
     ) -> "MusicGen":
         """Load a model by short name ("small"), Hub id or local folder.
 
@@ -698,8 +724,9 @@ class MusicGen(nn.Module):
         that is only named in `encodec_32khz/` (else the Hub is asked for them),
         transformers', or the one `convert.py` writes. `dtype` is the decoder's:
         by default float32 on the CPU, on a GPU what `convert.py` wrote, else
-        float16. T5 and codec are always float32. Raises ValueError or OSError
-        naming the file, tensor or key and what to do.
+        float16. T5 and codec are always float32. `q_bits` quantizes the decoder's
+        layers while loading, unless the folder holds them quantized. Raises
+        ValueError or OSError naming the file, tensor or key and what to do.
         """
         folder = locate(str(path_or_repo))
         if (folder / AUDIOCRAFT_FILES[0]).is_file():
@@ -709,6 +736,9 @@ class MusicGen(nn.Module):
         if dtype is None:
             dtype = stored if mx.default_device() == mx.gpu else mx.float32
         model.decoder.set_dtype(dtype)
+        if q_bits is not None and model.config.quantization is None:
+            model.decoder.quantize(q_bits, q_group_size)
+            model.config.quantization = {"bits": q_bits, "group_size": q_group_size}
         mx.eval(model.parameters())
         return model
 

@@ -1104,6 +1104,37 @@ class TestConvert(Test):
         _, stored = musicgen.load_transformers(target)
         self.assertEqual(stored, mx.bfloat16)
 
+    def test_quantized(self):
+        source = str(REFERENCE / "stereo-transformers")
+        for bits in (4, 8):
+            target = self.folder / f"q{bits}"
+            self.run_script(
+                "--hf-path",
+                source,
+                "--mlx-path",
+                str(target),
+                "--dtype",
+                "float32",
+                "-q",
+                "--q-bits",
+                str(bits),
+                "--q-group-size",
+                "32",
+            )
+            stored = MusicGen.from_pretrained(target)
+            loaded = MusicGen.from_pretrained(source, q_bits=bits, q_group_size=32)
+            self.assertEqual(stored.config.quantization["bits"], bits)
+            for model in (stored, loaded):
+                linear = model.decoder.layers[0].linear1
+                self.assertEqual((linear.bits, linear.group_size), (bits, 32))
+            options = dict(prompts="drums", duration=0.2, temp=0)
+            codes = stored.generate_codes(**options)
+            self.assertSame(codes, loaded.generate_codes(**options))
+        with self.assertRaisesRegex(SystemExit, "q_group_size must be 32"):
+            self.run_script(
+                "--hf-path", source, "--mlx-path", str(self.folder / "x"), "-q"
+            )
+
     def test_refuses_to_overwrite(self):
         source = str(REFERENCE / "mono-transformers")
         with self.assertRaisesRegex(SystemExit, "exists already"):

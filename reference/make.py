@@ -79,7 +79,7 @@ DECODER = {
     "hidden_size": 32,
     "num_attention_heads": 2,
     "num_hidden_layers": 2,
-    "ffn_dim": 48,
+    "ffn_dim": 64,
     "vocab_size": 64,
     "bos_token_id": 64,
     "pad_token_id": 64,

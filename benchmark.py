@@ -1,0 +1,175 @@
+"""Measure how fast a model generates, and what limits it.
+
+    python benchmark.py --random small
+    python benchmark.py --model medium --duration 30 --q-bits 8
+
+`--random` needs no download: the real shapes with random values.
+"""
+
+import argparse
+import io
+import re
+import statistics
+import sys
+import time
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from musicgen import Decoder, DecoderConfig, MusicGen, MusicGenConfig
+
+SIZES = {  # hidden size, layers
+    "small": (1024, 24),
+    "medium": (1536, 48),
+    "large": (2048, 48),
+}
+VIEWS = {  # operations of the graph that move no data
+    *("Broadcast", "ExpandDims", "Flatten", "Reshape", "Slice"),
+    *("Split", "Squeeze", "Transpose", "Unflatten"),
+}
+PROMPT = "90s rock song with loud guitars and heavy drums"
+
+
+class Words:
+    """Stands for the tokenizer of a random model: any ids will do."""
+
+    def encode(self, text: str) -> list[int]:
+        return [2 + len(word) for word in text.split()] + [1]
+
+
+def random_model(name: str, dtype: mx.Dtype, q_bits: int | None) -> MusicGen:
+    """A model of a published size with random weights, decoder in `dtype`."""
+    stereo, size = name.startswith("stereo-"), name.removeprefix("stereo-")
+    hidden, layers = SIZES[size]
+    config = DecoderConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        ffn_dim=4 * hidden,
+        num_codebooks=8 if stereo else 4,
+        audio_channels=2 if stereo else 1,
+    )
+    model = MusicGen(MusicGenConfig(config), Words())
+    model.decoder.set_dtype(dtype)
+    if q_bits:
+        model.decoder.quantize(q_bits)
+    mx.eval(model.parameters())
+    return model
+
+
+def weight_bytes(decoder: Decoder) -> int:
+    """Bytes of weights that one step reads.
+
+    All but the embeddings, of which it takes K rows, and the projections of the
+    text, which are used once.
+    """
+    once = ("emb.", "output_proj.")
+    return sum(
+        weight.nbytes
+        for name, weight in tree_flatten(decoder.parameters())
+        if not name.startswith(once) and ".kv_proj." not in name
+    )
+
+
+def count_operations(result: mx.array) -> int:
+    """Operations in the graph of `result`, which must not be computed yet; no views."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, result)
+    names = re.findall(r'label ?= ?"([A-Za-z]+)', graph.getvalue())
+    return sum(name not in VIEWS for name in names)
+
+
+def operations_per_step(decoder: Decoder) -> int:
+    """Operations of one step, without the choice of tokens."""
+    text, mask = mx.zeros((2, 8, decoder.output_proj.weight.shape[1])), mx.ones((2, 8))
+    conditioning = decoder.condition(text, mask == 1, 2)
+    cache = decoder.make_cache(2, 2)
+    step = decoder.compile(conditioning, cache)
+    tokens = mx.zeros((2, 1, decoder.config.num_codebooks), mx.int32)
+    mx.eval(conditioning, step(tokens))  # the first call compiles
+    return count_operations(step(tokens))
+
+
+def measure(model: MusicGen, duration: float, batch: int) -> dict[str, str]:
+    """Rows of the table, for `batch` takes of `duration` seconds."""
+    prompts, stamps = [PROMPT] * batch, []
+    start = time.perf_counter()
+    text, mask = model.encode_text(prompts, with_null=True)
+    mx.eval(model.decoder.condition(text, mask, 1))
+    text_time = time.perf_counter() - start
+
+    def stamp(step: int, steps: int) -> None:
+        stamps.append(time.perf_counter())
+
+    start = time.perf_counter()
+    codes = model.generate_codes(prompts, duration=duration, seed=0, callback=stamp)
+    mx.eval(codes)
+    generation = time.perf_counter() - start
+    peak = mx.get_peak_memory()
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    mx.eval(model.decode(codes))
+    decoding = time.perf_counter() - start
+
+    gaps = [(b - a) * 1e3 for a, b in zip(stamps[1:], stamps[2:])]
+    step = statistics.fmean(gaps)
+    size = weight_bytes(model.decoder)
+    return {
+        "text": f"{text_time:.3f} s",
+        "step": f"{step:.2f} ms mean, {statistics.median(gaps):.2f} median, "
+        f"{max(gaps):.2f} worst",
+        "steps per second": f"{1e3 / step:.1f}",
+        "generation": f"{generation:.2f} s, "
+        f"{batch * duration / generation:.2f} times real time",
+        "decoding": f"{decoding:.2f} s, {decoding / generation:.1%} of the generation",
+        "peak memory": f"{peak / 1e9:.2f} GB, decoding "
+        f"{mx.get_peak_memory() / 1e9:.2f} GB",
+        "weights per step": f"{size / 1e9:.3f} GB, {size / step / 1e6:.0f} GB/s",
+        "operations per step": str(operations_per_step(model.decoder)),
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure generation.")
+    names = [*SIZES, *(f"stereo-{size}" for size in SIZES)]
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="short name, Hub id or folder")
+    source.add_argument("--random", choices=names, help="a size with random weights")
+    add = parser.add_argument
+    add("--duration", type=float, default=8.0, help="seconds (default: %(default)s)")
+    add("--batch", type=int, default=1, help="takes at once (default: %(default)s)")
+    add("--dtype", choices=["float16", "bfloat16", "float32"])
+    add("--q-bits", type=int, choices=[4, 8], help="quantize the decoder's layers")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    on_gpu = mx.default_device() == mx.gpu
+    dtype = args.dtype or ("float16" if on_gpu else "float32")
+    start = time.perf_counter()
+    if args.random:
+        model = random_model(args.random, getattr(mx, dtype), args.q_bits)
+    else:
+        model = MusicGen.from_pretrained(args.model, getattr(mx, dtype), args.q_bits)
+    load = time.perf_counter() - start
+    model.generate("a", duration=0.1)  # compiles what MLX compiles once
+    mx.reset_peak_memory()
+    rows = {
+        "model": args.random or args.model,
+        "device": str(mx.device_info().get("device_name", mx.default_device())),
+        "decoder": f"{dtype}, {args.q_bits} bit" if args.q_bits else dtype,
+        "takes": f"{args.batch} of {args.duration:g} s",
+        "load": f"{load:.2f} s",
+    }
+    rows |= measure(model, args.duration, args.batch)
+    print("| | |\n|---|---|")
+    for name, value in rows.items():
+        print(f"| {name} | {value} |")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"benchmark.py: error: {error}")
