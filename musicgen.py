@@ -299,7 +299,10 @@ class Decoder(nn.Module):
         attended = mask | ~mask.any(axis=1, keepdims=True)
         bias = mx.where(attended, 0, -mx.inf)[:, None, None].astype(self.dtype)
         positions = sinusoids(steps, self.config.hidden_size).astype(self.dtype)
-        return Conditioning(memory, None if attended.all().item() else bias, positions)
+        bias = None if attended.all().item() else bias
+        # Now, for compiled steps would compute again whatever is still lazy.
+        mx.eval(memory, bias, positions)
+        return Conditioning(memory, bias, positions)
 
     def make_cache(self, rows: int, steps: int) -> list[KVCache]:
         """Empty caches for `rows` sequences of up to `steps` steps."""
