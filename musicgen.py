@@ -370,8 +370,8 @@ class Decoder(nn.Module):
     def quantize(self, bits: int, group_size: int = 64) -> None:
         """Store the layers' matrices in `bits` bits, with a scale for each group.
 
-        Embeddings and output heads stay as they are: they are small, and an error
-        there is not averaged over a layer. Raises ValueError for what MLX cannot do.
+        Embeddings and output heads stay as they are, and the keys and values of
+        the text, which are made once. Raises ValueError for what MLX cannot do.
         """
         if bits not in (2, 3, 4, 6, 8):
             raise ValueError(f"q_bits must be 2, 3, 4, 6 or 8, got {bits}.")
@@ -381,8 +381,12 @@ class Decoder(nn.Module):
                 "q_group_size must be 32, 64 or 128 and divide the matrices' width, "
                 f"a multiple of {width}; got {group_size}."
             )
+
+        def in_every_step(name: str, module: nn.Module) -> bool:
+            return isinstance(module, nn.Linear) and not name.endswith("kv_proj")
+
         for layer in self.layers:
-            nn.quantize(layer, group_size, bits)
+            nn.quantize(layer, group_size, bits, class_predicate=in_every_step)
             mx.eval(layer.parameters())  # one layer at a time, to save memory
 
     @staticmethod
