@@ -225,7 +225,7 @@ class T5(nn.Module):
         return self.encoder.final_layer_norm(x)
 
     def encode(self, ids: list[list[int]]) -> tuple[mx.array, mx.array]:
-        """States (B, L, d_model) and mask (B, L) of lists of ids, padded to one length."""
+        """States (B, L, d_model) and mask (B, L) of lists of ids of any lengths."""
         L = max(map(len, ids))
         padded = mx.array([row + [0] * (L - len(row)) for row in ids])
         lengths = mx.array([len(row) for row in ids])
