@@ -77,6 +77,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, ending in 1 (end of sequence); never truncated."""
+        text = text.encode("utf-8", "replace").decode()  # no lone surrogates
         ids = []
         for part in self._split.split(text):
             if part in self._special:

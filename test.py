@@ -104,6 +104,7 @@ class TestTokenizer(Test):
         size = tokenizer._pieces.vocab_size()
         self.assertEqual(tokenizer.encode(""), [1])
         self.assertEqual(tokenizer.encode("drums"), drums + [1])
+        self.assertEqual(tokenizer.encode("\udcff"), tokenizer.encode("?"))
         ids = tokenizer.encode("drums<extra_id_0>drums</s> <pad>\x85<unk><extra_id_99>")
         self.assertEqual(ids, [*drums, size + 99, *drums, 1, 0, 2, size, 1])
 
