@@ -485,8 +485,11 @@ class Encodec(nn.Module):
     @staticmethod
     def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Names and layouts of either published form -> ours, in float32."""
-        weights = {rename(name): w for name, w in weights.items()}
-        weights = {k: w for k, w in weights.items() if not k.endswith(UNUSED)}
+        weights = {
+            rename(name): weight.astype(mx.float32)
+            for name, weight in weights.items()
+            if not name.endswith(UNUSED)
+        }
         if not any("lstm.weight_ih" in name for name in weights):
             return weights  # ours already
         return merge_lstm(channels_last(fold_weight_norm(weights)))
@@ -575,15 +578,22 @@ def rename(name: str) -> str:
 
 def fold_weight_norm(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """weight = g * v / |v|, the norm taken over all dimensions but the first."""
-    folded = {}
+    folded = dict(weights)
     for name, weight in weights.items():
-        if name.endswith(".weight_v"):
-            gain = weights[name[:-1] + "g"]
+        stem, found, _ = name.partition(".weight_v")
+        if found:
+            gain = partner(folded, f"{stem}.weight_g", (len(weight), 1, 1))
             norm = mx.sqrt((weight**2).sum(axis=(1, 2), keepdims=True))
-            folded[name[:-2]] = gain * weight / norm
-        elif not name.endswith(".weight_g"):
-            folded[name] = weight
+            folded[f"{stem}.weight"] = gain * folded.pop(name) / norm
     return folded
+
+
+def partner(weights: dict[str, mx.array], name: str, shape: tuple) -> mx.array:
+    """Take `name` out of `weights`. Raises ValueError unless it has the shape."""
+    if name not in weights or weights[name].shape != shape:
+        found = weights[name].shape if name in weights else "nothing"
+        raise ValueError(f"{name} must have the shape {shape}, got {found}")
+    return weights.pop(name)
 
 
 def channels_last(weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -606,18 +616,18 @@ def channels_last(weights: dict[str, mx.array]) -> dict[str, mx.array]:
 
 def merge_lstm(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """torch's `lstm.weight_ih_l0` and its like -> `lstm.0.Wx`, biases added up."""
-    merged = {}
+    merged = dict(weights)
     for name, weight in weights.items():
-        stem, lstm, tail = name.rpartition("lstm.")
-        kind, _, layer = tail.rpartition("_l")
-        if not lstm:
-            merged[name] = weight
-        elif kind.startswith("weight"):
-            matrix = {"weight_ih": "Wx", "weight_hh": "Wh"}[kind]
-            merged[f"{stem}lstm.{layer}.{matrix}"] = weight
-        elif kind == "bias_ih":
-            other = weights[f"{stem}lstm.bias_hh_l{layer}"]
-            merged[f"{stem}lstm.{layer}.bias"] = weight + other
+        match = re.fullmatch(r"(.*lstm)\.(weight_ih|weight_hh|bias_ih)_l(\d+)", name)
+        if not match:
+            continue
+        stem, kind, layer = match.groups()
+        weight = merged.pop(name)
+        if kind == "bias_ih":
+            other = f"{stem}.bias_hh_l{layer}"
+            weight = weight + partner(merged, other, weight.shape)
+        ours = {"weight_ih": "Wx", "weight_hh": "Wh", "bias_ih": "bias"}[kind]
+        merged[f"{stem}.{layer}.{ours}"] = weight
     return merged
 
 

@@ -209,6 +209,47 @@ class TestEncodec(Test):
             self.assertEqual(once.keys(), twice.keys())
             self.assertTrue(all(mx.array_equal(once[k], twice[k]) for k in once))
 
+    def test_float32_always(self):
+        folder = self.copy("encodec_32khz")
+        path = str(folder / "model.safetensors")
+        weights = {k: w.astype(mx.float16) for k, w in mx.load(path).items()}
+        mx.eval(weights)
+        mx.save_safetensors(path, weights)
+        model = Encodec.from_pretrained(folder)
+        for spelling in (
+            model,
+            Encodec.sanitize(dict(tree_flatten(model.parameters()))),
+        ):
+            tree = spelling if isinstance(spelling, dict) else spelling.parameters()
+            self.assertEqual({w.dtype for _, w in tree_flatten(tree)}, {mx.float32})
+
+    def test_strict_where_tensors_are_merged(self):
+        gain = "decoder.layers.0.conv.parametrizations.weight.original0"
+        bias = "encoder.layers.13.lstm.bias_hh_l0"
+        for change, pattern in (
+            (lambda w: w.pop(gain), "decoder.layers.0.conv.weight_g must have"),
+            (
+                lambda w: w.update({gain: w[gain].reshape(1, -1, 1)}),
+                "weight_g must have",
+            ),
+            (lambda w: w.pop(bias), "lstm.bias_hh_l0 must have"),
+            (lambda w: w.update({bias: mx.zeros(1)}), "lstm.bias_hh_l0 must have"),
+            (
+                lambda w: w.update({"encoder.layers.13.lstm.foo_l0": mx.zeros(1)}),
+                "foo_l0",
+            ),
+        ):
+            with self.subTest(pattern):
+                folder = self.copy("encodec_32khz")
+                path = str(folder / "model.safetensors")
+                weights = mx.load(path)
+                mx.eval(weights)
+                change(weights)
+                mx.save_safetensors(path, weights)
+                with self.assertRaisesRegex(ValueError, pattern):
+                    Encodec.from_pretrained(folder)
+                shutil.rmtree(folder)
+
     def test_transposed_convolution(self):
         for causal, out_channels, stride in ((True, 3, 4), (False, 2, 5)):
             config = EncodecConfig(use_causal_conv=causal)
