@@ -84,7 +84,7 @@ class Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         known = {
-            "collections.OrderedDict": Dict,
+            "collections.OrderedDict": self._dict,
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch._utils._rebuild_parameter": self._parameter,
         }
@@ -102,6 +102,9 @@ class Unpickler(pickle.Unpickler):
         if tag != "storage" or kind not in DTYPES or (view and view != [None]):
             raise ValueError(f"it holds an unknown kind of storage, {reference}")
         return Storage(kind, str(key), size)
+
+    def _dict(self) -> Dict:
+        return Dict()
 
     def _tensor(self, storage, offset, shape, stride, *_) -> Tensor:
         return Tensor(storage, offset, tuple(shape), tuple(stride))
@@ -256,8 +259,11 @@ def read_yaml(text: str) -> dict[str, Any]:
             if value:
                 values[".".join(name for _, name in path)] = value
     for name, value in values.items():
+        seen = {name}
         while isinstance(value, str) and (m := re.fullmatch(r"\$\{(.+)\}", value)):
-            value = values[name] = values.get(m[1], "") if m[1] != name else ""
+            value = "" if m[1] in seen else values.get(m[1], "")
+            seen.add(m[1])
+        values[name] = value
     return values
 
 

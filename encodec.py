@@ -528,8 +528,12 @@ class Encodec(nn.Module):
 
         path = folder / AUDIOCRAFT_FILE
         package = load_torch(path)
+        if not isinstance(package, dict):
+            raise ValueError(f"{path} must hold a codec or the name of one.")
         if "pretrained" in package:
-            repo = package["pretrained"]
+            repo = str(package["pretrained"])
+            if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
+                raise ValueError(f"{path} must name a Hub repository, got {repo!r}.")
             local = folder / repo.split("/")[-1]
             return cls.from_pretrained(local if local.is_dir() else repo)
         try:
@@ -537,8 +541,8 @@ class Encodec(nn.Module):
             cfg = read_yaml(package.get("xp.cfg", ""))
             model = cls(audiocraft_config(weights, cfg))
             model.load_weights(list(weights.items()))
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path} does not load: {error}") from error
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not load: {error!r}") from error
         return model
 
 

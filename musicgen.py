@@ -818,8 +818,8 @@ def load_audiocraft(folder: Path) -> tuple[MusicGen, mx.Dtype]:
             raise ValueError("melody and style checkpoints are not supported yet")
         decoder = audiocraft_config(weights, cfg)
         weights = Decoder.sanitize(weights)
-    except (AttributeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} does not load: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not load: {error!r}") from error
     t5 = cfg.get("conditioners.description.t5.name", "t5-base")
     local = folder / t5.split("/")[-1]
     repo = t5 if "/" in t5 else f"google-t5/{t5}"
@@ -895,7 +895,7 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
         if (folder / name).is_file():
             return read_file(folder / name)
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = read_index(index)
             return {
                 k: w for shard in shards for k, w in read_file(folder / shard).items()
             }
@@ -903,6 +903,17 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
         f"{folder} must hold model.safetensors or pytorch_model.bin, or their shards "
         "and index, but has neither."
     )
+
+
+def read_index(path: Path) -> list[str]:
+    """Names of the shards beside the index `path`."""
+    try:
+        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        if any(Path(shard).name != shard for shard in shards):
+            raise ValueError("it names a file outside its folder")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, fetch it again: {error!r}") from error
+    return shards
 
 
 def read_file(path: Path) -> dict[str, mx.array]:

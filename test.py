@@ -818,6 +818,28 @@ class TestLoading(Test):
         self.assertEqual(model.config.max_duration, 12)
         self.assertEqual(model.generate_codes("a", duration=0.1).shape, (1, 5, 4))
 
+    def test_bin_or_index_of_another_shape(self):
+        for name, load in (
+            ("state_dict.bin", MusicGen.from_pretrained),
+            ("compression_state_dict.bin", Encodec.from_pretrained),
+        ):
+            (self.folder / name).touch()
+            for package in ([], None, 3, {}, {"best_state": []}, {"best_state": {}}):
+                with patch.object(convert, "load_torch", return_value=package):
+                    with self.assertRaisesRegex(ValueError, name):
+                        load(self.folder)
+            (self.folder / name).unlink()
+        (self.folder / "compression_state_dict.bin").touch()
+        for pointer in ("", ".", "..", "a/b/c", 3):
+            package = {"pretrained": pointer}
+            with patch.object(convert, "load_torch", return_value=package):
+                with self.assertRaisesRegex(ValueError, "must name a Hub repository"):
+                    Encodec.from_pretrained(self.folder)
+        folder = self.copy("stereo-transformers")
+        for text in ("[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": "../b"}}'):
+            (folder / "pytorch_model.bin.index.json").write_text(text)
+            self.fails("index.json is damaged", folder)
+
     def test_melody_in_audiocraft_layout(self):
         name = "condition_provider.conditioners.self_wav.output_proj.weight"
         package = {"best_state": {name: mx.zeros((4, 12))}, "xp.cfg": ""}
@@ -1031,6 +1053,8 @@ i: true
             (values["b.c"], values["f.g.h"], values["i"]), ("x", ".inf", "true")
         )
         self.assertEqual(convert.read_yaml(""), {})
+        looped = convert.read_yaml("a: ${b}\nb: ${c}\nc: ${b}")
+        self.assertEqual(looped, {"a": "", "b": "", "c": ""})
 
 
 def tensor_pickle(shape, stride, offset=0, size=12, kind="FloatStorage") -> bytes:
