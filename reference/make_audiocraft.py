@@ -18,6 +18,7 @@ import make as base
 import tiny
 import torch
 import transformers
+import xpcfg
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -37,156 +38,6 @@ STAND_INS = [
     "xformers",
 ]
 RESAMPLED = [(44100, 32000), (48000, 32000), (32000, 24000), (16000, 32000)]
-
-# The parts of a released xp.cfg that building the models needs, and a few
-# that a reader has to step over. "${...}" is left for the reader to resolve.
-LM_CFG = """
-autocast: true
-autocast_dtype: float16
-solver: musicgen
-sample_rate: 32000
-channels: {channels}
-compression_model_checkpoint: //pretrained/facebook/encodec_32khz
-compression_model_n_q: null
-tokens:
-  padding_with_special_token: false
-interleave_stereo_codebooks:
-  use: {stereo}
-  per_timestep: false
-dataset:
-  batch_size: 192
-  segment_duration: 30
-metrics:
-  chroma_cosine:
-    chroma_base:
-      sample_rate: ${{sample_rate}}
-      n_chroma: 12
-optim:
-  adam:
-    betas:
-    - 0.9
-    - 0.95
-    eps: 1.0e-08
-lm_model: transformer_lm
-codebooks_pattern:
-  modeling: delay
-  delay:
-    delays: {delays}
-    flatten_first: 0
-    empty_initial: 0
-  unroll:
-    flattening: [0, 1, 2, 3]
-    delays: [0, 0, 0, 0]
-transformer_lm:
-  dim: 32
-  num_heads: 2
-  num_layers: {layers}
-  hidden_scale: 1.5
-  n_q: {codebooks}
-  card: 64
-  dropout: 0.0
-  emb_lr: null
-  activation: gelu
-  norm_first: true
-  bias_ff: false
-  bias_attn: false
-  bias_proj: false
-  past_context: null
-  causal: true
-  custom: false
-  memory_efficient: true
-  attention_as_float32: false
-  layer_scale: null
-  positional_embedding: sin
-  xpos: false
-  checkpointing: none
-  weight_init: gaussian
-  depthwise_init: current
-  zero_bias_init: true
-  norm: layer_norm
-  cross_attention: false
-  qk_layer_norm: false
-  qk_layer_norm_cross: false
-  attention_dropout: null
-  kv_repeat: 1
-  two_step_cfg: false
-classifier_free_guidance:
-  training_dropout: 0.3
-  inference_coef: 3.0
-attribute_dropout: {{}}
-fuser:
-  cross_attention_pos_emb: false
-  cross_attention_pos_emb_scale: 1
-  sum: []
-  prepend: []
-  cross:
-  - description
-  input_interpolate: []
-conditioners:
-  args:
-    merge_text_conditions_p: 0.25
-    drop_desc_p: 0.5
-  description:
-    model: t5
-    t5:
-      name: t5-base
-      finetune: false
-      word_dropout: 0.3
-      normalize_text: false
-device: cuda
-dtype: float16
-"""
-CODEC_CFG = """
-solver: compression
-sample_rate: 32000
-channels: 1
-compression_model: encodec
-encodec:
-  autoencoder: seanet
-  quantizer: rvq
-  sample_rate: ${sample_rate}
-  channels: ${channels}
-  causal: false
-  renormalize: false
-seanet:
-  dimension: 16
-  channels: ${channels}
-  causal: ${encodec.causal}
-  n_filters: 2
-  n_residual_layers: 1
-  ratios: [8, 5, 4, 4]
-  activation: ELU
-  activation_params:
-    alpha: 1.0
-  norm: weight_norm
-  norm_params: {}
-  kernel_size: 7
-  residual_kernel_size: 3
-  last_kernel_size: 7
-  dilation_base: 2
-  pad_mode: constant
-  true_skip: true
-  compress: 2
-  lstm: 2
-  disable_norm_outer_blocks: 0
-  decoder:
-    trim_right_ratio: 1.0
-    final_activation: null
-    final_activation_params: null
-  encoder: {}
-rvq:
-  n_q: 4
-  q_dropout: false
-  bins: 64
-  decay: 0.99
-  kmeans_init: true
-  kmeans_iters: 50
-  threshold_ema_dead_code: 2
-  orthogonal_reg_weight: 0.0
-  orthogonal_reg_active_codes_only: false
-no_quant: {}
-device: cuda
-"""
 
 
 class StandIns:
@@ -270,7 +121,8 @@ def save_codec(audiocraft, folder: Path, generator: torch.Generator) -> None:
     """Write compression_state_dict.bin with a whole codec in it."""
     from omegaconf import OmegaConf
 
-    cfg = OmegaConf.create(CODEC_CFG)
+    text = xpcfg.codec_cfg(dimension=16, filters=2, bins=64)
+    cfg = OmegaConf.create(text)
     cfg.device = "cpu"
     model = audiocraft.builders.get_compression_model(cfg).eval()
     tiny.fill_codec(model, generator)
@@ -278,7 +130,7 @@ def save_codec(audiocraft, folder: Path, generator: torch.Generator) -> None:
     with torch.no_grad():
         latents = model.encoder(tiny.music(1, 16000, generator))
         tiny.fit_codebooks(codebooks, latents, generator)
-    saved = package(model.state_dict(), CODEC_CFG, torch.float32)
+    saved = package(model.state_dict(), text, torch.float32)
     torch.save(saved, folder / "compression_state_dict.bin")
 
 
@@ -298,13 +150,8 @@ def save_pointer(folder: Path, generator: torch.Generator) -> None:
 
 
 def lm_cfg(stereo: bool) -> str:
-    return LM_CFG.format(
-        channels=2 if stereo else 1,
-        stereo=str(stereo).lower(),
-        codebooks=8 if stereo else 4,
-        layers=1 if stereo else 2,
-        delays=[0, 0, 1, 1, 2, 2, 3, 3] if stereo else [0, 1, 2, 3],
-    )
+    layers = 1 if stereo else 2
+    return xpcfg.lm_cfg(stereo, layers, dim=32, heads=2, hidden_scale=1.5, card=64)
 
 
 def save_lm(audiocraft, folder: Path, stereo: bool, generator) -> None:

@@ -20,138 +20,13 @@ from pathlib import Path
 import manifests
 import numpy as np
 import torch
+import xpcfg
 from safetensors.torch import save_file
 from torch import Tensor
 
 VERSION = "1.4.0a2"
 # Long tensors repeat this many values, drawn once.
 POOL = 1 << 22
-
-LM_CFG = """
-autocast_dtype: float16
-solver: musicgen
-sample_rate: 32000
-channels: {channels}
-compression_model_checkpoint: //pretrained/facebook/encodec_32khz
-compression_model_n_q: null
-interleave_stereo_codebooks:
-  use: {stereo}
-  per_timestep: false
-dataset:
-  segment_duration: 30
-lm_model: transformer_lm
-codebooks_pattern:
-  modeling: delay
-  delay:
-    delays: {delays}
-    flatten_first: 0
-    empty_initial: 0
-transformer_lm:
-  dim: {dim}
-  num_heads: {heads}
-  num_layers: {layers}
-  hidden_scale: 4
-  n_q: {codebooks}
-  card: 2048
-  dropout: 0.0
-  emb_lr: null
-  activation: gelu
-  norm_first: true
-  bias_ff: false
-  bias_attn: false
-  bias_proj: false
-  past_context: null
-  causal: true
-  custom: false
-  memory_efficient: true
-  attention_as_float32: false
-  layer_scale: null
-  positional_embedding: sin
-  xpos: false
-  checkpointing: none
-  weight_init: gaussian
-  depthwise_init: current
-  zero_bias_init: true
-  norm: layer_norm
-  cross_attention: false
-  qk_layer_norm: false
-  qk_layer_norm_cross: false
-  attention_dropout: null
-  kv_repeat: 1
-  two_step_cfg: false
-classifier_free_guidance:
-  training_dropout: 0.3
-  inference_coef: 3.0
-attribute_dropout: {{}}
-fuser:
-  cross_attention_pos_emb: false
-  cross_attention_pos_emb_scale: 1
-  sum: []
-  prepend: []
-  cross:
-  - description
-  input_interpolate: []
-conditioners:
-  args:
-    merge_text_conditions_p: 0.25
-    drop_desc_p: 0.5
-  description:
-    model: t5
-    t5:
-      name: t5-base
-      finetune: false
-      word_dropout: 0.3
-      normalize_text: false
-"""
-CODEC_CFG = """
-sample_rate: 32000
-channels: 1
-compression_model: encodec
-encodec:
-  autoencoder: seanet
-  quantizer: rvq
-  sample_rate: ${sample_rate}
-  channels: ${channels}
-  causal: false
-  renormalize: false
-seanet:
-  dimension: 128
-  channels: ${channels}
-  causal: ${encodec.causal}
-  n_filters: 64
-  n_residual_layers: 1
-  ratios: [8, 5, 4, 4]
-  activation: ELU
-  activation_params:
-    alpha: 1.0
-  norm: weight_norm
-  norm_params: {}
-  kernel_size: 7
-  residual_kernel_size: 3
-  last_kernel_size: 7
-  dilation_base: 2
-  pad_mode: constant
-  true_skip: true
-  compress: 2
-  lstm: 2
-  disable_norm_outer_blocks: 0
-  decoder:
-    trim_right_ratio: 1.0
-    final_activation: null
-    final_activation_params: null
-  encoder: {}
-rvq:
-  n_q: 4
-  q_dropout: false
-  bins: 2048
-  decay: 0.99
-  kmeans_init: true
-  kmeans_iters: 50
-  threshold_ema_dead_code: 2
-  orthogonal_reg_weight: 0.0
-  orthogonal_reg_active_codes_only: false
-no_quant: {}
-"""
 
 
 class Weights:
@@ -217,16 +92,13 @@ def transposed_kernels(full: dict) -> dict[str, int]:
 
 def lm_cfg(config: dict) -> str:
     decoder = config["decoder"]
-    codebooks = decoder["num_codebooks"]
-    stereo = codebooks == 8
-    return LM_CFG.format(
-        channels=2 if stereo else 1,
-        stereo=str(stereo).lower(),
-        codebooks=codebooks,
-        delays=[k // (codebooks // 4) for k in range(codebooks)],
+    return xpcfg.lm_cfg(
+        stereo=decoder["num_codebooks"] == 8,
+        layers=decoder["num_hidden_layers"],
         dim=decoder["hidden_size"],
         heads=decoder["num_attention_heads"],
-        layers=decoder["num_hidden_layers"],
+        hidden_scale=4,
+        card=decoder["vocab_size"],
     )
 
 
@@ -240,7 +112,8 @@ def write_codec(stored: dict, name: str, folder: Path, weights: Weights) -> None
     pointer = stored["compression"][name]
     if "pretrained" not in pointer:
         state = weights.fill(stored["tensors"]["encodec_32khz.audiocraft"])
-        torch.save(package(state, CODEC_CFG), path)
+        cfg = xpcfg.codec_cfg(dimension=128, filters=64, bins=2048)
+        torch.save(package(state, cfg), path)
         return
     torch.save(pointer | {"version": VERSION}, path)
     write_transformers(stored, "encodec_32khz", folder, weights)
