@@ -238,6 +238,24 @@ def load_torch(path: str | Path) -> Any:
         ) from error
 
 
+def load_package(path: Path) -> dict[str, Any]:
+    """Read what audiocraft exported: `best_state` and `xp.cfg`, or `pretrained`.
+
+    Raises ValueError naming the file when it holds neither.
+    """
+    package = load_torch(path)
+    if isinstance(package, dict) and "pretrained" in package:
+        return package
+    state = package.get("best_state") if isinstance(package, dict) else None
+    if not isinstance(state, dict) or not isinstance(package.get("xp.cfg", ""), str):
+        raise ValueError(f"{path} must hold what audiocraft exports, but does not.")
+    if not all(
+        isinstance(k, str) and isinstance(w, mx.array) for k, w in state.items()
+    ):
+        raise ValueError(f"best_state in {path} must map names to tensors.")
+    return package
+
+
 def read_yaml(text: str) -> dict[str, Any]:
     """Scalars and lists of scalars of a YAML text, as strings, by dotted name.
 

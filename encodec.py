@@ -467,11 +467,8 @@ class Encodec(nn.Module):
         """
         first, lstm, *upsampling = self.decoder.layers
         x = lstm(first(x))
-        T, hop, reach = (
-            x.shape[1],
-            self.config.hop_length,
-            upsampling_reach(self.config),
-        )
+        T, hop = x.shape[1], self.config.hop_length
+        reach = upsampling_reach(self.config)
         pieces = []
         for start in range(0, T, frames):
             left, stop = max(start - reach, 0), min(start + frames, T)
@@ -524,12 +521,10 @@ class Encodec(nn.Module):
         A pointed-to codec is looked for beside the file, in a folder of its
         repository's name, before the Hub.
         """
-        from convert import load_torch, read_yaml
+        from convert import load_package, read_yaml
 
         path = folder / AUDIOCRAFT_FILE
-        package = load_torch(path)
-        if not isinstance(package, dict):
-            raise ValueError(f"{path} must hold a codec or the name of one.")
+        package = load_package(path)
         if "pretrained" in package:
             repo = str(package["pretrained"])
             if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
@@ -541,8 +536,10 @@ class Encodec(nn.Module):
             cfg = read_yaml(package.get("xp.cfg", ""))
             model = cls(audiocraft_config(weights, cfg))
             model.load_weights(list(weights.items()))
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} does not load: {error!r}") from error
+        except KeyError as error:
+            raise ValueError(f"{path} lacks {error}.") from error
+        except (IndexError, ValueError) as error:
+            raise ValueError(f"{path} does not load: {error}") from error
         return model
 
 

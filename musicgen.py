@@ -16,7 +16,7 @@ import re
 import secrets
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -152,7 +152,9 @@ class Conditioning(NamedTuple):
 MAX_COLUMNS = 8 if mx.cuda.is_available() else 0
 
 
-def project(layer: nn.Module, x: mx.array, residual: mx.array | None = None):
+def project(
+    layer: nn.Module, x: mx.array, residual: mx.array | None = None
+) -> mx.array:
     """`layer(x)`, plus `residual`: (R, S, D) -> (R, S, D') in the fewest operations."""
     R, S, _ = x.shape
     if isinstance(layer, nn.QuantizedLinear):
@@ -383,11 +385,10 @@ class Decoder(nn.Module):
             )
 
         def in_every_step(name: str, module: nn.Module) -> bool:
-            return isinstance(module, nn.Linear) and not name.endswith("kv_proj")
+            in_layer = isinstance(module, nn.Linear) and name.startswith("layers.")
+            return in_layer and not name.endswith("kv_proj")
 
-        for layer in self.layers:
-            nn.quantize(layer, group_size, bits, class_predicate=in_every_step)
-            mx.eval(layer.parameters())  # one layer at a time, to save memory
+        nn.quantize(self, group_size, bits, class_predicate=in_every_step)
 
     @staticmethod
     def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -656,9 +657,9 @@ class MusicGen(nn.Module):
         sample, blank = make_sampler(**options), self.config.decoder.vocab_size
 
         @mx.compile
-        def choose(logits: mx.array, keys: mx.array, holds_code: mx.array) -> mx.array:
+        def choose(logits: mx.array, keys: mx.array, is_code: mx.array) -> mx.array:
             tokens = sample(guide(logits, guidance_coef), keys)
-            return mx.where(holds_code, tokens, blank)
+            return mx.where(is_code, tokens, blank)
 
         tokens = mx.full((B, 1, K), blank, mx.uint32)
         steps = []
@@ -808,18 +809,20 @@ def fetch_transformers(repo: str) -> Path:
 
 def load_audiocraft(folder: Path) -> tuple[MusicGen, mx.Dtype]:
     """Build from `state_dict.bin` and its companions, with the published dtype."""
-    from convert import load_torch, read_yaml
+    from convert import load_package, read_yaml
 
     path = folder / AUDIOCRAFT_FILES[0]
-    package = load_torch(path)
+    package = load_package(path)
     try:
         weights, cfg = package["best_state"], read_yaml(package.get("xp.cfg", ""))
         if any(".conditioners.self_wav." in name for name in weights):
             raise ValueError("melody and style checkpoints are not supported yet")
         decoder = audiocraft_config(weights, cfg)
         weights = Decoder.sanitize(weights)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not load: {error!r}") from error
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} does not load: {error}") from error
     t5 = cfg.get("conditioners.description.t5.name", "t5-base")
     local = folder / t5.split("/")[-1]
     repo = t5 if "/" in t5 else f"google-t5/{t5}"

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import pickle
-import re
 import shutil
 import struct
 import subprocess
