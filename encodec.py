@@ -17,12 +17,12 @@ audiocraft's `compression_state_dict.bin` needs `convert.py` beside it.
 import argparse
 import json
 import math
-import os
 import re
 import sys
 import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,6 +30,7 @@ import numpy as np
 import soundfile
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import logging
 
 REPOS = {
     "24khz": "facebook/encodec_24khz",
@@ -38,6 +39,32 @@ REPOS = {
 }
 FILES = ("config.json", "model.safetensors")
 AUDIOCRAFT_FILE = "compression_state_dict.bin"
+LIMITS = {  # least and largest value of each setting, or of each number in it
+    "audio_channels": (1, 64),
+    "sampling_rate": (1, 10**6),
+    "target_bandwidths": (0.01, 1000.0),
+    "chunk_length_s": (0.01, 3600.0),
+    "overlap": (0.0, 0.99),
+    "hidden_size": (1, 2**14),
+    "num_filters": (1, 2**10),
+    "num_residual_layers": (0, 16),
+    "upsampling_ratios": (1, 64),
+    "kernel_size": (1, 99),
+    "last_kernel_size": (1, 99),
+    "residual_kernel_size": (1, 99),
+    "dilation_growth_rate": (1, 16),
+    "compress": (1, 64),
+    "num_lstm_layers": (0, 16),
+    "trim_right_ratio": (0.0, 1.0),
+    "codebook_size": (2, 2**16),
+}
+CHOICES = {
+    "normalize": (False, True),
+    "norm_type": ("weight_norm", "time_group_norm"),
+    "use_causal_conv": (False, True),
+    "pad_mode": ("reflect", "constant"),
+    "use_conv_shortcut": (False, True),
+}
 
 
 @dataclass
@@ -69,7 +96,7 @@ class EncodecConfig:
 
     @classmethod
     def from_dict(cls, config: dict) -> "EncodecConfig":
-        """Take the known keys. Raises ValueError when one is missing or unknown."""
+        """Take the known keys. Raises ValueError when one is missing or absurd."""
         names = {field.name for field in fields(cls)}
         if missing := names - config.keys():
             raise ValueError(
@@ -78,14 +105,23 @@ class EncodecConfig:
         return cls(**{name: config[name] for name in names})
 
     def __post_init__(self):
-        if self.norm_type not in ("weight_norm", "time_group_norm"):
+        for name in ("upsampling_ratios", "target_bandwidths"):
+            if not isinstance(getattr(self, name), list | tuple):
+                raise ValueError(f"{name} must be a list, got {getattr(self, name)!r}.")
+            setattr(self, name, tuple(getattr(self, name)))
+            if not 1 <= len(getattr(self, name)) <= 8:
+                raise ValueError(f"{name} must have 1 to 8 numbers.")
+        for name, limits in LIMITS.items():
+            check_number(name, getattr(self, name), *limits)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {choices}, got {getattr(self, name)!r}."
+                )
+        if self.num_codebooks() > 128:
             raise ValueError(
-                "norm_type must be 'weight_norm' or 'time_group_norm', "
-                f"got '{self.norm_type}'."
-            )
-        if self.pad_mode not in ("reflect", "constant"):
-            raise ValueError(
-                f"pad_mode must be 'reflect' or 'constant', got '{self.pad_mode}'."
+                f"target_bandwidths must need at most 128 codebooks of "
+                f"{self.codebook_size} entries, but need {self.num_codebooks()}."
             )
 
     @property
@@ -117,6 +153,19 @@ class EncodecConfig:
         bandwidth = bandwidth or self.target_bandwidths[-1]
         # Guard against 1000 * 2.2 and the like falling short of a whole number.
         return max(1, math.floor(1000 * bandwidth / bits + 1e-6))
+
+
+def check_number(name: str, value, low: float, high: float) -> None:
+    """Raise ValueError unless `value`, or each number in it, lies in the limits.
+
+    Integer limits ask for integers. None is what some settings are left at.
+    """
+    kind = int if isinstance(low, int) else int | float
+    optional = name in ("chunk_length_s", "overlap")
+    for number in value if isinstance(value, tuple) else (value,):
+        fits = isinstance(number, kind) and low <= number <= high
+        if not (fits or number is None and optional):
+            raise ValueError(f"{name} must be from {low} to {high}, got {value!r}.")
 
 
 def pad(x: mx.array, left: int, right: int, mode: str) -> mx.array:
@@ -377,7 +426,11 @@ class QuantizerLayer(nn.Module):
         self.codebook = Codebook(config)
 
 
-Chunk = tuple[mx.array, mx.array | None]  # codes (B, T, K), scale (B, 1, 1)
+class Chunk(NamedTuple):
+    """One piece of coded audio."""
+
+    codes: mx.array  # (B, T, K)
+    scale: mx.array | None = None  # (B, 1, 1): what the decoded samples are times
 
 
 class Encodec(nn.Module):
@@ -401,10 +454,10 @@ class Encodec(nn.Module):
         return self.config.audio_channels
 
     def encode(self, audio: mx.array, bandwidth: float | None = None) -> list[Chunk]:
-        """Code audio (B, N, C) as a list of chunks, `(codes (B, T, K), scale)`.
+        """Code audio (B, N, C) as a list of chunks.
 
-        There is one chunk, with scale None, except in the 48 kHz model: there
-        each second is a chunk, and scale (B, 1, 1) is its volume. `bandwidth`
+        There is one, with scale None, except in the 48 kHz model: there each second is a
+        chunk, and scale is its volume. `bandwidth`
         in kbit/s sets K; the default is the model's smallest. Raises ValueError
         for audio of another shape or a bandwidth the model does not know.
         """
@@ -436,7 +489,7 @@ class Encodec(nn.Module):
             mono = audio.mean(axis=2, keepdims=True)
             scale = mx.sqrt((mono**2).mean(axis=1, keepdims=True)) + 1e-8
             audio = audio / scale
-        return self.quantizer.encode(self.encoder(audio), num_codebooks), scale
+        return Chunk(self.quantizer.encode(self.encoder(audio), num_codebooks), scale)
 
     def decode(self, chunks: list[Chunk]) -> mx.array:
         """Audio (B, N, C) of the chunks that `encode` gave.
@@ -481,12 +534,16 @@ class Encodec(nn.Module):
 
     @staticmethod
     def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Names and layouts of either published form -> ours, in float32."""
-        weights = {
-            rename(name): weight.astype(mx.float32)
-            for name, weight in weights.items()
-            if not name.endswith(UNUSED)
-        }
+        """Names and layouts of either published form -> ours, in float32.
+
+        Raises ValueError for a tensor that does not hold floats or lacks its
+        partner.
+        """
+        kept = {rename(k): w for k, w in weights.items() if not k.endswith(UNUSED)}
+        for name, weight in kept.items():
+            if not mx.issubdtype(weight.dtype, mx.floating):
+                raise ValueError(f"{name} must hold floats, but holds {weight.dtype}")
+        weights = {name: weight.astype(mx.float32) for name, weight in kept.items()}
         if not any("lstm.weight_ih" in name for name in weights):
             return weights  # ours already
         return merge_lstm(channels_last(fold_weight_norm(weights)))
@@ -505,10 +562,10 @@ class Encodec(nn.Module):
             return cls.from_audiocraft(folder)
         config, weights = locate(path_or_repo)
         try:
-            config = EncodecConfig.from_dict(json.loads(config.read_text()))
+            config = EncodecConfig.from_dict(read_config(config))
             model = cls(config)
             model.load_weights(list(cls.sanitize(mx.load(str(weights))).items()))
-        except (ValueError, RuntimeError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"Codec {weights.parent} does not load: {error}"
             ) from error
@@ -538,9 +595,20 @@ class Encodec(nn.Module):
             model.load_weights(list(weights.items()))
         except KeyError as error:
             raise ValueError(f"{path} lacks {error}.") from error
-        except (IndexError, ValueError) as error:
+        except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(f"{path} does not load: {error}") from error
         return model
+
+
+def read_config(path: Path) -> dict:
+    """The settings in a `config.json`. Raises ValueError when it holds none."""
+    try:
+        config = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path.name} must hold an object, got {config!r:.40}")
+    return config
 
 
 def overlap_add(pieces: list[mx.array], stride: int) -> mx.array:
@@ -774,8 +842,16 @@ def check_audio_path(path: str | Path) -> Path:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"The folder {path.parent} of {path.name} must exist.")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise PermissionError(f"{path} cannot be written; choose another place.")
+    try:  # permissions alone do not tell
+        place, existed = path.resolve(), path.exists()
+        with open(place, "ab"):
+            pass
+        if not existed:
+            place.unlink()
+    except (OSError, RuntimeError) as error:
+        raise PermissionError(
+            f"{path} cannot be written; choose another place: {error}"
+        ) from error
     return path
 
 
@@ -784,21 +860,28 @@ def save_audio(path: str | Path, audio: mx.array, sampling_rate: int) -> None:
 
     wav and flac (16 bit), ogg and mp3. Samples beyond 1 would clip: then the
     whole is scaled down to a peak of 1, with a warning. Raises ValueError for
-    NaN or an unknown extension, OSError where nothing can be written.
+    another shape, NaN or an unknown extension, OSError where nothing can be
+    written.
     """
     path = check_audio_path(path)
     audio = np.asarray(audio, dtype=np.float32)
+    audio = audio[:, None] if audio.ndim == 1 else audio
+    if audio.ndim != 2 or audio.shape[1] == 0:
+        raise ValueError(
+            f"The audio for {path} must have the shape (N, C), got {audio.shape}."
+        )
     peak = np.abs(audio).max(initial=0)
     if not np.isfinite(peak):
         raise ValueError(f"The audio for {path} must be finite, but it holds NaN.")
     if peak > 1:
         warnings.warn(f"{path} was scaled down: its peak of {peak:.2f} would clip.")
         audio = audio / peak
-    audio = audio.reshape(len(audio), -1)
+    settings = dict(channels=audio.shape[1], subtype=SUBTYPES[path.suffix.lower()])
     try:
-        soundfile.write(
-            path, audio, sampling_rate, subtype=SUBTYPES[path.suffix.lower()]
-        )
+        with soundfile.SoundFile(path, "w", sampling_rate, **settings) as file:
+            # libsndfile's Vorbis encoder crashes on minutes in one call
+            for start in range(0, len(audio), 65536):
+                file.write(audio[start : start + 65536])
     except soundfile.LibsndfileError as error:
         raise OSError(f"{path} could not be written: {error}") from error
 
@@ -814,8 +897,15 @@ def demo(model: Encodec, source: Path, target: Path, bandwidth: float | None) ->
     print(f"{target}: {len(audio) / model.sampling_rate:.2f} s, {frames} x {K} codes")
 
 
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Pass a sound file through EnCodec.")
+    parser = Parser(description="Pass a sound file through EnCodec.")
     parser.add_argument("source", type=Path, help="sound file to read")
     parser.add_argument("target", type=Path, help="sound file to write")
     parser.add_argument(
@@ -827,16 +917,17 @@ def main() -> None:
         "--bandwidth", type=float, help="kbit/s (default: the model's smallest)"
     )
     args = parser.parse_args()
+    logging.set_verbosity_error()  # the Hub's retries; the end result is reported
+    try:
+        check_suffix(args.target)
+    except ValueError as error:
+        parser.error(str(error))
     try:
         check_audio_path(args.target)
-        demo(
-            Encodec.from_pretrained(args.model),
-            args.source,
-            args.target,
-            args.bandwidth,
-        )
+        model = Encodec.from_pretrained(args.model)
+        demo(model, args.source, args.target, args.bandwidth)
     except (OSError, ValueError) as error:
-        sys.exit(f"encodec.py: error: {error}")
+        sys.exit(f"encodec.py: error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

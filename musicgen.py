@@ -17,6 +17,7 @@ import secrets
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,13 @@ MODELS = {
         "stereo-large",
     )
 }
+UNSUPPORTED = (
+    "melody",
+    "melody-large",
+    "stereo-melody",
+    "stereo-melody-large",
+    "style",
+)
 AUDIOCRAFT_FILES = ("state_dict.bin", "compression_state_dict.bin")
 T5_REPO = "google-t5/t5-base"
 
@@ -46,6 +54,16 @@ DELAYS = {  # (codebooks, audio channels): steps by which each codebook lags
     (4, 1): (0, 1, 2, 3),
     (8, 2): (0, 0, 1, 1, 2, 2, 3, 3),  # left, right, left, right, ...
 }
+LIMITS = {  # least and largest value of each size
+    "vocab_size": (1, 2**16),
+    "hidden_size": (4, 2**14),
+    "num_hidden_layers": (1, 200),
+    "num_attention_heads": (1, 2**10),
+    "ffn_dim": (1, 2**17),
+    "num_codebooks": (1, 64),
+    "audio_channels": (1, 2),
+}
+DTYPES = {name: getattr(mx, name) for name in ("float16", "bfloat16", "float32")}
 
 
 @dataclass
@@ -60,36 +78,57 @@ class DecoderConfig:
     num_codebooks: int = 4
     audio_channels: int = 1
     activation_function: str = "gelu"
+    scale_embedding: bool = False
     delays: tuple[int, ...] | None = None  # None: what DELAYS says
 
     def __post_init__(self):
+        for name, (low, high) in LIMITS.items():
+            size = getattr(self, name)
+            if not (isinstance(size, int) and low <= size <= high):
+                raise ValueError(f"{name} must be from {low} to {high}, got {size!r}.")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                "num_attention_heads must split hidden_size into even widths, got "
+                f"{self.num_attention_heads} for {self.hidden_size}."
+            )
+        for name, known in (
+            ("activation_function", "gelu"),
+            ("scale_embedding", False),
+        ):
+            if getattr(self, name) != known:
+                raise ValueError(
+                    f"{name} must be {known!r}, got {getattr(self, name)!r}."
+                )
+        self._set_delays()
+
+    def _set_delays(self) -> None:
         key = (self.num_codebooks, self.audio_channels)
         if self.delays is None and key not in DELAYS:
             raise ValueError(
                 f"delays must be given for {key[0]} codebooks and {key[1]} channels; "
                 f"known without are {list(DELAYS)}."
             )
-        self.delays = tuple(self.delays or DELAYS[key])
-        if len(self.delays) != self.num_codebooks or min(self.delays) != 0:
+        delays = DELAYS[key] if self.delays is None else self.delays
+        numbers = isinstance(delays, list | tuple) and all(
+            isinstance(delay, int) and 0 <= delay <= 100 for delay in delays
+        )
+        if not (numbers and len(delays) == self.num_codebooks and min(delays) == 0):
             raise ValueError(
-                f"delays must give {self.num_codebooks} numbers from 0, "
-                f"got {self.delays}."
+                f"delays must give {self.num_codebooks} numbers of steps, the least 0 "
+                f"and none above 100, got {delays!r}."
             )
-        if self.activation_function != "gelu":
-            raise ValueError(
-                "activation_function must be 'gelu', "
-                f"got '{self.activation_function}'."
-            )
+        self.delays = tuple(delays)
 
     @classmethod
     def from_dict(cls, config: dict) -> "DecoderConfig":
-        """Take the known keys. Raises ValueError when a size is missing."""
+        """Take the known keys. Raises ValueError for a size missing or absurd."""
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "ffn_dim")
         for key in (*sizes, "num_codebooks"):
             if key not in config:
                 raise ValueError(f"The decoder's config must have '{key}'.")
         known = {f.name: config[f.name] for f in fields(cls) if f.name in config}
-        known.setdefault("num_attention_heads", config["hidden_size"] // 64)
+        if isinstance(width := config["hidden_size"], int):
+            known.setdefault("num_attention_heads", width // 64)
         return cls(**known)
 
 
@@ -103,6 +142,18 @@ class MusicGenConfig:
     max_duration: float = 30.0
     quantization: dict[str, int] | None = None  # bits and group_size, of the decoder
 
+    def __post_init__(self):
+        seconds = self.max_duration
+        if not (isinstance(seconds, int | float) and 0.1 <= seconds <= 600):
+            raise ValueError(
+                f"max_duration must be from 0.1 to 600 seconds, got {seconds!r}."
+            )
+        keys = {"bits", "group_size"}
+        if self.quantization is not None and set(self.quantization) != keys:
+            raise ValueError(
+                f"quantization must give {keys}, got {self.quantization!r}."
+            )
+
     @classmethod
     def from_dict(cls, config: dict) -> "MusicGenConfig":
         """Read a nested `config.json`, published or ours."""
@@ -112,8 +163,8 @@ class MusicGenConfig:
                 "Melody and style checkpoints are not supported yet."
             )
         for part in ("decoder", "text_encoder", "audio_encoder"):
-            if part not in config:
-                raise ValueError(f"config.json must have '{part}', but lacks it.")
+            if not isinstance(config.get(part), dict):
+                raise ValueError(f"It must have '{part}', an object, but lacks it.")
         return cls(
             DecoderConfig.from_dict(config["decoder"]),
             T5Config.from_dict(config["text_encoder"]),
@@ -392,9 +443,13 @@ class Decoder(nn.Module):
 
     @staticmethod
     def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """audiocraft's or transformers' names -> ours, with what we fuse fused."""
+        """audiocraft's or transformers' names -> ours, with what we fuse fused.
+
+        Raises ValueError for integers, save quantized ones, and missing parts.
+        """
         renamed = {rename(name): w for name, w in weights.items()}
         renamed.pop("embed_positions.weights", None)  # computed instead
+        check_numbers(renamed)
         return fuse(split_cross(renamed))
 
 
@@ -419,6 +474,15 @@ def rename(name: str) -> str:
     for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def check_numbers(weights: dict[str, mx.array]) -> None:
+    """Raise ValueError unless all are floats, or quantized and so with `scales`."""
+    for name, weight in weights.items():
+        packed = f"{name.removesuffix('.weight')}.scales" in weights
+        quantized = packed and weight.dtype == mx.uint32
+        if not (quantized or mx.issubdtype(weight.dtype, mx.floating)):
+            raise ValueError(f"{name} must hold floats, but holds {weight.dtype}")
 
 
 def split_cross(weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -561,24 +625,27 @@ def check_options(
     guidance_coef: float = 3.0,
     *,
     max_duration: float = 30.0,
+    frame_rate: int = 50,
 ) -> None:
     """Raise ValueError, saying what must hold, for what `generate` cannot do."""
-    if not 0 < duration <= max_duration:
+    numbers = dict(duration=duration, temp=temp, top_p=top_p)
+    for name, number in (numbers | dict(guidance_coef=guidance_coef)).items():
+        if not (isinstance(number, Real) and math.isfinite(number)):
+            raise ValueError(f"{name} must be a number, got {number!r}.")
+    if not 1 / frame_rate <= duration <= max_duration:
         raise ValueError(
-            f"duration must be more than 0 and at most {max_duration:g} seconds, "
+            f"duration must be from 1/{frame_rate} to {max_duration:g} seconds, "
             f"got {duration}."
         )
-    if not 0 <= temp < math.inf:
+    if temp < 0:
         raise ValueError(f"temp must be 0 (greedy) or more, got {temp}.")
-    if not 1 <= top_k <= 2048:
+    if not (isinstance(top_k, Integral) and 1 <= top_k <= 2048):
         raise ValueError(
             f"top_k must be between 1 and 2048 (all), got {top_k}. "
             "For greedy decoding use temp=0."
         )
     if not 0 <= top_p <= 1:
         raise ValueError(f"top_p must be between 0 (off) and 1, got {top_p}.")
-    if not math.isfinite(guidance_coef):
-        raise ValueError(f"guidance_coef must be a number, got {guidance_coef}.")
 
 
 class MusicGen(nn.Module):
@@ -641,9 +708,15 @@ class MusicGen(nn.Module):
 
         Raises ValueError for options out of range.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = check_prompts(prompts)
         options = dict(temp=temp, top_k=top_k, top_p=top_p)
-        self._check(prompts, duration, guidance_coef, **options)
+        check_options(
+            duration,
+            guidance_coef=guidance_coef,
+            **options,
+            max_duration=self.config.max_duration,
+            frame_rate=self.frame_rate,
+        )
         frames = int(duration * self.frame_rate)
         seeds = row_seeds(seed, len(prompts))
 
@@ -671,16 +744,6 @@ class MusicGen(nn.Module):
             mx.async_eval(tokens)
             steps.append(tokens)
         return undelay(mx.concatenate(steps, axis=1), delays)
-
-    def _check(self, prompts, duration, guidance_coef, temp, top_k, top_p) -> None:
-        limit = self.config.max_duration
-        check_options(duration, temp, top_k, top_p, guidance_coef, max_duration=limit)
-        if not prompts:
-            raise ValueError('There must be a prompt; "" generates without a text.')
-        if int(duration * self.frame_rate) < 1:
-            raise ValueError(
-                f"duration must reach one frame, 1/{self.frame_rate} s, got {duration}."
-            )
 
     def encode_text(
         self, prompts: list[str], with_null: bool
@@ -736,8 +799,11 @@ class MusicGen(nn.Module):
         layers while loading, unless the folder holds them quantized. Raises
         ValueError or OSError naming the file, tensor or key and what to do.
         """
+        known = isinstance(dtype, mx.Dtype) and dtype in DTYPES.values()
+        if dtype is not None and not known:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}.")
         folder = locate(str(path_or_repo))
-        if (folder / AUDIOCRAFT_FILES[0]).is_file():
+        if is_audiocraft(folder):
             model, stored = load_audiocraft(folder)
         else:
             model, stored = load_transformers(folder)
@@ -751,21 +817,39 @@ class MusicGen(nn.Module):
         return model
 
 
+def check_prompts(prompts: str | list[str]) -> list[str]:
+    """A list of at least one text. Raises ValueError for anything else."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(
+            f"There must be a prompt, or a list of them, got {prompts!r:.80}. "
+            "An empty text generates freely."
+        )
+    return prompts
+
+
 def row_seeds(seed: int | list[int] | None, rows: int) -> list[int]:
     """One seed a row: counted up from `seed`, as listed, or any."""
     if seed is None:
         seed = secrets.randbits(32)
-    seeds = [seed + row for row in range(rows)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != rows or not all(0 <= s < 2**64 for s in seeds):
+    if isinstance(seed, Integral):
+        seed = [int(seed) + row for row in range(rows)]
+    seeds = list(seed)
+    whole = all(isinstance(s, Integral) and 0 <= s < 2**64 for s in seeds)
+    if len(seeds) != rows or not whole:
         raise ValueError(
             f"seed must be a number from 0 to 2**64 - 1, or {rows} of them, got {seed}."
         )
-    return seeds
+    return [int(s) for s in seeds]
 
 
 def check_name(name: str) -> None:
     """Raise ValueError for what is no short name, Hub id or local folder."""
-    if not (name in MODELS or "/" in name or Path(name).is_dir()):
+    if name.removeprefix("facebook/musicgen-") in UNSUPPORTED:
+        raise ValueError(f"The model '{name}' is not supported yet.")
+    folder = name != "" and Path(name).is_dir()
+    hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not Path(name).exists()
+    if not (name in MODELS or folder or hub_id):
         raise ValueError(
             f"model must be one of {', '.join(MODELS)}, a Hub id or a local folder, "
             f"got '{name}'."
@@ -807,40 +891,49 @@ def fetch_transformers(repo: str) -> Path:
     return folder
 
 
+def is_audiocraft(folder: Path) -> bool:
+    """Whether to read audiocraft's layout. A clone of a published repository has
+    both, and then the other one needs no T5 from elsewhere."""
+    other = [folder / "config.json", folder / "spiece.model"]
+    complete = all(path.is_file() for path in other) and find_weights(folder)
+    has_t5 = (folder / T5_REPO.split("/")[1]).is_dir()
+    return (folder / AUDIOCRAFT_FILES[0]).is_file() and (has_t5 or not complete)
+
+
 def load_audiocraft(folder: Path) -> tuple[MusicGen, mx.Dtype]:
     """Build from `state_dict.bin` and its companions, with the published dtype."""
-    from convert import load_package, read_yaml
-
     path = folder / AUDIOCRAFT_FILES[0]
-    package = load_package(path)
-    try:
-        weights, cfg = package["best_state"], read_yaml(package.get("xp.cfg", ""))
-        if any(".conditioners.self_wav." in name for name in weights):
-            raise ValueError("melody and style checkpoints are not supported yet")
-        decoder = audiocraft_config(weights, cfg)
-        weights = Decoder.sanitize(weights)
-    except KeyError as error:
-        raise ValueError(f"{path} lacks {error}.") from error
-    except ValueError as error:
-        raise ValueError(f"{path} does not load: {error}") from error
+    weights, decoder, cfg = read_audiocraft(path)
     t5 = cfg.get("conditioners.description.t5.name", "t5-base")
     local = folder / t5.split("/")[-1]
     repo = t5 if "/" in t5 else f"google-t5/{t5}"
     text_encoder, tokenizer = T5.from_pretrained(local if local.is_dir() else repo)
     audio_encoder = Encodec.from_pretrained(folder)
-    max_duration = float(cfg.get("dataset.segment_duration", 30))
-    model = MusicGen(
-        MusicGenConfig(
-            decoder, text_encoder.config, audio_encoder.config, max_duration
-        ),
-        tokenizer,
-    )
-    model.text_encoder, model.audio_encoder = text_encoder, audio_encoder
     try:
+        seconds = float(cfg.get("dataset.segment_duration", 30))
+        parts = (decoder, text_encoder.config, audio_encoder.config)
+        model = MusicGen(MusicGenConfig(*parts, seconds), tokenizer)
+        model.text_encoder, model.audio_encoder = text_encoder, audio_encoder
         model.decoder.load_weights(list(weights.items()))
     except ValueError as error:
         raise ValueError(f"{path} does not load: {error}") from error
     return model, mx.float16
+
+
+def read_audiocraft(path: Path) -> tuple[dict[str, mx.array], DecoderConfig, dict]:
+    """The decoder's weights and config, and the settings, of a `state_dict.bin`."""
+    from convert import load_package, read_yaml
+
+    package = load_package(path)
+    try:
+        weights, cfg = package["best_state"], read_yaml(package.get("xp.cfg", ""))
+        if any(".conditioners.self_wav." in name for name in weights):
+            raise ValueError("melody and style checkpoints are not supported yet")
+        return Decoder.sanitize(weights), audiocraft_config(weights, cfg), cfg
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}.") from error
+    except (IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not load: {error}") from error
 
 
 def audiocraft_config(weights: dict[str, mx.array], cfg: dict) -> DecoderConfig:
@@ -869,16 +962,23 @@ def audiocraft_config(weights: dict[str, mx.array], cfg: dict) -> DecoderConfig:
 def load_transformers(folder: Path) -> tuple[MusicGen, mx.Dtype]:
     """Build from config.json, weights and spiece.model, transformers' or ours,
     with the decoder's dtype on a GPU."""
+    path = folder / "config.json"
     try:
-        settings = json.loads((folder / "config.json").read_text())
+        settings = json.loads(path.read_text())
         config = MusicGenConfig.from_dict(settings)
+        dtype = DTYPES[settings.get("decoder_dtype", "float16")]
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{folder} must hold {' and '.join(AUDIOCRAFT_FILES)}, or config.json "
             "with weights and spiece.model, but has neither."
         ) from None
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'} does not load: {error}") from error
+    except KeyError as error:
+        raise ValueError(
+            f"decoder_dtype in {path} must be one of {', '.join(DTYPES)}, got {error}."
+        ) from None
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not load: {error}") from error
+    warn_of_heads(path, config.decoder)
     if not (folder / "spiece.model").is_file():
         raise FileNotFoundError(
             f"{folder} must hold spiece.model; take that of {T5_REPO}."
@@ -888,20 +988,38 @@ def load_transformers(folder: Path) -> tuple[MusicGen, mx.Dtype]:
         model.load_weights(list(sanitize(read_weights(folder)).items()))
     except ValueError as error:
         raise ValueError(f"{folder} does not load: {error}") from error
-    return model, getattr(mx, settings.get("decoder_dtype", "float16"))
+    return model, dtype
+
+
+def warn_of_heads(path: Path, config: DecoderConfig) -> None:
+    """Shapes do not show the heads, and every published model's are 64 wide."""
+    heads, D = config.num_attention_heads, config.hidden_size
+    if D >= 1024 and heads != D // 64:
+        warnings.warn(
+            f"{path} gives {heads} attention heads for a hidden size of {D}; the "
+            f"published models have {D // 64}. If the sound is noise, correct it."
+        )
+
+
+WEIGHTS = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+
+
+def find_weights(folder: Path) -> Path | None:
+    """The first of WEIGHTS that is there."""
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
 
 
 def read_weights(folder: Path) -> dict[str, mx.array]:
     """All tensors of `model.safetensors`, `pytorch_model.bin`, or their shards."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return read_file(folder / name)
-        if index.is_file():
-            shards = read_index(index)
-            return {
-                k: w for shard in shards for k, w in read_file(folder / shard).items()
-            }
+    path = find_weights(folder)
+    if path and path.suffix != ".json":
+        return read_file(path)
+    if path:
+        shards = [read_file(folder / shard) for shard in read_index(path)]
+        return {name: weight for shard in shards for name, weight in shard.items()}
     raise FileNotFoundError(
         f"{folder} must hold model.safetensors or pytorch_model.bin, or their shards "
         "and index, but has neither."
@@ -914,7 +1032,13 @@ def read_index(path: Path) -> list[str]:
         shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
         if any(Path(shard).name != shard for shard in shards):
             raise ValueError("it names a file outside its folder")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (
+        AttributeError,
+        KeyError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ValueError(f"{path} is damaged, fetch it again: {error!r}") from error
     return shards
 

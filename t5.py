@@ -11,6 +11,7 @@ published `spiece.model`. Stands alone:
 import json
 import math
 import re
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -22,6 +23,18 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 FILES = ("config.json", "model.safetensors", "spiece.model")
+LIMITS = {  # least and largest value of each size
+    "vocab_size": (1, 2**20),
+    "d_model": (1, 2**14),
+    "d_kv": (1, 2**10),
+    "d_ff": (1, 2**17),
+    "num_layers": (1, 200),
+    "num_heads": (1, 200),
+    "n_positions": (2, 2**16),
+    "relative_attention_num_buckets": (4, 2**10),
+    "relative_attention_max_distance": (2, 2**16),
+    "layer_norm_epsilon": (0.0, 1.0),
+}
 
 
 @dataclass
@@ -40,9 +53,28 @@ class T5Config:
     layer_norm_epsilon: float = 1e-6
     feed_forward_proj: str = "relu"
 
+    def __post_init__(self):
+        for name, (low, high) in LIMITS.items():
+            value = getattr(self, name)
+            kind = int if isinstance(low, int) else int | float
+            if not (isinstance(value, kind) and low <= value <= high):
+                raise ValueError(f"{name} must be from {low} to {high}, got {value!r}.")
+        if self.feed_forward_proj not in FEED_FORWARDS:
+            raise ValueError(
+                f"feed_forward_proj must be one of {', '.join(FEED_FORWARDS)}, "
+                f"got '{self.feed_forward_proj}'."
+            )
+        if 4 * self.relative_attention_max_distance <= (
+            self.relative_attention_num_buckets
+        ):
+            raise ValueError(
+                "relative_attention_max_distance must be more than a quarter of "
+                f"relative_attention_num_buckets, {self.relative_attention_num_buckets}."
+            )
+
     @classmethod
     def from_dict(cls, config: dict) -> "T5Config":
-        """Take the known keys. Raises ValueError when a size is missing."""
+        """Take the known keys. Raises ValueError for a size missing or absurd."""
         for key in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"):
             if key not in config:
                 raise ValueError(f"The T5 config must have '{key}', but lacks it.")
@@ -55,7 +87,9 @@ class Tokenizer:
 
     `spiece.model` knows the pieces; the names of the special tokens and of the
     100 sentinels `<extra_id_N>`, which number downwards behind the pieces, are
-    cut out of the text first.
+    cut out of the text first. The ids differ from the published ones for U+2034
+    and where a character that NFKC changes has a combining mark behind it, which
+    the published normalizer drops.
     """
 
     def __init__(self, path: str | Path):
@@ -155,11 +189,6 @@ FEED_FORWARDS = {  # feed_forward_proj: activation, input projections
 class FeedForward(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
-        if config.feed_forward_proj not in FEED_FORWARDS:
-            raise ValueError(
-                f"feed_forward_proj must be one of {', '.join(FEED_FORWARDS)}, "
-                f"got '{config.feed_forward_proj}'."
-            )
         self._activation, self._inputs = FEED_FORWARDS[config.feed_forward_proj]
         for name in self._inputs:
             setattr(self, name, nn.Linear(config.d_model, config.d_ff, bias=False))
@@ -235,13 +264,20 @@ class T5(nn.Module):
 
     @staticmethod
     def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Keep the encoder of a whole T5, in float32 (float16 overflows)."""
-        return {
-            name: weight.astype(mx.float32)
+        """Keep the encoder of a whole T5, in float32 (float16 overflows).
+
+        Raises ValueError for a tensor that does not hold floats.
+        """
+        kept = {
+            name: weight
             for name, weight in weights.items()
             if not name.startswith(("decoder.", "lm_head."))
             and name != "encoder.embed_tokens.weight"  # the same as shared
         }
+        for name, weight in kept.items():
+            if not mx.issubdtype(weight.dtype, mx.floating):
+                raise ValueError(f"{name} must hold floats, but holds {weight.dtype}")
+        return {name: weight.astype(mx.float32) for name, weight in kept.items()}
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path) -> "tuple[T5, Tokenizer]":
@@ -252,13 +288,24 @@ class T5(nn.Module):
         """
         config, weights, spiece = locate(path_or_repo)
         try:
-            config = T5Config.from_dict(json.loads(config.read_text()))
+            config = T5Config.from_dict(read_config(config))
             weights = cls.sanitize(mx.load(str(weights)))
             model = cls(config)
             model.load_weights(list(weights.items()))
-        except (ValueError, RuntimeError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"T5 in {spiece.parent} does not load: {error}") from error
         return model, Tokenizer(spiece)
+
+
+def read_config(path: Path) -> dict:
+    """The settings in a `config.json`. Raises ValueError when it holds none."""
+    try:
+        config = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path.name} must hold an object, got {config!r:.40}")
+    return config
 
 
 def locate(path_or_repo: str | Path) -> list[Path]:
@@ -290,4 +337,7 @@ def demo(model: T5, tokenizer: Tokenizer, texts: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    demo(*T5.from_pretrained("google-t5/t5-base"), ["happy rock", "calm piano"])
+    try:
+        demo(*T5.from_pretrained("google-t5/t5-base"), ["happy rock", "calm piano"])
+    except (OSError, ValueError) as error:
+        sys.exit(f"t5.py: error: {' '.join(str(error).split())}")
