@@ -23,13 +23,14 @@ import struct
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+from huggingface_hub.utils import logging
 from mlx.utils import tree_flatten
 
 DTYPES = {  # torch's storages; numpy has no bfloat16, so its bits travel as uint16
@@ -79,42 +80,63 @@ class Dict(dict):
         pass
 
 
+class Maker(NamedTuple):
+    """Stands for a function of torch. A tuple, so a pickle cannot set anything
+    on it, as it could on the function itself."""
+
+    make: Callable
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.make(*arguments)
+
+
+def make_tensor(storage, offset, shape, stride, *_) -> Tensor:
+    if not isinstance(storage, Storage):
+        raise ValueError(f"it makes a tensor of {storage!r:.40}")
+    return Tensor(storage, offset, tuple(shape), tuple(stride))
+
+
+def make_parameter(tensor, *_) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"it makes a parameter of {tensor!r:.40}")
+    return tensor
+
+
+KNOWN = {
+    "collections.OrderedDict": Maker(lambda: Dict()),
+    "torch._utils._rebuild_tensor_v2": Maker(make_tensor),
+    "torch._utils._rebuild_parameter": Maker(make_parameter),
+}
+
+
 class Unpickler(pickle.Unpickler):
     """Makes plain data and `Tensor` records of a pickle, and nothing else."""
 
+    def __init__(self, stream: BinaryIO):
+        super().__init__(stream)
+        self.storages: set[Storage] = set()
+
     def find_class(self, module: str, name: str) -> Any:
-        known = {
-            "collections.OrderedDict": self._dict,
-            "torch._utils._rebuild_tensor_v2": self._tensor,
-            "torch._utils._rebuild_parameter": self._parameter,
-        }
         if module == "torch" and name in DTYPES:
             return name
-        if f"{module}.{name}" not in known:
+        if f"{module}.{name}" not in KNOWN:
             raise ValueError(
-                f"it names {module}.{name}, which no checkpoint needs. The file is "
-                "damaged or hostile: fetch it again from a source you trust"
+                f"it names {f'{module}.{name}'!r:.80}, which no checkpoint needs. The "
+                "file is damaged or hostile: fetch it again from a source you trust"
             )
-        return known[f"{module}.{name}"]
+        return KNOWN[f"{module}.{name}"]
 
     def persistent_load(self, reference: tuple) -> Storage:
         tag, kind, key, _, size, *view = reference
         if tag != "storage" or kind not in DTYPES or (view and view != [None]):
-            raise ValueError(f"it holds an unknown kind of storage, {reference}")
-        return Storage(kind, str(key), size)
-
-    def _dict(self) -> Dict:
-        return Dict()
-
-    def _tensor(self, storage, offset, shape, stride, *_) -> Tensor:
-        return Tensor(storage, offset, tuple(shape), tuple(stride))
-
-    def _parameter(self, tensor, *_) -> Tensor:
-        return tensor
+            raise ValueError(f"it holds an unknown kind of storage, {reference!r:.80}")
+        storage = Storage(kind, str(key), size)
+        self.storages.add(storage)
+        return storage
 
 
-def unpickle(stream: BinaryIO) -> Any:
-    """Read one pickle from `stream`, leaving it behind its end."""
+def unpickle(stream: BinaryIO) -> tuple[Any, set[Storage]]:
+    """Read one pickle and the storages it names, leaving `stream` behind its end."""
     start = stream.tell()
     for opcode, argument, position in pickletools.genops(stream):
         if opcode.name not in OPCODES:
@@ -123,9 +145,10 @@ def unpickle(stream: BinaryIO) -> Any:
             raise ValueError("it numbers more objects than it has")
     end = stream.tell()
     stream.seek(start)
-    tree = Unpickler(io.BytesIO(stream.read(end - start))).load()
+    unpickler = Unpickler(io.BytesIO(stream.read(end - start)))
+    tree = unpickler.load()
     stream.seek(end)
-    return tree
+    return tree, unpickler.storages
 
 
 def view(tensor: Tensor, data: np.ndarray) -> mx.array:
@@ -159,7 +182,7 @@ def zip_form(path: Path) -> tuple[Any, Numbers]:
             raise ValueError("its entries must be stored, not compressed")
         (pickled,) = (name for name in entries if name.endswith("/data.pkl"))
         root = pickled.removesuffix("data.pkl")
-        tree = unpickle(io.BytesIO(archive.read(pickled)))
+        tree, _ = unpickle(io.BytesIO(archive.read(pickled)))
         order = root + "byteorder"
         if order in entries and archive.read(order) != b"little":
             raise ValueError("its numbers must be little-endian")
@@ -178,11 +201,12 @@ def legacy_form(path: Path) -> tuple[Any, Numbers]:
     """The same of the form before torch 1.6: five pickles, then the numbers."""
     data = np.memmap(path, np.uint8, "r")
     with open(path, "rb") as file:
-        magic, version, system, tree, keys = (unpickle(file) for _ in range(5))
+        (magic, _), _, (system, _) = (unpickle(file) for _ in range(3))
+        (tree, storages), (keys, _) = unpickle(file), unpickle(file)
         start = file.tell()
     if magic != 0x1950A86A20F9469CFC6C or not system["little_endian"]:
         raise ValueError("it has neither of torch's two forms")
-    itemsizes = {s.key: DTYPES[s.kind].itemsize for s in storages(tree)}
+    itemsizes = {s.key: DTYPES[s.kind].itemsize for s in storages}
     places = {}
     for key in keys:
         (count,) = struct.unpack_from("<q", data, start)
@@ -202,34 +226,46 @@ def cut(data: np.ndarray, storage: Storage) -> np.ndarray:
     return data[: storage.size * dtype.itemsize].view(dtype)
 
 
-def storages(tree: Any) -> Iterator[Storage]:
-    """Every storage that the object tree mentions."""
-    if isinstance(tree, Tensor):
-        yield tree.storage
-    elif isinstance(tree, dict | list | tuple):
-        for item in tree.values() if isinstance(tree, dict) else tree:
-            yield from storages(item)
+def fill(tree: Any, numbers: Numbers, room: int) -> Any:
+    """The tree with arrays for its tensors, of `room` bytes at most in all.
+
+    What the tree holds several times is made once, for a small file can hold
+    one list or tensor in a great many places.
+    """
+    made = {}
+
+    def build(node: Any) -> Any:
+        nonlocal room
+        if not isinstance(node, Tensor | dict | list):
+            return node
+        key = node if isinstance(node, Tensor) else id(node)
+        if key not in made:
+            if isinstance(node, Tensor):
+                made[key] = view(node, numbers(node.storage))
+                room -= made[key].nbytes
+                if room < 0:
+                    raise ValueError("its tensors hold far more than the file")
+            elif isinstance(node, dict):
+                made[key] = {name: build(item) for name, item in node.items()}
+            else:
+                made[key] = [build(item) for item in node]
+        return made[key]
+
+    return build(tree)
 
 
 def load_torch(path: str | Path) -> Any:
     """Read what `torch.save` wrote: plain data, with arrays for tensors.
 
-    Both of torch's forms, memory-mapped. Raises ValueError naming the file when
-    it is damaged, reaches outside itself, or asks for anything but tensors.
+    Both of torch's forms; the file is mapped, so that its bytes are read once,
+    into the arrays. Raises ValueError naming the file when it is damaged, reaches
+    outside itself, or asks for anything but tensors.
     """
     path = Path(path)
-
-    def fill(tree: Any) -> Any:
-        if isinstance(tree, Tensor):
-            return view(tree, numbers(tree.storage))
-        if isinstance(tree, dict):
-            return {key: fill(value) for key, value in tree.items()}
-        return [fill(value) for value in tree] if isinstance(tree, list) else tree
-
     try:
         form = zip_form if zipfile.is_zipfile(path) else legacy_form
         tree, numbers = form(path)
-        return fill(tree)
+        return fill(tree, numbers, room=2 * path.stat().st_size)
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way
@@ -260,44 +296,64 @@ def read_yaml(text: str) -> dict[str, Any]:
     """Scalars and lists of scalars of a YAML text, as strings, by dotted name.
 
     Knows the block style that OmegaConf writes, which is how the checkpoints
-    keep their settings, and lists in brackets; resolves values like `${encodec.causal}`.
+    keep their settings, and lists in brackets; passes over texts of several
+    lines; resolves values like `${encodec.causal}`.
     """
-    values, path = {}, []
+    values, path, text_indent = {}, [], math.inf
     for line in text.splitlines():
         body = line.lstrip(" ")
         indent = len(line) - len(body)
+        if not body or body.startswith("#") or indent > text_indent:
+            continue
+        text_indent = math.inf
         key, colon, value = body.partition(":")
-        value = value.strip().strip("'\"")
+        value = scalar(value)
         if body.startswith("- "):
-            values.setdefault(".".join(name for _, name in path), []).append(body[2:])
+            name = ".".join(name for _, name in path)
+            values.setdefault(name, []).append(scalar(body[2:]))
         elif colon:
             path = [part for part in path if part[0] < indent] + [(indent, key)]
-            if value.startswith("["):
-                value = [item.strip() for item in value[1:-1].split(",") if item]
+            if value.startswith(("|", ">")):
+                value, text_indent = "", indent
+            elif value.startswith("["):
+                items = value.strip("[]").split(",")
+                value = [scalar(item) for item in items if item]
             if value:
                 values[".".join(name for _, name in path)] = value
-    for name, value in values.items():
-        seen = {name}
-        while isinstance(value, str) and (m := re.fullmatch(r"\$\{(.+)\}", value)):
-            value = "" if m[1] in seen else values.get(m[1], "")
-            seen.add(m[1])
-        values[name] = value
-    return values
+    return {name: resolve(value, values) for name, value in values.items()}
+
+
+def scalar(text: str) -> str:
+    """A YAML value without its quotes, or without the comment behind it."""
+    text = text.strip()
+    quoted = re.match(r"'([^']*)'|\"([^\"]*)\"", text)
+    if quoted:
+        return quoted[1] or quoted[2] or ""
+    return re.split(r"\s#", text)[0].rstrip()
+
+
+def resolve(value: Any, values: dict[str, Any]) -> Any:
+    """Follow references like `${name}`; one that leads nowhere is empty."""
+    for _ in values:
+        match = re.fullmatch(r"\$\{(.+)\}", value) if isinstance(value, str) else None
+        if not match:
+            return value
+        value = values.get(match[1], "")
+    return ""
 
 
 CARD = """---
 library_name: mlx
 license: cc-by-nc-4.0
 pipeline_tag: text-to-audio
-base_model: {source}
-tags:
+{base_model}tags:
 - mlx
 - musicgen
 ---
 
 # {name}
 
-[{source}](https://huggingface.co/{source}) converted to MLX, decoder in {dtype}.
+{source} converted to MLX, decoder in {dtype}.
 
 ```
 python generate.py --model {name} --prompt "happy rock"
@@ -327,10 +383,9 @@ def convert(
         raise FileExistsError(f"{target} exists already; choose another folder.")
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"The folder {target.parent} must exist.")
-    model = MusicGen.from_pretrained(source, dtype, q_bits, q_group_size)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        save(model, folder)
+        save(MusicGen.from_pretrained(source, dtype, q_bits, q_group_size), folder)
         folder.chmod(0o755)
         folder.rename(target)
     finally:
@@ -349,21 +404,55 @@ def save(model: Any, folder: Path) -> None:
     (folder / "spiece.model").write_bytes(model.tokenizer.serialized())
 
 
-def upload(folder: Path, repo: str, source: str) -> None:
-    """Publish a converted folder on the Hub, with a model card."""
-    from huggingface_hub import HfApi
+def is_converted(folder: Path) -> bool:
+    """Whether `folder` is one that `convert` wrote."""
+    path = folder / "config.json"
+    return path.is_file() and '"decoder_dtype"' in path.read_text()
+
+
+def model_card(folder: Path, repo: str, source: str) -> str:
+    """The README of `repo`, for a folder converted from `source`."""
+    from musicgen import MODELS
 
     dtype = json.loads((folder / "config.json").read_text())["decoder_dtype"]
-    card = CARD.format(source=source, name=repo, dtype=dtype)
-    (folder / "README.md").write_text(card)
+    source = MODELS.get(source, source)
+    if Path(source).exists():  # a folder of this machine means nothing elsewhere
+        base, link = "", "MusicGen"
+    else:
+        base = f"base_model: {source}\n"
+        link = f"[{source}](https://huggingface.co/{source})"
+    return CARD.format(base_model=base, source=link, name=repo, dtype=dtype)
+
+
+def upload(folder: Path, repo: str, source: str) -> None:
+    """Publish a converted folder on the Hub, with a model card.
+
+    Raises OSError when the Hub does not take it.
+    """
+    from huggingface_hub import HfApi
+
+    (folder / "README.md").write_text(model_card(folder, repo, source))
     api = HfApi()
-    api.create_repo(repo, exist_ok=True)
-    api.upload_folder(repo_id=repo, folder_path=folder)
+    try:
+        api.create_repo(repo, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder)
+    except Exception as error:  # the network's, the Hub's or the disk's
+        raise OSError(
+            f"The Hub did not take {repo}: {error} {folder} is whole: the same "
+            "command uploads it."
+        ) from error
     print(f"Uploaded to https://huggingface.co/{repo}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Convert MusicGen to MLX.")
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description="Convert MusicGen to MLX.")
     add = parser.add_argument
     add("--hf-path", required=True, help="Hub id, short name or folder to convert")
     add("--mlx-path", required=True, type=Path, help="folder to write; must not exist")
@@ -382,18 +471,36 @@ def main() -> None:
         help="weights that share a scale: 32, 64 or 128 (default: %(default)s)",
     )
     add(
-        "--upload-repo", help="Hub repository to publish to, such as mlx-community/NAME"
+        "--upload-repo",
+        help="Hub repository to publish to, such as mlx-community/NAME; where "
+        "--mlx-path is converted already, it is uploaded as it is",
     )
     args = parser.parse_args()
-    try:
+    repo = args.upload_repo
+    if repo is not None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
+        parser.error(f"--upload-repo must be OWNER/NAME, got '{repo}'")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.upload_repo and is_converted(args.mlx_path):
+        print(f"{args.mlx_path} is there already and is uploaded as it is")
+    else:
         q_bits = args.q_bits if args.quantize else None
         dtype = getattr(mx, args.dtype)
         convert(args.hf_path, args.mlx_path, dtype, q_bits, args.q_group_size)
         print(f"Wrote {args.mlx_path}")
-        if args.upload_repo:
-            upload(args.mlx_path, args.upload_repo, args.hf_path)
+    if args.upload_repo:
+        upload(args.mlx_path, args.upload_repo, args.hf_path)
+
+
+def main() -> None:
+    args = parse_arguments()
+    logging.set_verbosity_error()  # the Hub's retries; the end result is reported
+    try:
+        run(args)
     except (OSError, ValueError) as error:
-        sys.exit(f"convert.py: error: {error}")
+        sys.exit(f"convert.py: error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

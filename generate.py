@@ -17,7 +17,7 @@ from huggingface_hub.utils import logging, tqdm
 from encodec import check_audio_path, check_suffix, save_audio
 from musicgen import MODELS, MusicGen, check_name, check_options, row_seeds
 
-SAMPLING = ("duration", "temp", "top_k", "top_p", "guidance_coef")
+OPTIONS = ("duration", "temp", "top_k", "top_p", "guidance_coef")
 
 HELP = {
     "prompt": 'what to play; "" for anything',
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -66,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     try:
         check_name(args.model)
         check_suffix(args.output)
-        check_options(**{name: getattr(args, name) for name in SAMPLING})
+        check_options(**{name: getattr(args, name) for name in OPTIONS})
         row_seeds(args.seed, rows=1)
     except ValueError as error:
         parser.error(str(error))
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     check_audio_path(args.output)
     dtype = getattr(mx, args.dtype) if args.dtype else None
     model = MusicGen.from_pretrained(args.model, dtype, args.q_bits)
-    options = {name: getattr(args, name) for name in SAMPLING}
+    options = {name: getattr(args, name) for name in OPTIONS}
 
     start = time.perf_counter()
     with tqdm(unit="step") as bar:

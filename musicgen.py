@@ -874,7 +874,7 @@ def locate(name: str) -> Path:
             if name in MODELS:
                 raise
             return fetch_transformers(repo)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise OSError(
             f"The Hub did not give {repo}: {error} To work offline, name a local "
             f"folder with {' and '.join(AUDIOCRAFT_FILES)}, T5 in t5-base/ and, for "

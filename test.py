@@ -30,6 +30,7 @@ import mlx.nn as nn
 import numpy as np
 import soundfile
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
 from mlx.utils import tree_flatten
 
 import benchmark
@@ -152,6 +153,61 @@ class TestT5(Test):
         for row, own in zip(states, ids):
             self.assertClose(row[: len(own)], model.encode([own])[0][0])
 
+    def test_activations(self):
+        # Hugging Face's names: gated-gelu is the tanh form, silu is x * sigmoid(x).
+        x = mx.linspace(-3, 3, 8)[None]
+        tanh = 0.5 * x * (1 + mx.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
+        for name, activated in (
+            ("relu", mx.maximum(x, 0)),
+            ("gated-gelu", tanh),
+            ("gated-silu", x * mx.sigmoid(x)),
+        ):
+            config = t5.T5Config(d_model=8, d_ff=8, feed_forward_proj=name)
+            layer = t5.FeedForward(config)
+            for projection in tree_flatten(layer.parameters()):
+                layer.load_weights([(projection[0], mx.eye(8))], strict=False)
+            gate = 1 if name == "relu" else x
+            self.assertClose(layer(x), activated * gate, 1e-5)
+
+    def test_layer_norm_epsilon(self):
+        for epsilon in (1e-6, 0.5):
+            config = t5.T5Config(30, 8, 4, 8, 1, 2, layer_norm_epsilon=epsilon)
+            block = T5(config).encoder.block[0].layer
+            norms = [layer.layer_norm for layer in block]
+            norms.append(T5(config).encoder.final_layer_norm)
+            x = 0.1 * mx.ones((1, 8))
+            for norm in norms:
+                self.assertClose(norm(x), x / (0.01 + epsilon) ** 0.5, 1e-5)
+
+    def test_bad_files(self):
+        for change, pattern in (
+            ({"num_heads": 0}, "num_heads must be from 1"),
+            ({"num_heads": "4"}, "num_heads must be"),
+            ({"vocab_size": 10**12}, "vocab_size must be"),
+            ({"n_positions": 0}, "n_positions must be"),
+            ({"layer_norm_epsilon": "x"}, "layer_norm_epsilon must be"),
+            ({"relative_attention_num_buckets": 0}, "num_buckets must be"),
+            ({"relative_attention_max_distance": 2}, "max_distance must be more"),
+            ({"feed_forward_proj": "swish"}, "feed_forward_proj must be one of"),
+            ({"feed_forward_proj": []}, "does not load"),
+        ):
+            with self.subTest(change):
+                folder = self.copy("t5-gated")
+                path = folder / "config.json"
+                path.write_text(json.dumps(json.loads(path.read_text()) | change))
+                with self.assertRaisesRegex(ValueError, f"T5 in {folder}.*{pattern}"):
+                    T5.from_pretrained(folder)
+                shutil.rmtree(folder)
+        folder = self.copy("t5-gated")
+        for text in ("[]", "{", "[" * 100_000):
+            (folder / "config.json").write_text(text)
+            with self.assertRaisesRegex(ValueError, "config.json (must|is no JSON)"):
+                T5.from_pretrained(folder)
+
+    def test_integers_are_no_weights(self):
+        with self.assertRaisesRegex(ValueError, "shared.weight must hold floats"):
+            T5.sanitize({"shared.weight": mx.zeros((2, 2), mx.int32)})
+
     def test_missing_file(self):
         with self.assertRaisesRegex(FileNotFoundError, "config.json is missing"):
             T5.from_pretrained(self.folder)
@@ -237,6 +293,10 @@ class TestEncodec(Test):
                 lambda w: w.update({"encoder.layers.13.lstm.foo_l0": mx.zeros(1)}),
                 "foo_l0",
             ),
+            (
+                lambda w: w.update({bias: w[bias].astype(mx.int32)}),
+                "bias_hh_l0 must hold floats",
+            ),
         ):
             with self.subTest(pattern):
                 folder = self.copy("encodec_32khz")
@@ -275,6 +335,67 @@ class TestEncodec(Test):
             for frames in (1, 4, 22, 23, 100):
                 self.assertClose(model._decode_in_pieces(x, frames), whole, 1e-6)
 
+    def test_settings_of_the_bin_are_heeded(self):
+        package = convert.load_torch(
+            REFERENCE / "mono-audiocraft/compression_state_dict.bin"
+        )
+        weights = Encodec.sanitize(package["best_state"])
+        for name, value, field, found in (
+            ("seanet.causal", "true", "use_causal_conv", True),
+            ("seanet.dilation_base", "3", "dilation_growth_rate", 3),
+            ("seanet.pad_mode", "constant", "pad_mode", "constant"),
+            ("encodec.renormalize", "true", "normalize", True),
+            ("sample_rate", "16000", "sampling_rate", 16000),
+        ):
+            config = encodec.audiocraft_config(weights, {name: value})
+            self.assertEqual(getattr(config, field), found)
+            published = encodec.audiocraft_config(weights, {})
+            self.assertNotEqual(getattr(published, field), found)
+
+    def test_silence(self):
+        model = Encodec.from_pretrained(REFERENCE / "encodec_48khz")
+        chunk = model.encode(mx.zeros((1, 4000, 2)))[0]
+        self.assertClose(1e8 * chunk.scale, mx.ones((1, 1, 1)), 1e-5)
+        self.assertLess(mx.abs(model.decode([chunk])).max().item(), 1e-6)
+
+    def test_default_bandwidth_is_the_smallest(self):
+        model = Encodec.from_pretrained(REFERENCE / "encodec_24khz")
+        audio = mx.random.normal((1, 4000, 1))
+        smallest = min(model.config.target_bandwidths)
+        self.assertSame(
+            model.encode(audio)[0].codes, model.encode(audio, smallest)[0].codes
+        )
+
+    def test_bad_config(self):
+        for change, pattern in (
+            ({"upsampling_ratios": "abc"}, "upsampling_ratios must be a list"),
+            ({"upsampling_ratios": [0, 1]}, "upsampling_ratios must be from 1"),
+            ({"upsampling_ratios": []}, "upsampling_ratios must have 1"),
+            ({"target_bandwidths": []}, "target_bandwidths must have 1"),
+            ({"target_bandwidths": [1000]}, "at most 128 codebooks"),
+            ({"sampling_rate": 0}, "sampling_rate must be"),
+            ({"sampling_rate": "x"}, "sampling_rate must be"),
+            ({"codebook_size": 0}, "codebook_size must be"),
+            ({"overlap": 1}, "overlap must be"),
+            ({"chunk_length_s": 1e-9}, "chunk_length_s must be"),
+            ({"num_filters": 10**12}, "num_filters must be"),
+            ({"num_filters": None}, "num_filters must be"),
+            ({"pad_mode": "edge"}, "pad_mode must be one of"),
+            ({"normalize": "yes"}, "normalize must be one of"),
+        ):
+            with self.subTest(change):
+                folder = self.copy("encodec_48khz")
+                path = folder / "config.json"
+                path.write_text(json.dumps(json.loads(path.read_text()) | change))
+                with self.assertRaisesRegex(ValueError, f"Codec {folder}.*{pattern}"):
+                    Encodec.from_pretrained(folder)
+                shutil.rmtree(folder)
+        folder = self.copy("encodec_48khz")
+        for text in ("[]", "{", "[" * 100_000):
+            (folder / "config.json").write_text(text)
+            with self.assertRaisesRegex(ValueError, "config.json (must|is no JSON)"):
+                Encodec.from_pretrained(folder)
+
     def test_bad_input(self):
         model = Encodec.from_pretrained(REFERENCE / "encodec_24khz")
         for shape in ((1, 0, 1), (1, 100, 2), (100, 1)):
@@ -296,6 +417,14 @@ class TestEncodec(Test):
         with patch("sys.argv", arguments + ["--bandwidth", "99"]):
             with self.assertRaisesRegex(SystemExit, "bandwidth must be one of"):
                 encodec.main()
+        for name, status in (("out.xyz", "2"), ("no/out.wav", "must exist")):
+            arguments[2] = str(self.folder / name)
+            with patch("sys.argv", arguments), patch("encodec.demo") as demo:
+                with redirect_stderr(io.StringIO()) as err:
+                    with self.assertRaisesRegex(SystemExit, status):
+                        encodec.main()
+            demo.assert_not_called()
+            self.assertLessEqual(err.getvalue().count("\n"), 1)
 
 
 class TestAudioFiles(Test):
@@ -307,6 +436,41 @@ class TestAudioFiles(Test):
             source, target = map(int, name.split("_"))
             got = resample(np.array(signals[f"{name}_input"]).T, source, target)
             self.assertClose(mx.array(got.T), signals[f"{name}_output"])
+
+    def test_resample_in_blocks(self):
+        audio = np.random.default_rng(0).normal(size=(150_000, 1)).astype(np.float32)
+        whole = resample(audio, 32000, 48000)
+        self.assertEqual(whole.shape, (225_000, 1))
+        middle = resample(audio[60_000:110_000], 32000, 48000)
+        self.assertClose(
+            mx.array(middle[300:-300]), mx.array(whole[90_300:164_700]), 1e-6
+        )
+
+    def test_minutes_of_ogg(self):
+        path = self.folder / "long.ogg"
+        save_audio(path, mx.zeros((32000 * 400, 1)), 32000)
+        self.assertEqual(soundfile.info(path).frames, 32000 * 400)
+
+    def test_places_that_cannot_be_written(self):
+        (self.folder / "dir.wav").mkdir()
+        (self.folder / "dangling.wav").symlink_to(self.folder / "no" / "x.wav")
+        places = ["dir.wav", "dangling.wav"]
+        if Path("/proc/self").exists():
+            (self.folder / "proc").symlink_to("/proc/self")
+            places.append("proc/x.wav")
+        for name in places:
+            with self.assertRaisesRegex(OSError, "cannot be written"):
+                encodec.check_audio_path(self.folder / name)
+        encodec.check_audio_path(self.folder / "new.wav")
+        self.assertFalse((self.folder / "new.wav").exists())
+
+    def test_shapes(self):
+        path = self.folder / "x.wav"
+        save_audio(path, mx.zeros((0, 1)), 32000)
+        self.assertEqual(soundfile.info(path).frames, 0)
+        for shape in ((2, 3, 1), (), (4, 0)):
+            with self.assertRaisesRegex(ValueError, "must have the shape"):
+                save_audio(path, mx.zeros(shape), 32000)
 
     def test_round_trip(self):
         tone = np.sin(np.arange(32000) * 0.05)[:, None] * [0.5, 0.25]
@@ -643,18 +807,21 @@ class TestGenerate(Test):
         model = MusicGen.from_pretrained(REFERENCE / "mono-transformers")
         for name, values in {
             "duration": (0, -1, math.nan, 31, 0.01, math.inf),
-            "temp": (-0.1, math.nan),
-            "top_k": (0, 2049),
+            "temp": (-0.1, math.nan, "1", None),
+            "top_k": (0, 2049, 2.5),
             "top_p": (-0.1, 1.1, math.nan),
             "guidance_coef": (math.nan, math.inf),
-            "seed": (-1, 2**64, [1, 2]),
+            "seed": (-1, 2**64, [1, 2], [0.5]),
         }.items():
             for value in values:
                 with self.subTest(name, value=value):
                     with self.assertRaisesRegex(ValueError, f"^{name} must"):
                         model.generate_codes("a", **{name: value})
-        with self.assertRaisesRegex(ValueError, "must be a prompt"):
-            model.generate_codes([])
+        for prompts in ([], [None], ["a", 3]):
+            with self.assertRaisesRegex(ValueError, "must be a prompt"):
+                model.generate_codes(prompts)
+        codes = model.generate_codes("a", duration=0.1, seed=np.int64(3))
+        self.assertSame(codes, model.generate_codes("a", duration=0.1, seed=3))
 
 
 class TestPublishedCheckpoints(Test):
@@ -750,6 +917,10 @@ class TestLoading(Test):
             (lambda w: w.pop(bias), r"Missing.*\n?decoder.output_proj.bias"),
             (lambda w: w.update(stray=mx.zeros(1)), r"not in model.*\n?decoder.stray"),
             (lambda w: w.update({bias: mx.zeros(7)}), "decoder.output_proj.bias"),
+            (
+                lambda w: w.update({head: w[head].astype(mx.int32)}),
+                "linears.2.weight must hold floats",
+            ),
         ):
             with self.subTest(pattern):
                 folder = self.copy("mono-transformers")
@@ -801,6 +972,137 @@ class TestLoading(Test):
             self.fails(key, folder)
             path.write_text(json.dumps({k: v for k, v in config.items() if k != part}))
             self.fails(part, folder)
+
+    def test_absurd_config(self):
+        folder = self.copy("mono-transformers")
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        for change, pattern in (
+            ({"num_attention_heads": 0}, "num_attention_heads must be"),
+            ({"num_attention_heads": 3}, "num_attention_heads must split"),
+            ({"num_attention_heads": "4"}, "num_attention_heads must be"),
+            ({"hidden_size": -4}, "hidden_size must be"),
+            ({"vocab_size": 10**12}, "vocab_size must be"),
+            ({"num_hidden_layers": 10**6}, "num_hidden_layers must be"),
+            ({"delays": [0, 1, 2, 10**9]}, "delays must give"),
+            ({"delays": [0, 1, 2]}, "delays must give"),
+            ({"delays": "0123"}, "delays must give"),
+            ({"scale_embedding": True}, "scale_embedding must be False"),
+            ({"activation_function": "relu"}, "activation_function must be 'gelu'"),
+        ):
+            with self.subTest(change):
+                changed = config | {"decoder": config["decoder"] | change}
+                path.write_text(json.dumps(changed))
+                self.fails(f"{path} does not load: {pattern}", folder)
+        for change, pattern in (
+            ({"decoder": []}, "must have 'decoder'"),
+            ({"max_duration": "x"}, "max_duration must be"),
+            ({"max_duration": 1e9}, "max_duration must be"),
+            ({"decoder_dtype": "load"}, "decoder_dtype in .* must be one of float16"),
+            ({"quantization": {"bits": 4}}, "quantization must give"),
+        ):
+            with self.subTest(change):
+                path.write_text(json.dumps(config | change))
+                self.fails(f"{pattern}", folder)
+        path.write_text("[" * 100_000)
+        self.fails("config.json does not load", folder)
+
+    def test_warns_of_unusual_heads(self):
+        decoder = {"hidden_size": 1024, "num_hidden_layers": 1, "ffn_dim": 8}
+        decoder |= {"vocab_size": 8, "num_codebooks": 4, "num_attention_heads": 24}
+        config = musicgen.DecoderConfig.from_dict(decoder | {"hidden_size": 1536})
+        with self.assertNoLogs(), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            musicgen.warn_of_heads(Path("config.json"), config)
+        config = musicgen.DecoderConfig.from_dict(decoder | {"num_attention_heads": 8})
+        with self.assertWarnsRegex(UserWarning, "config.json gives 8 .* have 16"):
+            musicgen.warn_of_heads(Path("config.json"), config)
+        del decoder["num_attention_heads"]
+        config = musicgen.DecoderConfig.from_dict(decoder)
+        self.assertEqual(config.num_attention_heads, 16)
+
+    def test_our_own_settings_are_heeded(self):
+        folder = self.copy("mono-transformers")
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps(config | {"max_duration": 0.5}))
+        model = MusicGen.from_pretrained(folder)
+        with self.assertRaisesRegex(ValueError, "duration must be .* to 0.5"):
+            model.generate_codes("a", duration=0.6)
+
+    def test_dtype_must_be_a_float(self):
+        for dtype in (mx.int32, "float16", mx.complex64):
+            with self.assertRaisesRegex(ValueError, "dtype must be one of float16"):
+                MusicGen.from_pretrained(REFERENCE / "mono-transformers", dtype)
+
+    def test_a_clone_with_both_layouts_needs_no_hub(self):
+        folder = self.copy("mono-transformers")
+        shutil.copy(REFERENCE / "mono-audiocraft" / "state_dict.bin", folder)
+        self.assertFalse(musicgen.is_audiocraft(folder))
+        (folder / "t5-base").mkdir()
+        self.assertTrue(musicgen.is_audiocraft(folder))
+        (folder / "t5-base").rmdir()
+        (folder / "model.safetensors").unlink()
+        self.assertTrue(musicgen.is_audiocraft(folder))
+
+    def test_safetensors_before_bin(self):
+        for name in reversed(musicgen.WEIGHTS):
+            (self.folder / name).touch()
+            self.assertEqual(musicgen.find_weights(self.folder).name, name)
+
+    def test_text_encoder_that_the_bin_names(self):
+        settings = {
+            "conditioners.description.t5.name": "someone/other-t5",
+            "transformer_lm.num_heads": "4",
+        }
+        with patch.object(convert, "read_yaml", return_value=settings):
+            with patch.object(T5, "from_pretrained", side_effect=OSError) as load:
+                with self.assertRaises(OSError):
+                    MusicGen.from_pretrained(REFERENCE / "mono-audiocraft")
+        load.assert_called_once_with("someone/other-t5")
+
+    def test_what_is_fetched_of_the_transformers_layout(self):
+        calls = []
+
+        def snapshot(repo: str, allow_patterns: list[str]) -> str:
+            calls.append(allow_patterns)
+            return str(self.folder)
+
+        with patch("musicgen.snapshot_download", snapshot):
+            musicgen.fetch_transformers("a/b")
+            (self.folder / "model-00001-of-00002.safetensors").touch()
+            musicgen.fetch_transformers("a/b")
+        common = ["config.json", "spiece.model"]
+        files = ["model*.safetensors", "model.safetensors.index.json"]
+        wanted = [common + files, common + ["pytorch_model*"], common + files]
+        self.assertEqual(calls, wanted)
+
+    def test_short_name_does_not_fall_back(self):
+        missing = EntryNotFoundError("no such file")
+        for name, falls_back in (("small", False), ("someone/model", True)):
+            with patch("musicgen.hf_hub_download", side_effect=missing):
+                with patch("musicgen.fetch_transformers") as fetch:
+                    if falls_back:
+                        musicgen.locate(name)
+                    else:
+                        with self.assertRaisesRegex(OSError, "did not give"):
+                            musicgen.locate(name)
+            self.assertEqual(fetch.called, falls_back)
+
+    def test_names_that_are_refused_before_the_hub_is_asked(self):
+        path = self.folder / "file"
+        path.touch()
+        for name, pattern in (
+            ("", "model must be one of"),
+            (str(path), "model must be one of"),
+            (f"{self.folder}/nothing", "model must be one of"),
+            ("../x", "model must be one of"),
+            ("a/b/c", "model must be one of"),
+            ("melody", "'melody' is not supported yet"),
+            ("facebook/musicgen-style", "not supported yet"),
+        ):
+            with self.assertRaisesRegex(ValueError, pattern):
+                musicgen.locate(name)
 
     def test_settings_of_the_bin_are_heeded(self):
         settings = {
@@ -988,15 +1290,58 @@ class TestTorchFiles(Test):
             pickle.dumps({"x": [Hostile()]}, 2),
             pickle.dumps(Building(), 2),
             pickle.dumps(Hostile(), 4),
-            b"cbuiltins\neval\n(U\x0b__import__('U\x01'tR.",
+            b"cbuiltins\neval\n(U\x0c__import__('U\x01'tR.",
             b"\x80\x02cos\nsystem\nq\x00.",
             b"\x80\x02ctorch\nload\n.",
             b"\x80\x02ctorch._utils\n_rebuild_tensor_v2.__globals__\n.",
         ):
-            self.fails("", zip_file(content, numbers))
-            self.fails("", legacy_file(content, numbers))
-            self.fails("", content)
+            refused = "it (names|holds the pickle opcode)"
+            self.fails(refused, zip_file(content, numbers))
+            self.fails(refused, legacy_file(content, numbers))
+            self.fails(refused, content)
         self.assertFalse(witness.exists())
+
+    def test_sets_nothing_on_our_functions(self):
+        for name in ("collections\nOrderedDict", "torch._utils\n_rebuild_tensor_v2"):
+            content = b"\x80\x02c" + name.encode() + b"\n}X\x01\0\0\0aK\x01sb."
+            self.fails("has no attribute '__dict__'", zip_file(content, np.zeros(1)))
+            slots = b"\x80\x02c" + name.encode() + b"\n(N}X\x04\0\0\0makeK\x01stb."
+            self.fails("can't set attribute", zip_file(slots, np.zeros(1)))
+        for maker in convert.KNOWN.values():
+            self.assertFalse(hasattr(maker, "a") or hasattr(maker, "__dict__"))
+
+    def test_arguments_of_another_kind(self):
+        for name in ("_rebuild_parameter", "_rebuild_tensor_v2"):
+            content = b"\x80\x02ctorch._utils\n" + name.encode()
+            content += b"\n(X\x03\0\0\0heyK\0))tR."
+            self.fails(
+                "it makes a (parameter|tensor) of 'hey'", zip_file(content, np.zeros(1))
+            )
+        content = b"\x80\x02cos\x1b[31m\nsystem\n."
+        self.fails(r"it names 'os\\x1b\[31m.system'", zip_file(content, np.zeros(1)))
+
+    def test_what_is_held_often_is_made_once(self):
+        laughs = b"\x80\x02]q\0"
+        for level in range(60):  # each list holds the one before it ten times
+            inner = b"h" + bytes([level])
+            laughs += b"](" + 10 * inner + b"eq" + bytes([level + 1])
+        path = self.folder / "x.bin"
+        path.write_bytes(zip_file(laughs + b".", np.zeros(1)))
+        convert.load_torch(path)
+        tensor = tensor_pickle((6,), (1,))
+        again = tensor.removesuffix(b"s.") + b"q\0sX\x01\0\0\0yh\0s."
+        path.write_bytes(zip_file(again, np.arange(12, dtype=np.float32)))
+        found = convert.load_torch(path)
+        self.assertIs(found["x"], found["y"])
+
+    def test_overlapping_tensors_do_not_multiply(self):
+        numbers = np.zeros(1000, np.float32)
+        start, stop = b"\x80\x02]", b"."
+        body = b"".join(
+            tensor_pickle((1000 - i,), (1,), i, size=1000)[2:].removesuffix(b".") + b"a"
+            for i in range(20)
+        )
+        self.fails("far more than the file", zip_file(start + body + stop, numbers))
 
     def test_memory_is_not_for_the_asking(self):
         bomb = b"\x80\x02}r\xff\xff\xff\xff."  # memo entry 2**32 - 1
@@ -1034,7 +1379,15 @@ b:
   - 0
   - 1.5
   empty: {}
-  short: [0, 1]
+  short: [0, '1'] # two
+  quoted: 'a # b'
+  text: |
+    e: 7
+    - 8
+  # c: y
+  list2:
+  - 'x'
+  - "y" # z
   loop: ${b.loop}
   null_value: null
 f:
@@ -1046,6 +1399,9 @@ i: true
         self.assertEqual(values["b.d"], "1")
         self.assertEqual(values["b.list"], ["0", "1.5"])
         self.assertEqual(values["b.short"], ["0", "1"])
+        self.assertEqual(values["b.list2"], ["x", "y"])
+        self.assertEqual(values["b.quoted"], "a # b")
+        self.assertNotIn("b.text", values)
         self.assertEqual(
             (values["b.c"], values["f.g.h"], values["i"]), ("x", ".inf", "true")
         )
@@ -1207,6 +1563,46 @@ class TestConvert(Test):
             convert.convert(source, target, mx.float16)
         self.assertTrue((target / "config.json").is_file())
 
+    def test_upload_without_a_network_can_be_repeated(self):
+        source, target = str(REFERENCE / "mono-transformers"), self.folder / "new"
+        arguments = ["--hf-path", source, "--mlx-path", str(target)]
+        arguments += ["--upload-repo", "someone/model"]
+        with patch("huggingface_hub.HfApi") as api:
+            api().create_repo.side_effect = RuntimeError("no network")
+            with self.assertRaisesRegex(SystemExit, "did not take someone/model.*same"):
+                self.run_script(*arguments)
+            api().create_repo.side_effect = None
+            with patch("convert.convert") as again:
+                self.assertIn("as it is", self.run_script(*arguments))
+        again.assert_not_called()
+        api().upload_folder.assert_called_once()
+
+    def test_model_card(self):
+        (self.folder / "config.json").write_text('{"decoder_dtype": "float16"}')
+        card = convert.model_card(self.folder, "a/b", "small")
+        self.assertIn("base_model: facebook/musicgen-small", card)
+        card = convert.model_card(self.folder, "a/b", str(self.folder))
+        self.assertNotIn("base_model", card)
+        self.assertNotIn(str(self.folder), card)
+
+    def test_wrong_command_lines(self):
+        good = ["--hf-path", "small", "--mlx-path", str(self.folder / "x")]
+        for bad, pattern in (
+            (["--upload-repo", "nobody"], "must be OWNER/NAME"),
+            (["--dtype", "int8"], "invalid choice"),
+        ):
+            with redirect_stderr(io.StringIO()) as err:
+                with self.assertRaisesRegex(SystemExit, "2"):
+                    self.run_script(*good, *bad)
+            self.assertRegex(err.getvalue(), rf"^convert.py: error: .*{pattern}.*\n$")
+
+    def test_target_is_tried_before_the_model_is_loaded(self):
+        with patch("tempfile.mkdtemp", side_effect=PermissionError("no")):
+            with patch.object(MusicGen, "from_pretrained") as load:
+                with self.assertRaises(PermissionError):
+                    convert.convert("small", self.folder / "x", mx.float16)
+        load.assert_not_called()
+
     def test_upload(self):
         target = self.folder / "new"
         with patch("huggingface_hub.HfApi") as api:
@@ -1302,6 +1698,7 @@ class TestCommandLine(Test):
             (["--duration", "-3"], "duration must"),
             (["--duration", "nan"], "duration must"),
             (["--duration", "31"], "duration must"),
+            (["--duration", "0.001"], "duration must be from 1/50"),
             (["--duration", "x"], "duration: invalid"),
             (["--top-k", "0"], "top_k must"),
             (["--top-k", "2049"], "top_k must"),
@@ -1313,6 +1710,9 @@ class TestCommandLine(Test):
             (["--dtype", "int8"], "invalid choice"),
             (["--nonsense"], "unrecognized"),
             (["--model", "smal"], "must be one of small"),
+            (["--model", "sm\nal"], "must be one of small"),
+            (["--model", ""], "must be one of small"),
+            (["--model", "melody"], "not supported yet"),
             (["--output", "out.xyz"], "must end in one of"),
         ):
             with self.subTest(bad):
