@@ -54,6 +54,8 @@ def random_model(name: str, dtype: mx.Dtype, q_bits: int | None) -> MusicGen:
     if q_bits:
         model.decoder.quantize(q_bits)
     mx.eval(model.parameters())
+    if mx.default_device() == mx.cpu:  # as from_pretrained does
+        model.decoder.store_columns()
     return model
 
 
@@ -90,6 +92,18 @@ def operations_per_step(decoder: Decoder) -> int:
     return count_operations(step(tokens))
 
 
+def prefill_time(model: MusicGen, batch: int, frames: int = 500) -> float:
+    """Seconds for one pass over many frames, as when audio is continued."""
+    text, mask = model.encode_text([PROMPT] * batch, with_null=True)
+    conditioning = model.decoder.condition(text, mask, frames)
+    tokens = mx.zeros((2 * batch, frames, len(model.config.decoder.delays)), mx.int32)
+    cache = model.decoder.make_cache(len(tokens), frames)
+    mx.eval(tokens)
+    start = time.perf_counter()
+    mx.eval(model.decoder(tokens, conditioning, cache)[:, -1])
+    return time.perf_counter() - start
+
+
 def measure(model: MusicGen, duration: float, batch: int) -> dict[str, str]:
     """Rows of the table, for `batch` takes of `duration` seconds."""
     prompts, stamps = [PROMPT] * batch, []
@@ -116,6 +130,7 @@ def measure(model: MusicGen, duration: float, batch: int) -> dict[str, str]:
     size = weight_bytes(model.decoder)
     return {
         "text": f"{text_time:.3f} s",
+        "prefill": f"{prefill_time(model, batch):.3f} s for 10 s of audio",
         "step": f"{step:.2f} ms mean, {statistics.median(gaps):.2f} median, "
         f"{max(gaps):.2f} worst",
         "steps per second": f"{1e3 / step:.1f}",
@@ -172,4 +187,4 @@ if __name__ == "__main__":
     try:
         main()
     except (OSError, ValueError) as error:
-        sys.exit(f"benchmark.py: error: {error}")
+        sys.exit(f"benchmark.py: error: {' '.join(str(error).split())}")

@@ -385,7 +385,8 @@ def convert(
         raise FileNotFoundError(f"The folder {target.parent} must exist.")
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        save(MusicGen.from_pretrained(source, dtype, q_bits, q_group_size), folder)
+        options = (dtype, q_bits, q_group_size)
+        save(MusicGen.from_pretrained(source, *options, lazy=True), folder)
         folder.chmod(0o755)
         folder.rename(target)
     finally:

@@ -762,6 +762,27 @@ class TestGenerate(Test):
         _, mask = model.encode_text(["", "drums"], with_null=False)
         self.assertSame(mask.any(axis=1), [False, True])
 
+    def test_text_encoder_is_freed_where_memory_is_short(self):
+        for name in ("mono-transformers", "stereo-audiocraft"):
+            model = MusicGen.from_pretrained(REFERENCE / name)
+            codes = model.generate_codes("drums", duration=0.1, seed=1)
+            self.assertIsNotNone(model.text_encoder)
+            with patch("musicgen.mx.get_memory_limit", return_value=10**6):
+                for _ in range(2):  # and loaded again for the next text
+                    again = model.generate_codes("drums", duration=0.1, seed=1)
+                    self.assertIsNone(model.text_encoder)
+                    self.assertSame(again, codes)
+
+    def test_columns_hold_the_same_numbers(self):
+        decoder, conditioning, tokens = random_decoder()
+        before = dict(tree_flatten(decoder.parameters()))
+        rows = decoder(tokens, conditioning, decoder.make_cache(2, 9))
+        decoder.store_columns()
+        after = dict(tree_flatten(decoder.parameters()))
+        self.assertTrue(all(mx.array_equal(before[k], after[k]) for k in before))
+        columns = decoder(tokens, conditioning, decoder.make_cache(2, 9))
+        self.assertClose(columns, rows, 1e-5)
+
     def test_every_step_draws_anew(self):
         model = MusicGen.from_pretrained(REFERENCE / "mono-audiocraft")
         model.decoder.linears.weight *= 0  # all codes equally likely
