@@ -15,7 +15,7 @@ import mlx.core as mx
 from huggingface_hub.utils import logging, tqdm
 
 from encodec import check_audio_path, check_suffix, save_audio
-from musicgen import MODELS, MusicGen, check_name, check_options, row_seeds
+from musicgen import MODELS, MusicGen, Options, check_name, row_seeds
 
 OPTIONS = ("duration", "temp", "top_k", "top_p", "guidance_coef")
 
@@ -66,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     try:
         check_name(args.model)
         check_suffix(args.output)
-        check_options(**{name: getattr(args, name) for name in OPTIONS})
+        Options(**{name: getattr(args, name) for name in OPTIONS}).check()
         row_seeds(args.seed, rows=1)
     except ValueError as error:
         parser.error(str(error))

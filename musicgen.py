@@ -10,12 +10,13 @@ Needs `t5.py` and `encodec.py` beside it, and `convert.py` to read `.bin` files.
     save_audio("out.wav", audio[0], model.sampling_rate)
 """
 
+import functools
 import json
 import math
 import re
 import secrets
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -182,11 +183,6 @@ class KVCache:
     def __init__(self, rows: int, heads: int, steps: int, width: int, dtype: mx.Dtype):
         self._buffer = mx.zeros((2, rows, heads, steps, width), dtype)
         self.offset = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffer, full or not."""
-        return self._buffer.nbytes
 
     def update(self, keys_values: mx.array) -> tuple[mx.array, mx.array]:
         """Append (2, R, H, S, d); returns all keys and all values (R, H, S', d)."""
@@ -364,6 +360,12 @@ class Decoder(nn.Module):
         mx.eval(memory, bias, positions)
         return Conditioning(memory, bias, positions)
 
+    def cache_bytes(self, steps: int) -> int:
+        """Bytes that the caches of one sequence of `steps` steps take."""
+        config = self.config
+        numbers = 2 * config.num_hidden_layers * config.hidden_size * steps
+        return numbers * self.dtype.size
+
     def make_cache(self, rows: int, steps: int) -> list[KVCache]:
         """Empty caches for `rows` sequences of up to `steps` steps."""
         H = self.config.num_attention_heads
@@ -384,12 +386,18 @@ class Decoder(nn.Module):
         self, tokens: mx.array, conditioning: Conditioning, cache: list[KVCache]
     ) -> mx.array:
         """Logits (R, S, K, V) of what follows `tokens` (R, S, K)."""
+        return self.logits(self.hidden(tokens, conditioning, cache))
+
+    def hidden(
+        self, tokens: mx.array, conditioning: Conditioning, cache: list[KVCache]
+    ) -> mx.array:
+        """What the layers make of `tokens` (R, S, K): (R, S, D)."""
         memory, mask, positions = conditioning
         start = cache[0].offset
         x = self.embed(tokens) + positions[start : start + tokens.shape[1]]
         for layer, text, past in zip(self.layers, memory, cache):
             x = layer.after(x, attend_past(past, *layer.before(x)), text, mask)
-        return self.logits(x)
+        return x
 
     def compile(
         self, conditioning: Conditioning, cache: list[KVCache]
@@ -543,8 +551,9 @@ def fuse(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     return fused
 
 
-def delay_mask(frames: int, delays: tuple[int, ...]) -> mx.array:
-    """Which cells of the delayed sequence hold a code: (S, K) booleans.
+def delay_mask(frames: int, delays: tuple[int, ...], start: int = 0) -> mx.array:
+    """Which cells of the delayed sequence hold a code of a frame from `start` on:
+    (S, K) booleans.
 
     Codebook k writes frame t in step t + delays[k]. Four frames, mono, where a
     dot is a blank:
@@ -558,7 +567,22 @@ def delay_mask(frames: int, delays: tuple[int, ...]) -> mx.array:
     MusicGen paper, section 2.2.
     """
     frame = mx.arange(frames + max(delays))[:, None] - mx.array(delays)
-    return (frame >= 0) & (frame < frames)
+    return (frame >= start) & (frame < frames)
+
+
+def delay(
+    codes: mx.array, delays: tuple[int, ...], frames: int, blank: int
+) -> mx.array:
+    """Put codes (B, T, K) where `delay_mask` has their frames: (B, S, K).
+
+    The sequence is that of `frames` frames; its other cells hold `blank`.
+    """
+    S, T = frames + max(delays), codes.shape[1]
+    columns = [
+        mx.pad(codes[..., k], [(0, 0), (d, S - T - d)], constant_values=blank)
+        for k, d in enumerate(delays)
+    ]
+    return mx.stack(columns, axis=-1)
 
 
 def undelay(sequence: mx.array, delays: tuple[int, ...]) -> mx.array:
@@ -624,6 +648,24 @@ def make_sampler(temp: float = 1.0, top_k: int = 250, top_p: float = 0.0) -> Sam
     return nucleus if top_p > 0 else likeliest
 
 
+Chooser = Callable[[mx.array, mx.array, mx.array, mx.array], mx.array]
+
+
+def make_chooser(options: "Options") -> Chooser:
+    """A function from logits (2B, 1, K, V), keys (B, 2), which cells are free (K,)
+    and what the others hold (B, 1, K), to tokens (B, 1, K)."""
+    sample = make_sampler(options.temp, options.top_k, options.top_p)
+
+    @mx.compile
+    def choose(
+        logits: mx.array, keys: mx.array, free: mx.array, given: mx.array
+    ) -> mx.array:
+        tokens = sample(guide(logits, options.guidance_coef), keys)
+        return mx.where(free, tokens, given)
+
+    return choose
+
+
 def sampling_keys(seeds: list[int], steps: int) -> mx.array:
     """Random keys (S, B, 2): a word from the row's seed, and the step's number.
 
@@ -635,35 +677,126 @@ def sampling_keys(seeds: list[int], steps: int) -> mx.array:
     return mx.stack([words, numbers], axis=-1)
 
 
-def check_options(
-    duration: float = 8.0,
-    temp: float = 1.0,
-    top_k: int = 250,
-    top_p: float = 0.0,
-    guidance_coef: float = 3.0,
-    *,
-    max_duration: float = 30.0,
-    frame_rate: int = 50,
-) -> None:
-    """Raise ValueError, saying what must hold, for what `generate` cannot do."""
-    numbers = dict(duration=duration, temp=temp, top_p=top_p)
-    for name, number in (numbers | dict(guidance_coef=guidance_coef)).items():
-        if not (isinstance(number, Real) and math.isfinite(number)):
-            raise ValueError(f"{name} must be a number, got {number!r}.")
-    if not 1 / frame_rate <= duration <= max_duration:
-        raise ValueError(
-            f"duration must be from 1/{frame_rate} to {max_duration:g} seconds, "
-            f"got {duration}."
-        )
-    if temp < 0:
-        raise ValueError(f"temp must be 0 (greedy) or more, got {temp}.")
-    if not (isinstance(top_k, Integral) and 1 <= top_k <= 2048):
-        raise ValueError(
-            f"top_k must be between 1 and 2048 (all), got {top_k}. "
-            "For greedy decoding use temp=0."
-        )
-    if not 0 <= top_p <= 1:
-        raise ValueError(f"top_p must be between 0 (off) and 1, got {top_p}.")
+@dataclass(frozen=True)
+class Options:
+    """What shapes a take, besides its prompt and seed."""
+
+    duration: float = 8.0  # seconds
+    temp: float = 1.0
+    top_k: int = 250
+    top_p: float = 0.0
+    guidance_coef: float = 3.0
+    negative_prompt: str = ""
+    extend_stride: float | None = None  # seconds; None: 3/5 of the longest window
+
+    def check(self, max_duration: float = 30.0, frame_rate: int = 50) -> None:
+        """Raise ValueError, saying what must hold, for what `generate` cannot do."""
+        for name in ("duration", "temp", "top_p", "guidance_coef"):
+            number = getattr(self, name)
+            if not (isinstance(number, Real) and math.isfinite(number)):
+                raise ValueError(f"{name} must be a number, got {number!r}.")
+        if self.duration < 1 / frame_rate:
+            raise ValueError(
+                f"duration must be at least a frame, 1/{frame_rate} s, "
+                f"got {self.duration}."
+            )
+        if self.temp < 0:
+            raise ValueError(f"temp must be 0 (greedy) or more, got {self.temp}.")
+        if not (isinstance(self.top_k, Integral) and 1 <= self.top_k <= 2048):
+            raise ValueError(
+                f"top_k must be between 1 and 2048 (all), got {self.top_k}. "
+                "For greedy decoding use temp=0."
+            )
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p must be between 0 (off) and 1, got {self.top_p}.")
+        self._check_null_rows()
+        stride = self.extend_stride
+        if stride is not None and not 1 / frame_rate <= stride < max_duration:
+            raise ValueError(
+                f"extend_stride must be from 1/{frame_rate} to less than the longest "
+                f"window of {max_duration:g} seconds, got {stride}."
+            )
+
+    def _check_null_rows(self) -> None:
+        if not isinstance(self.negative_prompt, str):
+            raise ValueError(
+                f"negative_prompt must be a text, got {self.negative_prompt!r}."
+            )
+        if self.negative_prompt and self.guidance_coef == 1:
+            raise ValueError(
+                "negative_prompt must come with a guidance_coef other than 1, "
+                "which leaves out the rows it stands in."
+            )
+
+
+def windows(frames: int, longest: int, stride: int) -> list[tuple[int, int]]:
+    """First frame and end of the windows in which `frames` frames are made.
+
+    Each starts `stride` frames after the one before, and takes what that one made
+    from there on as its beginning. 60 s in windows of 30 s, each dot 6 s:
+
+        ##...
+           **###
+              **###     # made here, * taken over
+
+    """
+    starts = range(0, max(frames - longest, 0) + stride, stride)
+    return [(start, min(start + longest, frames)) for start in starts]
+
+
+@functools.cache
+def row_streams(device: mx.Device) -> tuple[mx.Stream, mx.Stream]:
+    """Two streams, the default one and another. On the CPU each is a thread, and the
+    plain BLAS of MLX's Linux wheel keeps to the thread that calls it."""
+    return mx.default_stream(device), mx.new_stream(device)
+
+
+class Run:
+    """The decoder under given texts, ready to step: what is prepared once.
+
+    `rows` takes run under as many texts (R, L, width), or twice as many. On the CPU the rows are two halves, computed side by side.
+    """
+
+    def __init__(
+        self, decoder: Decoder, text: mx.array, mask: mx.array, rows: int, steps: int
+    ):
+        R = len(text)  # rows, or twice as many with those of the negative prompt
+        self._decoder, self._copies = decoder, R // rows
+        self._cut = R // 2 if mx.default_device() == mx.cpu and R > 1 else R
+        self._parts = []
+        for part, stream in zip(
+            self._split(text, mask), row_streams(mx.default_device())
+        ):
+            with mx.stream(stream):
+                conditioning = decoder.condition(*part, steps)
+            cache = decoder.make_cache(len(part[0]), steps)
+            step = decoder.compile(conditioning, cache)
+            self._parts.append((stream, conditioning, cache, step))
+
+    def _split(self, *arrays: mx.array) -> list[tuple[mx.array, ...]]:
+        parts = [tuple(x[: self._cut] for x in arrays)]
+        if self._cut < len(arrays[0]):
+            parts.append(tuple(x[self._cut :] for x in arrays))
+        return parts
+
+    def rewind(self) -> None:
+        """Forget all steps; the buffers are used again."""
+        for _, _, cache, _ in self._parts:
+            for layer in cache:
+                layer.offset = 0
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """Logits (R, 1, K, V) of what follows the tokens (B, S, K)."""
+        tokens, logits = mx.concatenate([tokens] * self._copies), []
+        for (tokens,), part in zip(self._split(tokens), self._parts):
+            stream, conditioning, cache, step = part
+            with mx.stream(stream):
+                if tokens.shape[1] == 1:
+                    logits.append(step(tokens))
+                else:
+                    x = self._decoder.hidden(tokens, conditioning, cache)
+                    logits.append(self._decoder.logits(x[:, -1:]))
+        return mx.concatenate(logits)
 
 
 class MusicGen(nn.Module):
@@ -695,12 +828,25 @@ class MusicGen(nn.Module):
         """Audio channels: 1, or 2 in the stereo models."""
         return self.config.decoder.audio_channels
 
-    def generate(self, prompts: str | list[str], **options) -> mx.array:
+    def generate(
+        self,
+        prompts: str | list[str],
+        duration: float = 8.0,
+        *args,
+        drop_prompt: bool = False,
+        **options,
+    ) -> mx.array:
         """Music for each prompt: (B, N, C) float32 samples in about -1 to 1.
 
-        Takes the options of `generate_codes`.
+        Takes the options of `generate_codes`. `drop_prompt` leaves out what
+        `audio_prompt` gave.
         """
-        return self.decode(self.generate_codes(prompts, **options))
+        codes = self.generate_codes(prompts, duration, *args, **options)
+        audio = self.decode(codes)
+        if drop_prompt and options.get("audio_prompt") is not None:
+            hop = self.config.audio_encoder.hop_length
+            audio = audio[:, math.ceil(len(options["audio_prompt"]) / hop) * hop :]
+        return audio
 
     def generate_codes(
         self,
@@ -712,77 +858,190 @@ class MusicGen(nn.Module):
         guidance_coef: float = 3.0,
         seed: int | list[int] | None = None,
         callback: Callable[[int, int], None] | None = None,
+        *,
+        negative_prompt: str = "",
+        audio_prompt: mx.array | None = None,
+        extend_stride: float | None = None,
+        batch_size: int | None = None,
     ) -> mx.array:
         """Codes (B, T, K) for each prompt, T = int(duration * frame_rate).
 
         Args:
             prompts: one text or several; "" is unconditional.
-            duration: seconds.
+            duration: seconds. Beyond `max_duration` a window slides over the music.
             temp, top_k, top_p: see `make_sampler`.
             guidance_coef: weight of the text against no text; 1 is the text
                 alone, and runs half the rows.
             seed: row i draws from seed + i, or from the i-th of a list; a row's
                 codes depend on its own prompt and seed only. None: any.
             callback: called before each step with its number and their count.
+            negative_prompt: what to move away from, in place of no text.
+            audio_prompt: sound (N, C) at `sampling_rate` for the takes to start with.
+            extend_stride: seconds from one window's start to the next's; what
+                lies between that and the window's end begins the next. None: 3/5
+                of the window, so 18 of 30.
+            batch_size: rows to run at once; None: as many as memory holds.
 
         Raises ValueError for options out of range.
         """
         prompts = check_prompts(prompts)
-        options = dict(temp=temp, top_k=top_k, top_p=top_p)
-        check_options(
-            duration,
-            guidance_coef=guidance_coef,
-            **options,
-            max_duration=self.config.max_duration,
-            frame_rate=self.frame_rate,
+        options = Options(
+            duration, temp, top_k, top_p, guidance_coef, negative_prompt, extend_stride
         )
-        frames = int(duration * self.frame_rate)
+        options.check(self.config.max_duration, self.frame_rate)
         seeds = row_seeds(seed, len(prompts))
+        known = self.encode_prompt(audio_prompt, int(duration * self.frame_rate))
+        size = batch_size or self.rows_that_fit(options)
+        batches = range(0, len(prompts), size)
 
-        delays = self.config.decoder.delays
-        holds_code = delay_mask(frames, delays)
-        S, B, K = len(holds_code), len(prompts), len(delays)
-        text, mask = self.encode_text(prompts, with_null=guidance_coef != 1)
-        conditioning = self.decoder.condition(text, mask, S)
-        cache = self.decoder.make_cache(len(text), S)
-        self._make_room(sum(layer.nbytes for layer in cache))
-        advance = self.decoder.compile(conditioning, cache)
-        sample, blank = make_sampler(**options), self.config.decoder.vocab_size
+        codes = []
+        for i, start in enumerate(batches):
+            rows = slice(start, start + size)
 
-        @mx.compile
-        def choose(logits: mx.array, keys: mx.array, is_code: mx.array) -> mx.array:
-            tokens = sample(guide(logits, guidance_coef), keys)
-            return mx.where(is_code, tokens, blank)
+            def report(step: int, steps: int, i: int = i) -> None:
+                callback(i * steps + step, len(batches) * steps)
 
-        tokens = mx.full((B, 1, K), blank, mx.uint32)
-        steps = []
-        for step, keys in enumerate(sampling_keys(seeds, S)):
-            if callback:
-                callback(step, S)
-            rows = mx.concatenate([tokens] * (len(text) // B))  # (2B, 1, K)
-            tokens = choose(advance(rows), keys, holds_code[step])
+            codes.append(
+                self._generate_batch(
+                    prompts[rows], seeds[rows], known, options, callback and report
+                )
+            )
+        return mx.concatenate(codes)
+
+    def _generate_batch(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        known: mx.array,
+        options: Options,
+        callback: Callable[[int, int], None] | None,
+    ) -> mx.array:
+        """Codes (B, T, K) that start with `known` (1, T', K)."""
+        delays, frame_rate = self.config.decoder.delays, self.frame_rate
+        frames = int(options.duration * frame_rate)
+        longest, stride = self._window(options)
+        plan = windows(frames, longest, stride)
+        plan = [(start, end) for start, end in plan if end > known.shape[1]]
+        known = mx.repeat(known, len(prompts), axis=0)
+        run = self._prepare(prompts, options, plan[0][1] - plan[0][0])
+        choose = make_chooser(options)
+        keys = sampling_keys(seeds, frames + max(delays))
+
+        ends = [known.shape[1], *(end for _, end in plan)]
+        counts = [b - a + max(delays) for a, b in zip(ends, ends[1:])]
+        done = 0
+        for start, end in plan:
+            run.rewind()
+            sequence = []
+            window = (known[:, start:], end - start, keys[start:])
+            for tokens in self._steps(run, choose, *window):
+                if callback:
+                    callback(done, sum(counts))
+                sequence.append(tokens)
+                done += 1
+            codes = undelay(mx.concatenate(sequence, axis=1), delays)
+            known = mx.concatenate([known[:, :start], codes], axis=1)
+            mx.eval(known)
+        return known
+
+    def _steps(
+        self,
+        run: Run,
+        choose: "Chooser",
+        known: mx.array,
+        frames: int,
+        keys: mx.array,
+    ) -> Iterator[mx.array]:
+        """The delayed sequence of a window of `frames` frames that starts with the
+        codes `known` (B, T, K): first all that is known, then a step at a time."""
+        delays, blank = self.config.decoder.delays, self.config.decoder.vocab_size
+        T = known.shape[1]
+        forced = delay(known, delays, frames, blank)
+        free = delay_mask(frames, delays, start=T)
+        B, S, K = forced.shape
+        tokens = mx.full((B, 1, K), blank, forced.dtype)
+        if T > 0:
+            tokens = mx.concatenate([tokens, forced[:, :T]], axis=1)
+            yield forced[:, :T]
+        for step in range(T, S):
+            given = forced[:, step : step + 1]
+            tokens = choose(run(tokens), keys[step], free[step], given)
             mx.async_eval(tokens)
-            steps.append(tokens)
-        return undelay(mx.concatenate(steps, axis=1), delays)
+            yield tokens
+
+    def _window(self, options: Options) -> tuple[int, int]:
+        """Frames of the longest window, and from one's start to the next's."""
+        longest = self.config.max_duration
+        stride = options.extend_stride or 0.6 * longest
+        return int(longest * self.frame_rate), int(stride * self.frame_rate + 1e-6)
+
+    def _prepare(self, prompts: list[str], options: Options, frames: int) -> Run:
+        """The decoder under the prompts, for windows of up to `frames` frames."""
+        guided = options.guidance_coef != 1
+        text, mask = self.encode_text(prompts, guided, options.negative_prompt)
+        steps = frames + max(self.config.decoder.delays)
+        self._make_room(len(text) * self.decoder.cache_bytes(steps))
+        return Run(self.decoder, text, mask, len(prompts), steps)
+
+    def rows_that_fit(self, options: Options) -> int:
+        """How many prompts fit into memory at once, at least one."""
+        longest, _ = self._window(options)
+        frames = min(longest, int(options.duration * self.frame_rate))
+        row = self.decoder.cache_bytes(frames) * (
+            2 if options.guidance_coef != 1 else 1
+        )
+        room = memory_size() - mx.get_active_memory() - DECODING_MEMORY
+        return max(int(room // row), 1)
+
+    def encode_prompt(self, audio: mx.array | None, frames: int) -> mx.array:
+        """Codes (1, T, K) of sound (N, C), mono or stereo; none for None.
+
+        Raises ValueError for another shape, NaN, or `frames` frames or more.
+        """
+        K, C = self.config.decoder.num_codebooks, self.channels
+        if audio is None:
+            return mx.zeros((1, 0, K), mx.uint32)
+        audio = mx.array(audio)
+        if audio.ndim != 2 or 0 in audio.shape or audio.shape[1] > 2:
+            raise ValueError(
+                "audio_prompt must have the shape (N, 1) or (N, 2) with N > 0, "
+                f"got {audio.shape}."
+            )
+        if not mx.isfinite(audio).all():
+            raise ValueError("audio_prompt must be finite, but it holds NaN.")
+        longest = frames * self.config.audio_encoder.hop_length
+        if len(audio) > longest - self.config.audio_encoder.hop_length:
+            raise ValueError(
+                f"audio_prompt must be shorter than the duration, "
+                f"{longest / self.sampling_rate:g} s, but has "
+                f"{len(audio) / self.sampling_rate:g} s."
+            )
+        if mx.abs(audio).max() < 1e-4:
+            warnings.warn("The audio prompt is silent; the music may be, too.")
+        audio = audio.mean(axis=1, keepdims=True) if C == 1 else audio
+        audio = mx.broadcast_to(audio, (len(audio), C))
+        ((codes, _),) = self.audio_encoder.encode(audio.T[..., None])  # (C, T, K / C)
+        return codes.transpose(1, 2, 0).reshape(1, -1, K).astype(mx.uint32)
 
     def _make_room(self, size: int) -> None:
         """Free T5 where `size` bytes, or what decoding takes, do not fit beside it."""
-        info, size = mx.device_info(), max(size, DECODING_MEMORY)
-        room = info.get("max_recommended_working_set_size", mx.get_memory_limit())
-        if self._load_text_encoder and mx.get_active_memory() + size > room:
+        needed = mx.get_active_memory() + max(size, DECODING_MEMORY)
+        if self._load_text_encoder and needed > memory_size():
             self.text_encoder = None
 
     def encode_text(
-        self, prompts: list[str], with_null: bool
+        self, prompts: list[str], with_null: bool, negative_prompt: str = ""
     ) -> tuple[mx.array, mx.array]:
         """T5 states (R, L, width) and mask (R, L) of the prompts.
 
-        `with_null` adds as many rows in which nothing is attended; so is an
-        empty prompt's row. Longer prompts than T5 knows lose their end, with a
-        warning.
+        `with_null` adds as many rows of the negative prompt. In a row of an empty
+        prompt nothing is attended. Longer prompts than T5 knows lose their end,
+        with a warning.
         """
         if self.text_encoder is None:
             self.text_encoder = self._load_text_encoder()
+        if with_null and negative_prompt:
+            prompts = [*prompts, negative_prompt]
         longest = self.config.text_encoder.n_positions
         ids = [self.tokenizer.encode(prompt) for prompt in prompts]
         for i, row in enumerate(ids):
@@ -794,7 +1053,11 @@ class MusicGen(nn.Module):
                 ids[i] = row[: longest - 1] + row[-1:]
         text, mask = self.text_encoder.encode(ids)
         mask = mask & mx.array([prompt != "" for prompt in prompts])[:, None]
-        if with_null:
+        if with_null and negative_prompt:
+            rows = (len(prompts) - 1, *text.shape[1:])
+            text = mx.concatenate([text[:-1], mx.broadcast_to(text[-1:], rows)])
+            mask = mx.concatenate([mask[:-1], mx.broadcast_to(mask[-1:], rows[:2])])
+        elif with_null:
             text = mx.concatenate([text, mx.zeros_like(text)])
             mask = mx.concatenate([mask, mx.zeros_like(mask)])
         return text, mask
@@ -860,6 +1123,12 @@ def check_prompts(prompts: str | list[str]) -> list[str]:
             "An empty text generates freely."
         )
     return prompts
+
+
+def memory_size() -> int:
+    """Bytes that MLX may use on this machine."""
+    limit = mx.get_memory_limit()
+    return mx.device_info().get("max_recommended_working_set_size", limit)
 
 
 def row_seeds(seed: int | list[int] | None, rows: int) -> list[int]:

@@ -827,7 +827,7 @@ class TestGenerate(Test):
     def test_bad_options(self):
         model = MusicGen.from_pretrained(REFERENCE / "mono-transformers")
         for name, values in {
-            "duration": (0, -1, math.nan, 31, 0.01, math.inf),
+            "duration": (0, -1, math.nan, 0.01, math.inf),
             "temp": (-0.1, math.nan, "1", None),
             "top_k": (0, 2049, 2.5),
             "top_p": (-0.1, 1.1, math.nan),
@@ -1048,8 +1048,7 @@ class TestLoading(Test):
         config = json.loads(path.read_text())
         path.write_text(json.dumps(config | {"max_duration": 0.5}))
         model = MusicGen.from_pretrained(folder)
-        with self.assertRaisesRegex(ValueError, "duration must be .* to 0.5"):
-            model.generate_codes("a", duration=0.6)
+        self.assertEqual(model.config.max_duration, 0.5)
 
     def test_dtype_must_be_a_float(self):
         for dtype in (mx.int32, "float16", mx.complex64):
@@ -1718,8 +1717,7 @@ class TestCommandLine(Test):
             (["--duration", "0"], "duration must"),
             (["--duration", "-3"], "duration must"),
             (["--duration", "nan"], "duration must"),
-            (["--duration", "31"], "duration must"),
-            (["--duration", "0.001"], "duration must be from 1/50"),
+            (["--duration", "0.001"], "duration must be at least a frame"),
             (["--duration", "x"], "duration: invalid"),
             (["--top-k", "0"], "top_k must"),
             (["--top-k", "2049"], "top_k must"),
