@@ -891,6 +891,10 @@ class MusicGen(nn.Module):
         options.check(self.config.max_duration, self.frame_rate)
         seeds = row_seeds(seed, len(prompts))
         known = self.encode_prompt(audio_prompt, int(duration * self.frame_rate))
+        if batch_size is not None and not (
+            isinstance(batch_size, Integral) and batch_size > 0
+        ):
+            raise ValueError(f"batch_size must be 1 or more, got {batch_size!r}.")
         size = batch_size or self.rows_that_fit(options)
         batches = range(0, len(prompts), size)
 
@@ -928,7 +932,8 @@ class MusicGen(nn.Module):
         keys = sampling_keys(seeds, frames + max(delays))
 
         ends = [known.shape[1], *(end for _, end in plan)]
-        counts = [b - a + max(delays) for a, b in zip(ends, ends[1:])]
+        # a step for each column of the sequence that is made, one for all known ones
+        counts = [b - a + max(delays) + (a > 0) for a, b in zip(ends, ends[1:])]
         done = 0
         for start, end in plan:
             run.rewind()

@@ -198,7 +198,7 @@ def expect_codec(folder: Path, config: dict, generator) -> dict | None:
     model = load(transformers.EncodecModel, folder)
     samples = int(config["sampling_rate"] * 0.1) + 77
     if config["chunk_length_s"]:
-        samples = 5001
+        samples = 4001
     audio = tiny.music(config["audio_channels"], samples, generator)
     short = audio[..., 1000:1050].contiguous()
     bandwidths = config["target_bandwidths"]

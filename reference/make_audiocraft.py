@@ -69,6 +69,7 @@ def import_audiocraft(checkout: Path) -> types.SimpleNamespace:
     names = {
         "builders": "audiocraft.models.builders",
         "loaders": "audiocraft.models.loaders",
+        "musicgen": "audiocraft.models.musicgen",
         "encodec": "audiocraft.models.encodec",
         "conditioners": "audiocraft.modules.conditioners",
         "codebook": "audiocraft.quantization.core_vq",
