@@ -17,6 +17,7 @@ audiocraft's `compression_state_dict.bin` needs `convert.py` beside it.
 import argparse
 import json
 import math
+import os
 import re
 import sys
 import warnings
@@ -861,7 +862,7 @@ def save_audio(path: str | Path, audio: mx.array, sampling_rate: int) -> None:
     wav and flac (16 bit), ogg and mp3. Samples beyond 1 would clip: then the
     whole is scaled down to a peak of 1, with a warning. Raises ValueError for
     another shape, NaN or an unknown extension, OSError where nothing can be
-    written.
+    written. The file appears under its name only when it is whole.
     """
     path = check_audio_path(path)
     audio = np.asarray(audio, dtype=np.float32)
@@ -876,14 +877,20 @@ def save_audio(path: str | Path, audio: mx.array, sampling_rate: int) -> None:
     if peak > 1:
         warnings.warn(f"{path} was scaled down: its peak of {peak:.2f} would clip.")
         audio = audio / peak
+    target = path.resolve()  # of a link
+    part = target.with_name(f".{target.stem}-{os.getpid()}.part{target.suffix}")
     settings = dict(channels=audio.shape[1], subtype=SUBTYPES[path.suffix.lower()])
     try:
-        with soundfile.SoundFile(path, "w", sampling_rate, **settings) as file:
+        with soundfile.SoundFile(part, "w", sampling_rate, **settings) as file:
             # libsndfile's Vorbis encoder crashes on minutes in one call
             for start in range(0, len(audio), 65536):
                 file.write(audio[start : start + 65536])
-    except soundfile.LibsndfileError as error:
-        raise OSError(f"{path} could not be written: {error}") from error
+        part.replace(target)
+    except (AssertionError, OSError, soundfile.LibsndfileError) as error:
+        reason = error or "the disk took only a part of it"
+        raise OSError(f"{path} could not be written: {reason}") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def demo(model: Encodec, source: Path, target: Path, bandwidth: float | None) -> None:

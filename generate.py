@@ -2,36 +2,50 @@
 
     python generate.py --prompt "epic orchestral soundtrack" --model stereo-large
 
-`python generate.py --help` explains every flag; the work is in musicgen.py.
+`python generate.py --help` explains every flag; the work is in musicgen.py, and
+in jobs.py for several takes.
 """
 
 import argparse
 import secrets
 import sys
-import time
 import warnings
+from pathlib import Path
 
 import mlx.core as mx
 from huggingface_hub.utils import logging, tqdm
 
-from encodec import check_audio_path, check_suffix, save_audio
-from musicgen import MODELS, MusicGen, Options, check_name, row_seeds
-
-OPTIONS = ("duration", "temp", "top_k", "top_p", "guidance_coef")
+import jobs
+from encodec import check_suffix
+from jobs import Job, Made
+from musicgen import MODELS, MusicGen, check_name, row_seeds
 
 HELP = {
-    "prompt": 'what to play; "" for anything',
+    "prompt": 'what to play; "" for anything; may be given several times',
+    "prompts": "file with a prompt in each line, or JSON objects with any of: "
+    f"{', '.join(jobs.KEYS + jobs.AUDIO_KEYS)}. What exists is not made again",
     "model": f"{', '.join(MODELS)}; a Hub id or a local folder (default: %(default)s)",
-    "duration": "length in seconds, at most 30 (default: %(default)s)",
-    "output": "file to write: .wav, .flac, .ogg or .mp3 (default: %(default)s)",
-    "seed": "number that fixes the take (default: any)",
+    "duration": "length in seconds; beyond 30 a window slides (default: %(default)s)",
+    "extend_stride": "seconds by which the window of long audio slides (default: 18)",
+    "output": "file to write: .wav, .flac, .ogg or .mp3; numbered where there are "
+    "several (default: %(default)s)",
+    "seed": "number that fixes the take; further ones count up (default: any)",
+    "takes": "how many of each prompt (default: %(default)s)",
+    "batch_size": "takes at once (default: what memory holds; of a file at most "
+    f"{jobs.BATCH_OF_FILE})",
     "temp": "sampling temperature; 0 takes the likeliest (default: %(default)s)",
     "top_k": "draw from this many likeliest codes, 1 to 2048 (default: %(default)s)",
     "top_p": "draw from the likeliest codes that together reach this probability, "
     "0 to 1, instead of the top k; 0 is off (default: %(default)s)",
     "guidance_coef": "weight of the prompt; 1 is no guidance (default: %(default)s)",
+    "negative_prompt": "what to move away from",
+    "audio_prompt": "sound file to continue",
+    "prompt_start": "second of the sound file to begin at (default: 0)",
+    "prompt_length": "seconds of the sound file to take (default: all)",
+    "drop_prompt": "leave what is continued out of the output",
     "dtype": "of the decoder (default: float16 on a GPU, float32 on the CPU)",
     "q_bits": "quantize the decoder's layers while loading: 4 or 8 bits per weight",
+    "tensor_parallel": "share one model among the processes of mlx.launch",
 }
 
 
@@ -41,69 +55,144 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
+    def add(self, name: str, *short: str, **settings) -> None:
+        flag = "--" + name.replace("_", "-")
+        self.add_argument(flag, *short, help=HELP[name], **settings)
+
+
+def make_parser() -> Parser:
+    parser = Parser(description="Generate music from a text with MusicGen.")
+    parser.add("prompt", "-p", action="append")
+    parser.add("prompts", type=Path)
+    parser.add("model", default="small")
+    parser.add("duration", type=float, default=8.0)
+    parser.add("extend_stride", type=float)
+    parser.add("output", default="out.wav")
+    parser.add("seed", type=int)
+    parser.add("takes", type=int, default=1)
+    parser.add("batch_size", type=int)
+    parser.add("temp", type=float, default=1.0)
+    parser.add("top_k", type=int, default=250)
+    parser.add("top_p", type=float, default=0.0)
+    parser.add("guidance_coef", type=float, default=3.0)
+    parser.add("negative_prompt", default="")
+    parser.add("audio_prompt")
+    parser.add("prompt_start", type=float)
+    parser.add("prompt_length", type=float)
+    parser.add("drop_prompt", action="store_true")
+    parser.add("dtype", choices=["float16", "bfloat16", "float32"])
+    parser.add("q_bits", type=int, choices=[4, 8])
+    parser.add("tensor_parallel", action="store_true")
+    return parser
+
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description="Generate music from a text with MusicGen.")
-
-    def add(name: str, *short: str, **settings) -> None:
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, *short, help=HELP[name], **settings)
-
-    add("prompt", "-p", required=True)
-    add("model", default="small")
-    add("duration", type=float, default=8.0)
-    add("output", default="out.wav")
-    add("seed", type=int)
-    add("temp", type=float, default=1.0)
-    add("top_k", type=int, default=250)
-    add("top_p", type=float, default=0.0)
-    add("guidance_coef", type=float, default=3.0)
-    add("dtype", choices=["float16", "bfloat16", "float32"])
-    add("q_bits", type=int, choices=[4, 8])
+    parser = make_parser()
     args = parser.parse_args()
-    if args.seed is None:
-        args.seed = secrets.randbits(32)
     try:
+        if (args.prompt is None) == (args.prompts is None):
+            raise ValueError("either --prompt or --prompts must be given")
+        for name in ("takes", "batch_size"):
+            if getattr(args, name) is not None and getattr(args, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, got {getattr(args, name)}"
+                )
+        if args.audio_prompt is None and (
+            args.prompt_start or args.prompt_length or args.drop_prompt
+        ):
+            raise ValueError("prompt_start, -length and drop need --audio-prompt")
+        if args.prompts is not None and args.takes != 1:
+            raise ValueError("--takes goes with --prompt; in a file repeat the line")
         check_name(args.model)
         check_suffix(args.output)
-        Options(**{name: getattr(args, name) for name in OPTIONS}).check()
-        row_seeds(args.seed, rows=1)
+        if args.seed is not None:
+            row_seeds(args.seed, rows=1)
+        settings = vars(args) | {"prompt": "", "seed": args.seed or 0}
+        jobs.make_job(settings).options.check()
     except ValueError as error:
         parser.error(str(error))
     return args
 
 
-def run(args: argparse.Namespace) -> None:
-    check_audio_path(args.output)
-    dtype = getattr(mx, args.dtype) if args.dtype else None
-    model = MusicGen.from_pretrained(args.model, dtype, args.q_bits)
-    options = {name: getattr(args, name) for name in OPTIONS}
+def agreed_seed(group: mx.distributed.Group) -> int:
+    """Any seed, the same in every process."""
+    mine = secrets.randbits(31) if group.rank() == 0 else 0
+    return mx.distributed.all_sum(mx.array(mine), group=group).item()
 
-    start = time.perf_counter()
-    with tqdm(unit="step") as bar:
+
+def make_jobs(args: argparse.Namespace) -> list[Job]:
+    settings = vars(args)
+    if args.prompts is not None:
+        return jobs.plan_file(args.prompts, settings)
+    return jobs.plan(args.prompt, settings, args.takes)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make what is to be made; returns the exit status."""
+    group = mx.distributed.init()
+    if args.seed is None:
+        args.seed = agreed_seed(group)
+    wanted = make_jobs(args)
+    if args.prompts is None:
+        for job in wanted:
+            job.check()  # now, not after the minutes of loading
+    elif args.tensor_parallel:
+        wanted = jobs.pending(wanted, group)
+    else:
+        wanted = jobs.share(wanted, group)
+    if not wanted:
+        print("Nothing is left to make.")
+        return 0
+    model = MusicGen.from_pretrained(
+        args.model,
+        getattr(mx, args.dtype) if args.dtype else None,
+        args.q_bits,
+        group=group if args.tensor_parallel else None,
+    )
+    silent = args.tensor_parallel and group.rank() > 0
+    failures = make(model, wanted, args, silent)
+    for job, error in [] if silent else failures:
+        place = f"{args.prompts}, line {job.line}: " if job.line else ""
+        report(f"error: {place}{error}")
+    return 1 if failures else 0
+
+
+def make(
+    model: MusicGen, wanted: list[Job], args: argparse.Namespace, silent: bool
+) -> list[tuple[Job, Exception]]:
+    """Run the jobs, showing how far they are; returns those that failed."""
+    size = args.batch_size or min(
+        model.rows_that_fit(wanted[0].options),
+        jobs.BATCH_OF_FILE if args.prompts else len(wanted),
+    )
+    with tqdm(unit="step", disable=silent) as bar:
 
         def progress(step: int, steps: int) -> None:
-            bar.total = steps
+            if step == 0:
+                bar.reset(steps)
             bar.update()
 
-        codes = model.generate_codes(
-            args.prompt, seed=args.seed, callback=progress, **options
-        )
-        audio = model.decode(codes)[0]
-        mx.eval(audio)
-    taken = time.perf_counter() - start
+        def finished(made: Made) -> None:
+            tqdm.write(describe(made), file=sys.stdout)
 
-    save_audio(args.output, audio, model.sampling_rate)
-    length = len(audio) / model.sampling_rate
-    speed = length / taken
-    print(
-        f"{args.output}: {length:.2f} s of audio in {taken:.1f} s, "
-        f"{speed:.2f} times real time, seed {args.seed}"
+        return jobs.run(model, wanted, size, progress, finished, save=not silent)
+
+
+def describe(made: Made) -> str:
+    together = f" (with {made.batch - 1} others)" if made.batch > 1 else ""
+    speed = made.batch * made.seconds / made.taken
+    return (
+        f"{made.job.output}: {made.seconds:.2f} s of audio in {made.taken:.1f} s"
+        f"{together}, {speed:.2f} times real time, seed {made.job.seed}"
     )
 
 
+def report(message: str) -> None:
+    tqdm.write(f"generate.py: {' '.join(message.split())}", file=sys.stderr)
+
+
 def warn(message: Warning | str, *_) -> None:
-    print(f"generate.py: warning: {message}", file=sys.stderr)
+    report(f"warning: {message}")
 
 
 def main() -> None:
@@ -111,9 +200,10 @@ def main() -> None:
     warnings.showwarning = warn
     logging.set_verbosity_error()  # the Hub's retries; the end result is reported
     try:
-        run(args)
+        sys.exit(run(args))
     except (OSError, ValueError) as error:
-        sys.exit(f"generate.py: error: {' '.join(str(error).split())}")
+        report(f"error: {error}")
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

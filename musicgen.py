@@ -26,6 +26,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from mlx.nn.layers.distributed import shard_linear
 
 from encodec import Encodec, EncodecConfig
 from t5 import T5, T5Config, Tokenizer
@@ -211,7 +212,7 @@ def project(
 ) -> mx.array:
     """`layer(x)`, plus `residual`: (R, S, D) -> (R, S, D') in the fewest operations."""
     R, S, _ = x.shape
-    if isinstance(layer, nn.QuantizedLinear):
+    if not isinstance(layer, nn.Linear):  # quantized, or shared among processes
         y = layer(x)
     elif S == 1 < R <= MAX_COLUMNS:
         y = (layer.weight @ x.swapaxes(1, 2)).swapaxes(1, 2)
@@ -241,10 +242,18 @@ class SelfAttention(nn.Module):
         self.in_proj = nn.Linear(D, 3 * D, bias=False)  # queries, keys, values
         self.out_proj = nn.Linear(D, D, bias=False)
 
+    def shard(self, group: mx.distributed.Group) -> None:
+        self._heads //= group.size()
+        self.in_proj = shard_linear(
+            self.in_proj, "all-to-sharded", segments=3, group=group
+        )
+        self.out_proj = shard_linear(self.out_proj, "sharded-to-all", group=group)
+
     def queries_keys_values(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """(R, S, D) -> queries (R, H, S, d), keys and values (2, R, H, S, d)."""
-        R, S, D = x.shape
-        q, kv = mx.split(project(self.in_proj, x), [D], axis=-1)
+        R, S, _ = x.shape
+        y = project(self.in_proj, x)
+        q, kv = mx.split(y, [y.shape[-1] // 3], axis=-1)
         q = q.reshape(R, S, self._heads, -1).swapaxes(1, 2)
         kv = kv.reshape(R, S, 2, self._heads, -1)
         return q, kv.transpose(2, 0, 3, 1, 4)  # (R, S, 2, H, d) -> (2, R, H, S, d)
@@ -258,6 +267,14 @@ class CrossAttention(nn.Module):
         self.q_proj = nn.Linear(D, D, bias=False)
         self.kv_proj = nn.Linear(D, 2 * D, bias=False)  # keys, values
         self.out_proj = nn.Linear(D, D, bias=False)
+
+    def shard(self, group: mx.distributed.Group) -> None:
+        self._heads //= group.size()
+        self.q_proj = shard_linear(self.q_proj, "all-to-sharded", group=group)
+        self.kv_proj = shard_linear(
+            self.kv_proj, "all-to-sharded", segments=2, group=group
+        )
+        self.out_proj = shard_linear(self.out_proj, "sharded-to-all", group=group)
 
     def queries(self, x: mx.array) -> mx.array:
         """(R, S, D) -> (R, H, S, d)."""
@@ -286,6 +303,12 @@ class Layer(nn.Module):
         self.norm2 = nn.LayerNorm(D)
         self.linear1 = nn.Linear(D, config.ffn_dim, bias=False)
         self.linear2 = nn.Linear(config.ffn_dim, D, bias=False)
+
+    def shard(self, group: mx.distributed.Group) -> None:
+        self.self_attn.shard(group)
+        self.cross_attention.shard(group)
+        self.linear1 = shard_linear(self.linear1, "all-to-sharded", group=group)
+        self.linear2 = shard_linear(self.linear2, "sharded-to-all", group=group)
 
     def before(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Queries (R, H, S, d), keys and values (2, R, H, S, d) of x (R, S, D)."""
@@ -337,6 +360,7 @@ class Decoder(nn.Module):
         self.layers = [Layer(config) for _ in range(config.num_hidden_layers)]
         self.out_norm = nn.LayerNorm(D)
         self.linears = nn.Linear(D, K * V, bias=False)
+        self.group: mx.distributed.Group | None = None  # among which it is shared
         self._tables = mx.arange(K) * (V + 1)  # where each codebook's table begins
 
     @property
@@ -362,15 +386,21 @@ class Decoder(nn.Module):
 
     def cache_bytes(self, steps: int) -> int:
         """Bytes that the caches of one sequence of `steps` steps take."""
-        config = self.config
-        numbers = 2 * config.num_hidden_layers * config.hidden_size * steps
-        return numbers * self.dtype.size
+        width = self._cache_heads * self._head_width
+        return 2 * len(self.layers) * width * steps * self.dtype.size
+
+    @property
+    def _cache_heads(self) -> int:
+        return self.layers[0].self_attn._heads  # fewer where they are shared
+
+    @property
+    def _head_width(self) -> int:
+        return self.config.hidden_size // self.config.num_attention_heads
 
     def make_cache(self, rows: int, steps: int) -> list[KVCache]:
         """Empty caches for `rows` sequences of up to `steps` steps."""
-        H = self.config.num_attention_heads
-        width = self.config.hidden_size // H
-        return [KVCache(rows, H, steps, width, self.dtype) for _ in self.layers]
+        sizes = (rows, self._cache_heads, steps, self._head_width)
+        return [KVCache(*sizes, self.dtype) for _ in self.layers]
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Sum of the codebooks' embeddings: (R, S, K) -> (R, S, D)."""
@@ -455,6 +485,19 @@ class Decoder(nn.Module):
             return in_layer and not name.endswith("kv_proj")
 
         nn.quantize(self, group_size, bits, class_predicate=in_every_step)
+
+    def shard(self, group: mx.distributed.Group) -> None:
+        """Keep this process's share of every layer: some of the heads, and of the
+        feed-forward's width. Raises ValueError when they do not divide."""
+        for name in ("num_attention_heads", "ffn_dim"):
+            if getattr(self.config, name) % group.size():
+                raise ValueError(
+                    f"The number of processes must divide {name}, "
+                    f"{getattr(self.config, name)}, got {group.size()}."
+                )
+        for layer in self.layers:
+            layer.shard(group)
+        self.group = group
 
     def store_columns(self) -> None:
         """Store the matrices column after column, shapes unchanged.
@@ -762,7 +805,8 @@ class Run:
     ):
         R = len(text)  # rows, or twice as many with those of the negative prompt
         self._decoder, self._copies = decoder, R // rows
-        self._cut = R // 2 if mx.default_device() == mx.cpu and R > 1 else R
+        on_cpu = mx.default_device() == mx.cpu
+        self._cut = R // 2 if on_cpu and R > 1 and decoder.group is None else R
         self._parts = []
         for part, stream in zip(
             self._split(text, mask), row_streams(mx.default_device())
@@ -1086,6 +1130,7 @@ class MusicGen(nn.Module):
         q_bits: int | None = None,
         q_group_size: int = 64,
         lazy: bool = False,
+        group: mx.distributed.Group | None = None,
     ) -> "MusicGen":
         """Load a model by short name ("small"), Hub id or local folder.
 
@@ -1095,8 +1140,9 @@ class MusicGen(nn.Module):
         by default float32 on the CPU, on a GPU what `convert.py` wrote, else
         float16. T5 and codec are always float32. `q_bits` quantizes the decoder's
         layers while loading, unless the folder holds them quantized. `lazy` leaves
-        the weights to be read when they are needed. Raises ValueError or OSError
-        naming the file, tensor or key and what to do.
+        the weights to be read when they are needed. `group` shares the decoder's
+        layers among its processes, which must then all generate the same. Raises
+        ValueError or OSError naming the file, tensor or key and what to do.
         """
         known = isinstance(dtype, mx.Dtype) and dtype in DTYPES.values()
         if dtype is not None and not known:
@@ -1112,6 +1158,8 @@ class MusicGen(nn.Module):
         if q_bits is not None and model.config.quantization is None:
             model.decoder.quantize(q_bits, q_group_size)
             model.config.quantization = {"bits": q_bits, "group_size": q_group_size}
+        if group is not None and group.size() > 1:
+            model.decoder.shard(group)
         if not lazy:
             mx.eval(model.parameters())
             if mx.default_device() == mx.cpu:

@@ -951,7 +951,9 @@ class TestLongAudio(Test):
             before = mx.get_active_memory()
             model.generate_codes("drums", duration=(15 + 9 * (windows - 1)) / 50)
             peaks.append(mx.get_peak_memory() - before)
-        self.assertLess(peaks[1], 1.05 * peaks[0])
+        # 72 more frames; the caches of one window take more than their codes may
+        self.assertLess(peaks[1] - peaks[0], 72 * 100)
+        self.assertGreater(2 * model.decoder.cache_bytes(18), 72 * 100)
 
     def test_split_where_memory_is_short(self):
         model, batches = self.load("mono-audiocraft"), []
@@ -1865,16 +1867,26 @@ class TestCommandLine(Test):
         output = self.folder / "out.wav"
         flags = "--duration 0.1 --temp 0.5 --top-k 9 --top-p 0.7 --guidance-coef 2"
         arguments = ["-p", "a", "--output", output, "--model", self.model]
-        arguments += flags.split() + ["--dtype", "bfloat16"]
         seeds = []
 
-        def generate_codes(model, prompt, callback, seed, **options):
-            seeds.append(seed)
-            self.assertEqual(model.decoder.dtype, mx.bfloat16)
-            want = dict(duration=0.1, temp=0.5, top_k=9, top_p=0.7, guidance_coef=2)
-            self.assertEqual((prompt, options), ("a", want))
-            return mx.zeros((1, 5, 8), mx.int32)
+        sound = self.folder / "sound.wav"
+        save_audio(sound, 0.1 * mx.random.normal((3200, 1)), 16000)
+        flags += " --negative-prompt b --extend-stride 7 --prompt-start 0.1"
+        flags += " --prompt-length 0.05 --takes 2"
+        arguments += ["--audio-prompt", sound]
 
+        def generate_codes(model, prompts, duration, seed, **options):
+            seeds.append(seed[0])
+            self.assertEqual(seed[1], seed[0] + 1)
+            self.assertEqual(model.decoder.dtype, mx.bfloat16)
+            self.assertEqual(options.pop("audio_prompt").shape, (1600, 2))
+            del options["callback"]
+            want = dict(temp=0.5, top_k=9, top_p=0.7, guidance_coef=2)
+            want |= dict(negative_prompt="b", extend_stride=7, batch_size=2)
+            self.assertEqual((prompts, duration, options), (["a", "a"], 0.1, want))
+            return mx.zeros((2, 5, 8), mx.int32)
+
+        arguments += flags.split() + ["--dtype", "bfloat16"]
         with patch.object(MusicGen, "generate_codes", generate_codes):
             for _ in range(2):
                 self.assertEqual(self.run_script(*arguments)[0], 0)
@@ -1885,7 +1897,7 @@ class TestCommandLine(Test):
         with patch.object(MusicGen, "decode", return_value=loud):
             output = ["--output", self.folder / "out.wav", "--duration", "0.02"]
             _, _, err = self.run_script("-p", "a", "--model", self.model, *output)
-        self.assertRegex(err, r"(?m)^generate.py: warning: .*scaled down.*$")
+        self.assertRegex(err, r"(?m)^(.*\r)?generate.py: warning: .*scaled down.*$")
 
     def test_interrupt(self):
         with patch("generate.run", side_effect=KeyboardInterrupt):
