@@ -8,6 +8,7 @@ model of google-t5/t5-base: they look in ../shared/t5 and in the Hub's cache, an
 say so when they skip.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -37,6 +38,7 @@ import benchmark
 import convert
 import encodec
 import generate
+import jobs
 import musicgen
 import t5
 from encodec import Encodec, EncodecConfig, load_audio, resample, save_audio
@@ -1967,6 +1969,273 @@ class TestCommandLine(Test):
         ):
             self.assertIn(flag, out)
         self.assertIn("seconds", out)
+
+    def test_takes_are_numbered(self):
+        arguments = ["-p", "drums", "-p", "piano", "--takes", "2", "--seed", "5"]
+        arguments += ["--duration", "0.1", "--output", self.folder / "out.flac"]
+        status, out, err = self.run_script(*arguments, "--model", self.model)
+        self.assertEqual(status, 0, err)
+        names = [f"out-{i}.flac" for i in range(1, 5)]
+        self.assertEqual(sorted(p.name for p in self.folder.iterdir()), names)
+        self.assertEqual(out.count("\n"), 4)
+        alone = ["-p", "piano", "--seed", "8", "--duration", "0.1"]
+        alone += ["--output", self.folder / "alone.flac", "--model", self.model]
+        self.run_script(*alone)
+        same = [self.folder / name for name in ("out-4.flac", "alone.flac")]
+        self.assertEqual(*(path.read_bytes() for path in same))
+
+
+class TestJobs(Test):
+    model = str(REFERENCE / "stereo-audiocraft")
+    run_script = TestCommandLine.run_script
+    settings = dict(seed=3, output="out.wav", duration=0.1)
+
+    def lines(self, *lines: str) -> Path:
+        path = self.folder / "prompts.txt"
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    def script(self, path: Path, *more: str) -> tuple[int, str, str]:
+        arguments = ["--prompts", path, "--output", self.folder / "out.wav"]
+        arguments += ["--duration", "0.1", "--seed", "3", "--model", self.model]
+        return self.run_script(*arguments, *more)
+
+    def found(self) -> list[str]:
+        return sorted(path.name for path in self.folder.glob("*.wav"))
+
+    def contents(self) -> dict[str, str]:
+        sounds = {name: self.folder / name for name in self.found()}
+        digest = hashlib.sha256
+        return {n: digest(p.read_bytes()).hexdigest() for n, p in sounds.items()}
+
+    def test_plain_text(self):
+        planned = jobs.plan_file(self.lines("drums", "", "  piano "), self.settings)
+        told = [(job.prompt, job.seed, str(job.output), job.line) for job in planned]
+        self.assertEqual(
+            told, [("drums", 3, "out-1.wav", 1), ("piano", 4, "out-2.wav", 3)]
+        )
+
+    def test_json_lines(self):
+        path = self.lines(
+            '{"prompt": "a", "guidance": 2, "top-k": 9, "seed": 8}',
+            '{"prompt": "", "output": "b.flac", "duration": 40, "audio_prompt": "s.wav"}',
+        )
+        first, second = jobs.plan_file(path, self.settings)
+        self.assertEqual((first.seed, str(first.output)), (8, "out-1.wav"))
+        want = musicgen.Options(duration=0.1, guidance_coef=2, top_k=9)
+        self.assertEqual(first.options, want)
+        self.assertEqual((second.seed, str(second.output)), (4, "b.flac"))
+        self.assertEqual(second.options.duration, 40)
+        self.assertEqual(second.audio_prompt, jobs.AudioPrompt("s.wav"))
+
+    def test_bad_files(self):
+        for lines, pattern in (
+            ([], "must hold a prompt"),
+            (['{"prompt": "a"}', "[]"], "line 2 must be an object"),
+            (['{"prompt": "a"}', "b"], "line 2 is no JSON"),
+            (["", '{"prompt": "a", "tempo": 3}'], "line 2 has the unknown key 'tempo'"),
+            (['{"seed": 1}'], "line 1 must have a prompt"),
+            (
+                ['{"prompt": "a", "output": "x.wav"}'] * 2,
+                "line 2: its output x.wav is that of line 1",
+            ),
+            (
+                ['{"prompt": "a", "audio_prompt": "b", "prompt_start": "c"}'],
+                "line 1: prompt_start must",
+            ),
+        ):
+            with self.subTest(pattern):
+                status, out, err = self.script(self.lines(*lines))
+                self.assertEqual((status, out), (1, ""))
+                self.assertRegex(err, f"^generate.py: error: .*{pattern}.*\n$")
+        self.assertEqual(self.script(self.folder / "none")[0], 1)
+
+    def test_a_line_that_fails_leaves_the_others_alone(self):
+        path = self.lines(
+            '{"prompt": "a"}',
+            '{"prompt": "b", "duration": -1}',
+            '{"prompt": "c", "seed": "x"}',
+            '{"prompt": "d", "audio_prompt": "none.wav"}',
+            '{"prompt": 5}',
+            '{"prompt": "f", "extend_stride": "x"}',
+            '{"prompt": "g"}',
+        )
+        status, out, err = self.script(path)
+        self.assertEqual(status, 1)
+        self.assertEqual(self.found(), ["out-1.wav", "out-7.wav"])
+        reports = [line for line in err.splitlines() if ": error: " in line]
+        self.assertEqual(len(reports), 5)
+        for number, report in zip((2, 3, 4, 5, 6), reports):
+            self.assertIn(f"line {number}: ", report)
+
+    def test_resumes(self):
+        path = self.lines("drums", "piano", "guitar")
+        self.script(path)
+        whole = self.contents()
+        self.assertEqual(len(whole), 3)
+        (self.folder / "out-2.wav").unlink()
+        kept = (self.folder / "out-1.wav").stat().st_mtime_ns
+        status, out, _ = self.script(path)
+        self.assertEqual((status, out.count("\n")), (0, 1))
+        self.assertEqual(self.contents(), whole)
+        self.assertEqual((self.folder / "out-1.wav").stat().st_mtime_ns, kept)
+        status, out, _ = self.script(path)
+        self.assertEqual((status, out), (0, "Nothing is left to make.\n"))
+
+    def test_file_appears_whole_or_not_at_all(self):
+        write, seen = soundfile.SoundFile.write, []
+
+        def spy(file, data):
+            write(file, data)
+            seen.append((self.folder / "x.wav").exists())
+            raise KeyboardInterrupt
+
+        with patch.object(soundfile.SoundFile, "write", spy):
+            with self.assertRaises(KeyboardInterrupt):
+                save_audio(self.folder / "x.wav", mx.zeros((9, 1)), 32000)
+        self.assertEqual((seen, list(self.folder.iterdir())), ([False], []))
+
+    def test_folder_that_vanishes(self):
+        folder = self.folder / "there"
+        folder.mkdir()
+        path = self.lines(
+            '{"prompt": "a"}', json.dumps(dict(prompt="b", output=f"{folder}/b.wav"))
+        )
+        generate_batch = jobs.generate
+
+        def vanish(*arguments):
+            shutil.rmtree(folder, ignore_errors=True)
+            return generate_batch(*arguments)
+
+        with patch("jobs.generate", vanish):
+            status, _, err = self.script(path)
+        self.assertEqual((status, self.found()), (1, ["out-1.wav"]))
+        self.assertRegex(err, "line 2: The folder .*there of b.wav must exist")
+
+    def test_batches(self):
+        path = self.lines(*(f'{{"prompt": "a", "temp": {t}}}' for t in (1, 1, 1, 2, 1)))
+        planned = jobs.plan_file(path, self.settings)
+        sizes = [len(batch) for batch in jobs.batches(planned, 2)]
+        self.assertEqual(sizes, [2, 1, 1, 1])
+
+    def test_batch_that_does_not_fit_after_all(self):
+        model = MusicGen.from_pretrained(self.model)
+        planned = jobs.plan(["a", "b", "c"], self.settings)
+        whole, tried, generate_rows = jobs.generate(model, planned), [], model.generate
+
+        def out_of_memory(prompts, **options):
+            tried.append(len(prompts))
+            if len(prompts) > 1:
+                raise RuntimeError("[malloc] Unable to allocate")
+            return generate_rows(prompts, **options)
+
+        with patch.object(model, "generate", out_of_memory):
+            self.assertSame(jobs.generate(model, planned), whole)
+        self.assertEqual(tried, [3, 1, 2, 1, 1])
+
+    def test_part_of_the_audio_prompt(self):
+        model = MusicGen.from_pretrained(self.model)
+        path = self.folder / "ramp.wav"
+        ramp = np.linspace(0, 0.5, 3200)
+        soundfile.write(path, ramp, 32000, subtype="FLOAT")
+        part = jobs.AudioPrompt(str(path), 0.02, 0.05).load(model)
+        self.assertClose(part[:, 1], mx.array(ramp)[640:2240], 1e-6)
+        for sound, pattern in (
+            (jobs.AudioPrompt(str(path), 0.1), "prompt_start must"),
+            (jobs.AudioPrompt(str(path), -1.0), "prompt_start must"),
+            (jobs.AudioPrompt(str(path), 0.0, 0.0), "prompt_length must"),
+        ):
+            with self.assertRaisesRegex(ValueError, pattern):
+                sound.load(model)
+
+    def test_wrong_command_lines(self):
+        for arguments, pattern in (
+            ([], "either --prompt or --prompts"),
+            (["-p", "a", "--prompts", "b"], "either --prompt or --prompts"),
+            (["-p", "a", "--takes", "0"], "takes must be at least 1"),
+            (["-p", "a", "--batch-size", "0"], "batch_size must be at least 1"),
+            (["--prompts", "b", "--takes", "2"], "--takes goes with --prompt"),
+            (["-p", "a", "--drop-prompt"], "need --audio-prompt"),
+            (["-p", "a", "--prompt-start", "1"], "need --audio-prompt"),
+            (["-p", "a", "--extend-stride", "30"], "extend_stride must"),
+            (["-p", "a", "--extend-stride", "0"], "extend_stride must"),
+        ):
+            with self.subTest(pattern):
+                status, out, err = self.run_script(*arguments, "--model", self.model)
+                self.assertEqual((status, out), (2, ""))
+                self.assertRegex(err, f"^generate.py: error: .*{pattern}.*\n$")
+
+
+class TestDistributed(Test):
+    """Two processes on the loopback ring, started by MLX's own launcher."""
+
+    model = str(REFERENCE / "stereo-audiocraft")
+
+    def setUp(self):
+        super().setUp()
+        if not mx.distributed.is_available("ring"):
+            skip(self, "MLX was built without its ring backend")
+
+    def launch(self, *arguments: str, name: str, port: int) -> str:
+        """What two processes print; their files are NAME-1.wav and so on."""
+        launcher = Path(sys.executable).with_name("mlx.launch")
+        command = [str(launcher), "-n", "2", "--backend", "ring", "-p", str(port)]
+        command += ["--", *self.command(*arguments, name=name)]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        result = subprocess.run(
+            command, cwd=HERE, env=environment, capture_output=True, text=True
+        )
+        return result.stdout + result.stderr
+
+    def command(self, *arguments: str, name: str) -> list[str]:
+        prompts, output = self.folder / "prompts.txt", self.folder / f"{name}.wav"
+        prompts.write_text("drums\nslow piano\nguitar\n")
+        command = [sys.executable, str(HERE / "generate.py"), *arguments]
+        command += ["--prompts", str(prompts), "--output", str(output)]
+        return command + ["--model", self.model, "--seed", "3", "--duration", "0.3"]
+
+    def sounds(self, name: str) -> list[str]:
+        paths = sorted(self.folder.glob(f"{name}-*.wav"))
+        return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+
+    def test_file_of_prompts(self):
+        subprocess.run(self.command(name="one"), capture_output=True, check=True)
+        told = self.launch(name="two", port=32423)
+        self.assertEqual(len(self.sounds("one")), 3, told)
+        self.assertEqual(self.sounds("two"), self.sounds("one"), told)
+
+    def test_tensor_parallel(self):
+        greedy = ("--temp", "0")
+        one = self.command(*greedy, name="one")
+        subprocess.run(one, capture_output=True, check=True)
+        told = self.launch(*greedy, "--tensor-parallel", name="two", port=32433)
+        self.assertEqual(told.count("seed"), 3, told)  # by one of the processes
+        self.assertEqual(len(self.sounds("one")), 3, told)
+        self.assertEqual(self.sounds("two"), self.sounds("one"), told)
+
+    def test_killed_and_repeated(self):
+        one = self.command("--batch-size", "1", name="one")
+        process = subprocess.Popen(one, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.readline()  # the first file is there
+        process.kill()
+        process.communicate()
+        made = {path: path.stat().st_mtime_ns for path in self.folder.glob("one-*.wav")}
+        self.assertIn(len(made), (1, 2, 3))
+        told = self.launch("--batch-size", "1", name="one", port=32443)
+        self.assertEqual(told.count(" seed "), 3 - len(made), told)
+        for path, time in made.items():
+            self.assertEqual(path.stat().st_mtime_ns, time)
+        subprocess.run(self.command(name="two"), capture_output=True, check=True)
+        self.assertEqual(self.sounds("two"), self.sounds("one"), told)
+
+    def test_processes_that_do_not_divide_the_heads(self):
+        class Three:
+            def size(self):
+                return 3
+
+        model = MusicGen.from_pretrained(self.model)
+        with self.assertRaisesRegex(ValueError, "must divide num_attention_heads"):
+            model.decoder.shard(Three())
 
 
 if __name__ == "__main__":
