@@ -155,7 +155,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch", type=int, default=1, help="takes at once (default: %(default)s)")
     add("--dtype", choices=["float16", "bfloat16", "float32"])
     add("--q-bits", type=int, choices=[4, 8], help="quantize the decoder's layers")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not 0.02 <= args.duration <= 30 or args.batch < 1:
+        parser.error("--duration must be from 0.02 to 30, and --batch at least 1")
+    return args
 
 
 def main() -> None:

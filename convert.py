@@ -22,6 +22,7 @@ import shutil
 import struct
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -91,14 +92,18 @@ class Maker(NamedTuple):
 
 
 def make_tensor(storage, offset, shape, stride, *_) -> Tensor:
-    if not isinstance(storage, Storage):
-        raise ValueError(f"it makes a tensor of {storage!r:.40}")
-    return Tensor(storage, offset, tuple(shape), tuple(stride))
+    # By their types, for what a pickle holds can take for ever to be printed.
+    flat = all(type(sizes) is tuple and len(sizes) <= 8 for sizes in (shape, stride))
+    if not isinstance(storage, Storage) or not flat or len(shape) != len(stride):
+        raise ValueError("it makes a tensor of something else")
+    if any(type(n) is not int or not 0 <= n < 2**63 for n in (offset, *shape, *stride)):
+        raise ValueError("a tensor has a size, stride or offset that is no number")
+    return Tensor(storage, offset, shape, stride)
 
 
 def make_parameter(tensor, *_) -> Tensor:
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"it makes a parameter of {tensor!r:.40}")
+        raise ValueError("it makes a parameter of something else than a tensor")
     return tensor
 
 
@@ -122,27 +127,36 @@ class Unpickler(pickle.Unpickler):
         if f"{module}.{name}" not in KNOWN:
             raise ValueError(
                 f"it names {f'{module}.{name}'!r:.80}, which no checkpoint needs. The "
-                "file is damaged or hostile: fetch it again from a source you trust"
+                "file is damaged or hostile: take it from a source you trust"
             )
         return KNOWN[f"{module}.{name}"]
 
     def persistent_load(self, reference: tuple) -> Storage:
         tag, kind, key, _, size, *view = reference
-        if tag != "storage" or kind not in DTYPES or (view and view != [None]):
-            raise ValueError(f"it holds an unknown kind of storage, {reference!r:.80}")
-        storage = Storage(kind, str(key), size)
+        whole = len(view) == 0 or view == [None]
+        if tag != "storage" or type(kind) is not str or kind not in DTYPES or not whole:
+            raise ValueError("it holds an unknown kind of storage")
+        if type(key) is not str or type(size) is not int or not 0 <= size < 2**63:
+            raise ValueError("a storage has no name or size")
+        storage = Storage(kind, key, size)
         self.storages.add(storage)
         return storage
 
 
 def unpickle(stream: BinaryIO) -> tuple[Any, set[Storage]]:
     """Read one pickle and the storages it names, leaving `stream` behind its end."""
-    start = stream.tell()
+    start, last, tuples = stream.tell(), "", set()
     for opcode, argument, position in pickletools.genops(stream):
-        if opcode.name not in OPCODES:
-            raise ValueError(f"it holds the pickle opcode {opcode.name}")
-        if opcode.name == "LONG_BINPUT" and argument > position:
+        name = opcode.name
+        if name not in OPCODES:
+            raise ValueError(f"it holds the pickle opcode {name}")
+        if name == "LONG_BINPUT" and argument > position:
             raise ValueError("it numbers more objects than it has")
+        if name in ("BINPUT", "LONG_BINPUT") and last.startswith("TUPLE"):
+            tuples.add(argument)
+        if name in ("BINGET", "LONG_BINGET") and argument in tuples:
+            raise ValueError("it holds a tuple twice, which nests without end")
+        last = name
     end = stream.tell()
     stream.seek(start)
     unpickler = Unpickler(io.BytesIO(stream.read(end - start)))
@@ -154,9 +168,6 @@ def unpickle(stream: BinaryIO) -> tuple[Any, set[Storage]]:
 def view(tensor: Tensor, data: np.ndarray) -> mx.array:
     """The tensor as an array, after checking that it lies within `data`."""
     storage, offset, shape, stride = tensor
-    numbers = (offset, *shape, *stride)
-    if len(shape) != len(stride) or any(type(n) is not int or n < 0 for n in numbers):
-        raise ValueError(f"a tensor has the shape {shape}, stride {stride}")
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride))
     if math.prod(shape) > len(data) or (math.prod(shape) and last >= len(data)):
         raise ValueError(
@@ -218,10 +229,7 @@ def legacy_form(path: Path) -> tuple[Any, Numbers]:
 def cut(data: np.ndarray, storage: Storage) -> np.ndarray:
     """The storage's numbers, which must lie at the start of `data`."""
     dtype = DTYPES[storage.kind]
-    if (
-        type(storage.size) is not int
-        or not 0 <= storage.size <= len(data) // dtype.itemsize
-    ):
+    if storage.size > len(data) // dtype.itemsize:
         raise ValueError(f"storage {storage.key} reaches beyond the file")
     return data[: storage.size * dtype.itemsize].view(dtype)
 
@@ -263,15 +271,30 @@ def load_torch(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
-        form = zip_form if zipfile.is_zipfile(path) else legacy_form
+        with open(path, "rb") as file:
+            form = zip_form if file.read(2) == b"PK" else legacy_form
         tree, numbers = form(path)
         return fill(tree, numbers, room=2 * path.stat().st_size)
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way
         raise ValueError(
-            f"{path} is not a checkpoint that torch wrote: {error}"
+            f"{path} is not a checkpoint that torch wrote: {error or type(error)}. If "
+            "the download was cut short, fetch it again."
         ) from error
+
+
+def load_state(path: Path) -> dict[str, mx.array]:
+    """Read tensors by name. Raises ValueError naming the file that holds others."""
+    return check_state(path, load_torch(path))
+
+
+def check_state(path: Path, state: Any) -> dict[str, mx.array]:
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(w, mx.array) for k, w in state.items()
+    ):
+        raise ValueError(f"{path} must map names to tensors, but holds something else.")
+    return state
 
 
 def load_package(path: Path) -> dict[str, Any]:
@@ -280,15 +303,13 @@ def load_package(path: Path) -> dict[str, Any]:
     Raises ValueError naming the file when it holds neither.
     """
     package = load_torch(path)
-    if isinstance(package, dict) and "pretrained" in package:
-        return package
-    state = package.get("best_state") if isinstance(package, dict) else None
-    if not isinstance(state, dict) or not isinstance(package.get("xp.cfg", ""), str):
+    if not isinstance(package, dict):
         raise ValueError(f"{path} must hold what audiocraft exports, but does not.")
-    if not all(
-        isinstance(k, str) and isinstance(w, mx.array) for k, w in state.items()
-    ):
-        raise ValueError(f"best_state in {path} must map names to tensors.")
+    if isinstance(package.get("pretrained"), str):
+        return package
+    if "best_state" not in package or not isinstance(package.get("xp.cfg", ""), str):
+        raise ValueError(f"{path} must hold what audiocraft exports, but does not.")
+    check_state(path, package["best_state"])
     return package
 
 
@@ -334,7 +355,7 @@ def scalar(text: str) -> str:
 
 def resolve(value: Any, values: dict[str, Any]) -> Any:
     """Follow references like `${name}`; one that leads nowhere is empty."""
-    for _ in values:
+    for _ in range(20):
         match = re.fullmatch(r"\$\{(.+)\}", value) if isinstance(value, str) else None
         if not match:
             return value
@@ -379,7 +400,7 @@ def convert(
     """
     from musicgen import MusicGen
 
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise FileExistsError(f"{target} exists already; choose another folder.")
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"The folder {target.parent} must exist.")
@@ -407,8 +428,11 @@ def save(model: Any, folder: Path) -> None:
 
 def is_converted(folder: Path) -> bool:
     """Whether `folder` is one that `convert` wrote."""
-    path = folder / "config.json"
-    return path.is_file() and '"decoder_dtype"' in path.read_text()
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, RecursionError, ValueError):
+        return False
+    return isinstance(config, dict) and "decoder_dtype" in config
 
 
 def model_card(folder: Path, repo: str, source: str) -> str:
@@ -453,6 +477,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments() -> argparse.Namespace:
+    from musicgen import BITS, GROUP_SIZES, check_name
+
     parser = Parser(description="Convert MusicGen to MLX.")
     add = parser.add_argument
     add("--hf-path", required=True, help="Hub id, short name or folder to convert")
@@ -464,12 +490,12 @@ def parse_arguments() -> argparse.Namespace:
         help="of the decoder; T5 and codec stay float32 (default: %(default)s)",
     )
     add("-q", "--quantize", action="store_true", help="quantize the decoder's layers")
-    add("--q-bits", type=int, default=4, help="bits per weight (default: %(default)s)")
+    add("--q-bits", type=int, choices=BITS, help="bits per weight (default: 4)")
     add(
         "--q-group-size",
         type=int,
-        default=64,
-        help="weights that share a scale: 32, 64 or 128 (default: %(default)s)",
+        choices=GROUP_SIZES,
+        help="weights that share a scale (default: 64)",
     )
     add(
         "--upload-repo",
@@ -480,6 +506,12 @@ def parse_arguments() -> argparse.Namespace:
     repo = args.upload_repo
     if repo is not None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
         parser.error(f"--upload-repo must be OWNER/NAME, got '{repo}'")
+    if (args.q_bits or args.q_group_size) and not args.quantize:
+        parser.error("--q-bits and --q-group-size need --quantize")
+    try:
+        check_name(args.hf_path)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
@@ -487,21 +519,28 @@ def run(args: argparse.Namespace) -> None:
     if args.upload_repo and is_converted(args.mlx_path):
         print(f"{args.mlx_path} is there already and is uploaded as it is")
     else:
-        q_bits = args.q_bits if args.quantize else None
+        quantized = (args.q_bits or 4, args.q_group_size or 64)
         dtype = getattr(mx, args.dtype)
-        convert(args.hf_path, args.mlx_path, dtype, q_bits, args.q_group_size)
+        convert(args.hf_path, args.mlx_path, dtype, *(quantized * args.quantize))
         print(f"Wrote {args.mlx_path}")
     if args.upload_repo:
         upload(args.mlx_path, args.upload_repo, args.hf_path)
 
 
+def warn(message: Warning | str, *_) -> None:
+    print(f"convert.py: warning: {message}", file=sys.stderr)
+
+
 def main() -> None:
     args = parse_arguments()
+    warnings.showwarning = warn
     logging.set_verbosity_error()  # the Hub's retries; the end result is reported
     try:
         run(args)
     except (OSError, ValueError) as error:
         sys.exit(f"convert.py: error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

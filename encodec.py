@@ -32,6 +32,7 @@ import soundfile
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import logging
+from safetensors import SafetensorError, safe_open
 
 REPOS = {
     "24khz": "facebook/encodec_24khz",
@@ -42,7 +43,7 @@ FILES = ("config.json", "model.safetensors")
 AUDIOCRAFT_FILE = "compression_state_dict.bin"
 LIMITS = {  # least and largest value of each setting, or of each number in it
     "audio_channels": (1, 64),
-    "sampling_rate": (1, 10**6),
+    "sampling_rate": (1000, 192_000),
     "target_bandwidths": (0.01, 1000.0),
     "chunk_length_s": (0.01, 3600.0),
     "overlap": (0.0, 0.99),
@@ -119,6 +120,11 @@ class EncodecConfig:
                 raise ValueError(
                     f"{name} must be one of {choices}, got {getattr(self, name)!r}."
                 )
+        if self.compress > self.num_filters:
+            raise ValueError(
+                f"compress must be at most num_filters, {self.num_filters}, "
+                f"got {self.compress}."
+            )
         if self.num_codebooks() > 128:
             raise ValueError(
                 f"target_bandwidths must need at most 128 codebooks of "
@@ -161,10 +167,10 @@ def check_number(name: str, value, low: float, high: float) -> None:
 
     Integer limits ask for integers. None is what some settings are left at.
     """
-    kind = int if isinstance(low, int) else int | float
+    kinds = (int,) if type(low) is int else (int, float)
     optional = name in ("chunk_length_s", "overlap")
     for number in value if isinstance(value, tuple) else (value,):
-        fits = isinstance(number, kind) and low <= number <= high
+        fits = type(number) in kinds and low <= number <= high
         if not (fits or number is None and optional):
             raise ValueError(f"{name} must be from {low} to {high}, got {value!r}.")
 
@@ -457,10 +463,10 @@ class Encodec(nn.Module):
     def encode(self, audio: mx.array, bandwidth: float | None = None) -> list[Chunk]:
         """Code audio (B, N, C) as a list of chunks.
 
-        There is one, with scale None, except in the 48 kHz model: there each second is a
-        chunk, and scale is its volume. `bandwidth`
-        in kbit/s sets K; the default is the model's smallest. Raises ValueError
-        for audio of another shape or a bandwidth the model does not know.
+        There is one with scale None, except in the 48 kHz model: there each
+        second is a chunk, and scale is its volume. `bandwidth` in kbit/s sets K;
+        the default is the model's smallest. Raises ValueError for audio of
+        another shape or a bandwidth the model does not know.
         """
         config = self.config
         if audio.ndim != 3 or audio.shape[1] == 0 or audio.shape[2] != self.channels:
@@ -540,7 +546,10 @@ class Encodec(nn.Module):
         Raises ValueError for a tensor that does not hold floats or lacks its
         partner.
         """
-        kept = {rename(k): w for k, w in weights.items() if not k.endswith(UNUSED)}
+        kept = {}
+        for name, weight in weights.items():
+            if not UNUSED.fullmatch(name):
+                add(kept, rename(name), weight)
         for name, weight in kept.items():
             if not mx.issubdtype(weight.dtype, mx.floating):
                 raise ValueError(f"{name} must hold floats, but holds {weight.dtype}")
@@ -565,8 +574,17 @@ class Encodec(nn.Module):
         try:
             config = EncodecConfig.from_dict(read_config(config))
             model = cls(config)
-            model.load_weights(list(cls.sanitize(mx.load(str(weights))).items()))
-        except (RuntimeError, TypeError, ValueError) as error:
+            with safe_open(weights, "numpy"):  # checks the header as mx.load does not
+                tensors = cls.sanitize(mx.load(str(weights)))
+            model.load_weights(list(tensors.items()))
+            mx.eval(model.parameters())
+        except (
+            IndexError,
+            RuntimeError,
+            SafetensorError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise ValueError(
                 f"Codec {weights.parent} does not load: {error}"
             ) from error
@@ -588,7 +606,12 @@ class Encodec(nn.Module):
             if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
                 raise ValueError(f"{path} must name a Hub repository, got {repo!r}.")
             local = folder / repo.split("/")[-1]
-            return cls.from_pretrained(local if local.is_dir() else repo)
+            try:
+                return cls.from_pretrained(local if local.is_dir() else repo)
+            except OSError as error:
+                raise OSError(
+                    f"{path} points to {repo}, looked for in {local}: {error}"
+                ) from error
         try:
             weights = cls.sanitize(package["best_state"])
             cfg = read_yaml(package.get("xp.cfg", ""))
@@ -628,7 +651,7 @@ def overlap_add(pieces: list[mx.array], stride: int) -> mx.array:
 
 
 # Training's bookkeeping, of no use here.
-UNUSED = (".inited", ".cluster_size", ".embed_avg")
+UNUSED = re.compile(r"quantizer\..*\.(inited|cluster_size|embed_avg)")
 
 RENAMES = (  # audiocraft's names, then transformers' since 4.46
     (r"^(encoder|decoder)\.model\.", r"\1.layers."),
@@ -646,15 +669,24 @@ def rename(name: str) -> str:
     return name
 
 
+def add(weights: dict[str, mx.array], name: str, weight: mx.array) -> None:
+    """Put a tensor under a name. Raises ValueError when the name is taken."""
+    if name in weights:
+        raise ValueError(f"{name} is there twice, under two spellings")
+    weights[name] = weight
+
+
 def fold_weight_norm(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """weight = g * v / |v|, the norm taken over all dimensions but the first."""
     folded = dict(weights)
     for name, weight in weights.items():
         stem, found, _ = name.partition(".weight_v")
         if found:
+            if weight.ndim != 3:
+                raise ValueError(f"{name} must have 3 dimensions, got {weight.shape}")
             gain = partner(folded, f"{stem}.weight_g", (len(weight), 1, 1))
             norm = mx.sqrt((weight**2).sum(axis=(1, 2), keepdims=True))
-            folded[f"{stem}.weight"] = gain * folded.pop(name) / norm
+            add(folded, f"{stem}.weight", gain * folded.pop(name) / norm)
     return folded
 
 
@@ -673,7 +705,10 @@ def channels_last(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     its inner layers, (in, out, kernel) -> (kernel, out, in).
     """
     inner = re.compile(r"decoder\.layers\.(\d+)\.conv\.weight")
-    last = max(int(m[1]) for m in map(inner.fullmatch, weights) if m)
+    numbers = [int(m[1]) for m in map(inner.fullmatch, weights) if m]
+    if not numbers:
+        raise ValueError("decoder.layers.0.conv.weight is missing")
+    last = max(numbers)
 
     def move(name: str, weight: mx.array) -> mx.array:
         match = inner.fullmatch(name)
@@ -697,7 +732,7 @@ def merge_lstm(weights: dict[str, mx.array]) -> dict[str, mx.array]:
             other = f"{stem}.bias_hh_l{layer}"
             weight = weight + partner(merged, other, weight.shape)
         ours = {"weight_ih": "Wx", "weight_hh": "Wh", "bias_ih": "bias"}[kind]
-        merged[f"{stem}.{layer}.{ours}"] = weight
+        add(merged, f"{stem}.{layer}.{ours}", weight)
     return merged
 
 
@@ -843,6 +878,8 @@ def check_audio_path(path: str | Path) -> Path:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"The folder {path.parent} of {path.name} must exist.")
+    if path.exists() and not path.is_file():
+        raise PermissionError(f"{path} is no ordinary file; choose another place.")
     try:  # permissions alone do not tell
         place, existed = path.resolve(), path.exists()
         with open(place, "ab"):
@@ -867,10 +904,13 @@ def save_audio(path: str | Path, audio: mx.array, sampling_rate: int) -> None:
     path = check_audio_path(path)
     audio = np.asarray(audio, dtype=np.float32)
     audio = audio[:, None] if audio.ndim == 1 else audio
-    if audio.ndim != 2 or audio.shape[1] == 0:
+    if audio.ndim != 2 or not 1 <= audio.shape[1] <= 8:
         raise ValueError(
-            f"The audio for {path} must have the shape (N, C), got {audio.shape}."
+            f"The audio for {path} must have the shape (N, C) with 1 to 8 channels, "
+            f"got {audio.shape}."
         )
+    if not 1000 <= sampling_rate <= 192_000:  # libsndfile crashes on others
+        raise ValueError(f"sampling_rate must be 1000 to 192000, got {sampling_rate}.")
     peak = np.abs(audio).max(initial=0)
     if not np.isfinite(peak):
         raise ValueError(f"The audio for {path} must be finite, but it holds NaN.")
@@ -885,10 +925,11 @@ def save_audio(path: str | Path, audio: mx.array, sampling_rate: int) -> None:
             # libsndfile's Vorbis encoder crashes on minutes in one call
             for start in range(0, len(audio), 65536):
                 file.write(audio[start : start + 65536])
+        if soundfile.info(part).frames < len(audio):  # not every format says so
+            raise OSError("the disk is full")
         part.replace(target)
-    except (AssertionError, OSError, soundfile.LibsndfileError) as error:
-        reason = error or "the disk took only a part of it"
-        raise OSError(f"{path} could not be written: {reason}") from error
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise OSError(f"{path} could not be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -911,6 +952,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
+def warn(message: Warning | str, *_) -> None:
+    print(f"encodec.py: warning: {message}", file=sys.stderr)
+
+
 def main() -> None:
     parser = Parser(description="Pass a sound file through EnCodec.")
     parser.add_argument("source", type=Path, help="sound file to read")
@@ -924,9 +969,12 @@ def main() -> None:
         "--bandwidth", type=float, help="kbit/s (default: the model's smallest)"
     )
     args = parser.parse_args()
+    warnings.showwarning = warn
     logging.set_verbosity_error()  # the Hub's retries; the end result is reported
     try:
         check_suffix(args.target)
+        if args.bandwidth is not None and not args.bandwidth > 0:
+            raise ValueError(f"bandwidth must be above 0, got {args.bandwidth}")
     except ValueError as error:
         parser.error(str(error))
     try:
@@ -935,6 +983,8 @@ def main() -> None:
         demo(model, args.source, args.target, args.bandwidth)
     except (OSError, ValueError) as error:
         sys.exit(f"encodec.py: error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

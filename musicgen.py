@@ -13,6 +13,7 @@ Needs `t5.py` and `encodec.py` beside it, and `convert.py` to read `.bin` files.
 import functools
 import json
 import math
+import os
 import re
 import secrets
 import warnings
@@ -27,6 +28,7 @@ import mlx.nn as nn
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from mlx.nn.layers.distributed import shard_linear
+from safetensors import SafetensorError, safe_open
 
 from encodec import Encodec, EncodecConfig
 from t5 import T5, T5Config, Tokenizer
@@ -88,7 +90,7 @@ class DecoderConfig:
     def __post_init__(self):
         for name, (low, high) in LIMITS.items():
             size = getattr(self, name)
-            if not (isinstance(size, int) and low <= size <= high):
+            if type(size) is not int or not low <= size <= high:
                 raise ValueError(f"{name} must be from {low} to {high}, got {size!r}.")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
@@ -114,7 +116,7 @@ class DecoderConfig:
             )
         delays = DELAYS[key] if self.delays is None else self.delays
         numbers = isinstance(delays, list | tuple) and all(
-            isinstance(delay, int) and 0 <= delay <= 100 for delay in delays
+            type(delay) is int and 0 <= delay <= 100 for delay in delays
         )
         if not (numbers and len(delays) == self.num_codebooks and min(delays) == 0):
             raise ValueError(
@@ -148,15 +150,35 @@ class MusicGenConfig:
 
     def __post_init__(self):
         seconds = self.max_duration
-        if not (isinstance(seconds, int | float) and 0.1 <= seconds <= 600):
+        if type(seconds) not in (int, float) or not 0.1 <= seconds <= 600:
             raise ValueError(
                 f"max_duration must be from 0.1 to 600 seconds, got {seconds!r}."
             )
-        keys = {"bits", "group_size"}
-        if self.quantization is not None and set(self.quantization) != keys:
-            raise ValueError(
-                f"quantization must give {keys}, got {self.quantization!r}."
-            )
+        if self.quantization is not None:
+            check_quantization(self.quantization)
+        self._check_codec()
+
+    def _check_codec(self) -> None:
+        decoder, codec = self.decoder, self.audio_encoder
+        for name, wanted, least in (
+            ("audio_channels", codec.audio_channels == 1, 1),
+            ("normalize", not codec.normalize, False),
+            (
+                "codebook_size",
+                codec.codebook_size >= decoder.vocab_size,
+                decoder.vocab_size,
+            ),
+            (
+                "target_bandwidths",
+                codec.num_codebooks() * decoder.audio_channels >= decoder.num_codebooks,
+                f"enough for {decoder.num_codebooks // decoder.audio_channels} codebooks",
+            ),
+        ):
+            if not wanted:
+                raise ValueError(
+                    f"The codec does not belong to the decoder: its {name} must be "
+                    f"{least}, got {getattr(codec, name)}."
+                )
 
     @classmethod
     def from_dict(cls, config: dict) -> "MusicGenConfig":
@@ -176,6 +198,21 @@ class MusicGenConfig:
             config.get("max_duration", 30.0),
             config.get("quantization"),
         )
+
+
+BITS = (2, 3, 4, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+
+
+def check_quantization(settings: dict[str, int]) -> None:
+    """Raise ValueError unless MLX can quantize so."""
+    for name, known in (("bits", BITS), ("group_size", GROUP_SIZES)):
+        value = settings.get(name) if isinstance(settings, dict) else settings
+        if type(value) is not int or value not in known or len(settings) != 2:
+            raise ValueError(
+                f"quantization must give bits and group_size, q_{name} of {known}, "
+                f"got {value!r}."
+            )
 
 
 class KVCache:
@@ -471,13 +508,12 @@ class Decoder(nn.Module):
         Embeddings and output heads stay as they are, and the keys and values of
         the text, which are made once. Raises ValueError for what MLX cannot do.
         """
-        if bits not in (2, 3, 4, 6, 8):
-            raise ValueError(f"q_bits must be 2, 3, 4, 6 or 8, got {bits}.")
+        check_quantization({"bits": bits, "group_size": group_size})
         width = math.gcd(self.config.hidden_size, self.config.ffn_dim)
-        if group_size not in (32, 64, 128) or width % group_size:
+        if width % group_size:
             raise ValueError(
-                "q_group_size must be 32, 64 or 128 and divide the matrices' width, "
-                f"a multiple of {width}; got {group_size}."
+                "q_group_size must divide the matrices' width, a multiple of "
+                f"{width}; got {group_size}."
             )
 
         def in_every_step(name: str, module: nn.Module) -> bool:
@@ -516,8 +552,10 @@ class Decoder(nn.Module):
 
         Raises ValueError for integers, save quantized ones, and missing parts.
         """
-        renamed = {rename(name): w for name, w in weights.items()}
-        renamed.pop("embed_positions.weights", None)  # computed instead
+        renamed = {}
+        for name, weight in weights.items():
+            if not name.endswith("embed_positions.weights"):  # computed instead
+                add(renamed, rename(name), weight)
         check_numbers(renamed)
         return fuse(split_cross(renamed))
 
@@ -545,6 +583,13 @@ def rename(name: str) -> str:
     return name
 
 
+def add(weights: dict[str, mx.array], name: str, weight: mx.array) -> None:
+    """Put a tensor under a name. Raises ValueError when the name is taken."""
+    if name in weights:
+        raise ValueError(f"{name} is there twice, under two spellings")
+    weights[name] = weight
+
+
 def check_numbers(weights: dict[str, mx.array]) -> None:
     """Raise ValueError unless all are floats, or quantized and so with `scales`."""
     for name, weight in weights.items():
@@ -560,19 +605,21 @@ def split_cross(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     for name, weight in weights.items():
         stem, found, _ = name.partition("cross_attention.in_proj.weight")
         if found:
+            if weight.ndim != 2 or weight.shape[0] % 3:
+                raise ValueError(f"{name} must hold 3 matrices, got {weight.shape}")
             D = weight.shape[0] // 3
-            split[f"{stem}cross_attention.q_proj.weight"] = weight[:D]
-            split[f"{stem}cross_attention.kv_proj.weight"] = weight[D:]
+            add(split, f"{stem}cross_attention.q_proj.weight", weight[:D])
+            add(split, f"{stem}cross_attention.kv_proj.weight", weight[D:])
         else:
-            split[name] = weight
+            add(split, name, weight)
     return split
 
 
 FUSED = (  # pattern of the parts' names -> name of the whole; parts in order
     (r"(.*self_attn)\.([qkv])_proj\.weight", r"\1.in_proj.weight", "qkv"),
     (r"(.*cross_attention)\.([kv])_proj\.weight", r"\1.kv_proj.weight", "kv"),
-    (r"(emb)\.(\d+)\.weight", r"\1.weight", None),
-    (r"(linears)\.(\d+)\.weight", r"\1.weight", None),
+    (r"(emb)\.(0|[1-9]\d?)\.weight", r"\1.weight", None),
+    (r"(linears)\.(0|[1-9]\d?)\.weight", r"\1.weight", None),
 )
 
 
@@ -590,7 +637,10 @@ def fuse(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     for name, places in parts.items():
         if missing := set(range(max(places) + 1)) - places.keys():
             raise ValueError(f"part {min(missing)} of {name} is missing")
-        fused[name] = mx.concatenate([places[i] for i in sorted(places)])
+        if len({weight.shape for weight in places.values()}) > 1:
+            shapes = ", ".join(str(places[i].shape) for i in sorted(places))
+            raise ValueError(f"the parts of {name} must have one shape, got {shapes}")
+        add(fused, name, mx.concatenate([places[i] for i in sorted(places)]))
     return fused
 
 
@@ -736,15 +786,15 @@ class Options:
         """Raise ValueError, saying what must hold, for what `generate` cannot do."""
         for name in ("duration", "temp", "top_p", "guidance_coef"):
             number = getattr(self, name)
-            if not (isinstance(number, Real) and math.isfinite(number)):
+            if not (isinstance(number, Real) and abs(number) < 1e6):
                 raise ValueError(f"{name} must be a number, got {number!r}.")
         if self.duration < 1 / frame_rate:
             raise ValueError(
                 f"duration must be at least a frame, 1/{frame_rate} s, "
                 f"got {self.duration}."
             )
-        if self.temp < 0:
-            raise ValueError(f"temp must be 0 (greedy) or more, got {self.temp}.")
+        if self.temp != 0 and self.temp < 1e-3:  # dividing by less overflows
+            raise ValueError(f"temp must be 0 (greedy) or 0.001 up, got {self.temp}.")
         if not (isinstance(self.top_k, Integral) and 1 <= self.top_k <= 2048):
             raise ValueError(
                 f"top_k must be between 1 and 2048 (all), got {self.top_k}. "
@@ -754,7 +804,9 @@ class Options:
             raise ValueError(f"top_p must be between 0 (off) and 1, got {self.top_p}.")
         self._check_null_rows()
         stride = self.extend_stride
-        if stride is not None and not 1 / frame_rate <= stride < max_duration:
+        if stride is not None and not (
+            isinstance(stride, Real) and 1 / frame_rate <= stride < max_duration
+        ):
             raise ValueError(
                 f"extend_stride must be from 1/{frame_rate} to less than the longest "
                 f"window of {max_duration:g} seconds, got {stride}."
@@ -1139,7 +1191,7 @@ class MusicGen(nn.Module):
         transformers', or the one `convert.py` writes. `dtype` is the decoder's:
         by default float32 on the CPU, on a GPU what `convert.py` wrote, else
         float16. T5 and codec are always float32. `q_bits` quantizes the decoder's
-        layers while loading, unless the folder holds them quantized. `lazy` leaves
+        layers while loading, unless the folder holds them so. `lazy` leaves
         the weights to be read when they are needed. `group` shares the decoder's
         layers among its processes, which must then all generate the same. Raises
         ValueError or OSError naming the file, tensor or key and what to do.
@@ -1155,13 +1207,22 @@ class MusicGen(nn.Module):
         if dtype is None:
             dtype = stored if mx.default_device() == mx.gpu else mx.float32
         model.decoder.set_dtype(dtype)
+        wanted = {"bits": q_bits, "group_size": q_group_size}
         if q_bits is not None and model.config.quantization is None:
-            model.decoder.quantize(q_bits, q_group_size)
-            model.config.quantization = {"bits": q_bits, "group_size": q_group_size}
+            model.decoder.quantize(**wanted)
+            model.config.quantization = wanted
+        elif q_bits is not None and model.config.quantization["bits"] != q_bits:
+            raise ValueError(
+                f"{folder} is quantized already, with {model.config.quantization}; "
+                f"q_bits cannot be {q_bits}."
+            )
         if group is not None and group.size() > 1:
             model.decoder.shard(group)
         if not lazy:
-            mx.eval(model.parameters())
+            try:
+                mx.eval(model.parameters())
+            except RuntimeError as error:
+                raise ValueError(f"{folder} cannot be read: {error}") from error
             if mx.default_device() == mx.cpu:
                 model.decoder.store_columns()
         return model
@@ -1169,13 +1230,14 @@ class MusicGen(nn.Module):
 
 def check_prompts(prompts: str | list[str]) -> list[str]:
     """A list of at least one text. Raises ValueError for anything else."""
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    several = isinstance(prompts, list | tuple) and len(prompts) > 0
+    if not several or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(
             f"There must be a prompt, or a list of them, got {prompts!r:.80}. "
             "An empty text generates freely."
         )
-    return prompts
+    return list(prompts)
 
 
 def memory_size() -> int:
@@ -1190,7 +1252,7 @@ def row_seeds(seed: int | list[int] | None, rows: int) -> list[int]:
         seed = secrets.randbits(32)
     if isinstance(seed, Integral):
         seed = [int(seed) + row for row in range(rows)]
-    seeds = list(seed)
+    seeds = list(seed) if isinstance(seed, list | tuple) else []
     whole = all(isinstance(s, Integral) and 0 <= s < 2**64 for s in seeds)
     if len(seeds) != rows or not whole:
         raise ValueError(
@@ -1201,14 +1263,14 @@ def row_seeds(seed: int | list[int] | None, rows: int) -> list[int]:
 
 def check_name(name: str) -> None:
     """Raise ValueError for what is no short name, Hub id or local folder."""
-    if name.removeprefix("facebook/musicgen-") in UNSUPPORTED:
+    folder = name != "" and os.path.isdir(name)
+    if name.removeprefix("facebook/musicgen-") in UNSUPPORTED and not folder:
         raise ValueError(f"The model '{name}' is not supported yet.")
-    folder = name != "" and Path(name).is_dir()
-    hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not Path(name).exists()
+    hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not os.path.exists(name)
     if not (name in MODELS or folder or hub_id):
         raise ValueError(
             f"model must be one of {', '.join(MODELS)}, a Hub id or a local folder, "
-            f"got '{name}'."
+            f"got '{name:.200}'."
         )
 
 
@@ -1260,22 +1322,49 @@ def load_audiocraft(folder: Path) -> tuple[MusicGen, mx.Dtype]:
     """Build from `state_dict.bin` and its companions, with the published dtype."""
     path = folder / AUDIOCRAFT_FILES[0]
     weights, decoder, cfg = read_audiocraft(path)
-    t5 = cfg.get("conditioners.description.t5.name", "t5-base")
-    local = folder / t5.split("/")[-1]
-    repo = t5 if "/" in t5 else f"google-t5/{t5}"
-    place = local if local.is_dir() else repo
-    text_encoder, tokenizer = T5.from_pretrained(place)
+    text_encoder, tokenizer, reload = load_t5(folder, cfg)
     audio_encoder = Encodec.from_pretrained(folder)
     try:
         seconds = float(cfg.get("dataset.segment_duration", 30))
         parts = (decoder, text_encoder.config, audio_encoder.config)
         model = MusicGen(MusicGenConfig(*parts, seconds), tokenizer)
         model.text_encoder, model.audio_encoder = text_encoder, audio_encoder
-        model._load_text_encoder = lambda: T5.from_pretrained(place)[0]
+        model._load_text_encoder = reload
         model.decoder.load_weights(list(weights.items()))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} does not load: {error}") from error
     return model, mx.float16
+
+
+def load_t5(folder: Path, cfg: dict) -> tuple[T5, Tokenizer, Callable[[], T5]]:
+    """The text encoder that `cfg` names, its tokenizer, and a way to load it again."""
+    name = cfg.get("conditioners.description.t5.name", "t5-base")
+    if not isinstance(name, str) or not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):
+        raise ValueError(f"{folder / AUDIOCRAFT_FILES[0]} names a T5 that cannot be.")
+    local = folder / name.split("/")[-1]
+    place = local if local.is_dir() else name if "/" in name else f"google-t5/{name}"
+    try:
+        model, tokenizer = T5.from_pretrained(place)
+    except OSError as error:
+        raise OSError(f"{folder} needs T5 in {local.name}/ or from the Hub: {error}")
+    return model, tokenizer, lambda: T5.from_pretrained(place)[0]
+
+
+# What the decoder here is; other values in a checkpoint's settings need other code.
+SETTINGS = {
+    "transformer_lm.activation": "gelu",
+    "transformer_lm.norm_first": "true",
+    "transformer_lm.positional_embedding": "sin",
+    "transformer_lm.norm": "layer_norm",
+    "codebooks_pattern.modeling": "delay",
+}
+
+
+def check_settings(cfg: dict) -> None:
+    """Raise ValueError for settings in `xp.cfg` that this decoder does not have."""
+    for name, known in SETTINGS.items():
+        if cfg.get(name, known) != known:
+            raise ValueError(f"{name} must be {known}, got {cfg[name]}")
 
 
 def read_audiocraft(path: Path) -> tuple[dict[str, mx.array], DecoderConfig, dict]:
@@ -1287,6 +1376,7 @@ def read_audiocraft(path: Path) -> tuple[dict[str, mx.array], DecoderConfig, dic
         weights, cfg = package["best_state"], read_yaml(package.get("xp.cfg", ""))
         if any(".conditioners.self_wav." in name for name in weights):
             raise ValueError("melody and style checkpoints are not supported yet")
+        check_settings(cfg)
         return Decoder.sanitize(weights), audiocraft_config(weights, cfg), cfg
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}.") from error
@@ -1341,10 +1431,12 @@ def load_transformers(folder: Path) -> tuple[MusicGen, mx.Dtype]:
         raise FileNotFoundError(
             f"{folder} must hold spiece.model; take that of {T5_REPO}."
         )
-    model = MusicGen(config, Tokenizer(folder / "spiece.model"))
+    tokenizer = Tokenizer(folder / "spiece.model")
     try:
+        tokenizer.check(config.text_encoder)
+        model = MusicGen(config, tokenizer)
         model.load_weights(list(sanitize(read_weights(folder)).items()))
-    except ValueError as error:
+    except (IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} does not load: {error}") from error
     model._load_text_encoder = lambda: read_text_encoder(folder, config.text_encoder)
     return model, dtype
@@ -1401,6 +1493,8 @@ def read_index(path: Path) -> list[str]:
         shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
         if any(Path(shard).name != shard for shard in shards):
             raise ValueError("it names a file outside its folder")
+        if not all(shard.endswith((".bin", ".safetensors")) for shard in shards):
+            raise ValueError("it names a file that is neither safetensors nor .bin")
     except (
         AttributeError,
         KeyError,
@@ -1416,12 +1510,13 @@ def read_file(path: Path) -> dict[str, mx.array]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, though the index names it.")
     if path.suffix == ".bin":
-        from convert import load_torch
+        from convert import load_state
 
-        return load_torch(path)
+        return load_state(path)
     try:
-        return mx.load(str(path))
-    except RuntimeError as error:
+        with safe_open(path, "numpy"):  # checks the header as mx.load does not
+            return mx.load(str(path))
+    except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged, fetch it again: {error}") from error
 
 

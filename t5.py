@@ -21,6 +21,7 @@ import numpy as np
 import sentencepiece
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
 
 FILES = ("config.json", "model.safetensors", "spiece.model")
 LIMITS = {  # least and largest value of each size
@@ -56,10 +57,10 @@ class T5Config:
     def __post_init__(self):
         for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
-            kind = int if isinstance(low, int) else int | float
-            if not (isinstance(value, kind) and low <= value <= high):
+            kinds = (int,) if type(low) is int else (int, float)
+            if type(value) not in kinds or not low <= value <= high:
                 raise ValueError(f"{name} must be from {low} to {high}, got {value!r}.")
-        if self.feed_forward_proj not in FEED_FORWARDS:
+        if self.feed_forward_proj not in list(FEED_FORWARDS):
             raise ValueError(
                 f"feed_forward_proj must be one of {', '.join(FEED_FORWARDS)}, "
                 f"got '{self.feed_forward_proj}'."
@@ -101,9 +102,18 @@ class Tokenizer:
                 "spiece.model of google-t5/t5-base again."
             ) from error
         size = self._pieces.vocab_size()
+        self.vocab_size = size + 100  # with the sentinels
         self._special = {"<pad>": 0, "</s>": 1, "<unk>": 2}
         self._special |= {f"<extra_id_{i}>": size + 99 - i for i in range(100)}
         self._split = re.compile("(" + "|".join(map(re.escape, self._special)) + ")")
+
+    def check(self, config: T5Config) -> None:
+        """Raise ValueError unless the model has an embedding for every id."""
+        if self.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"spiece.model has {self.vocab_size} ids, but T5's vocab_size is only "
+                f"{config.vocab_size}: the two do not belong together."
+            )
 
     def serialized(self) -> bytes:
         """The content of `spiece.model`."""
@@ -287,14 +297,18 @@ class T5(nn.Module):
         ValueError or OSError naming the file and what is wrong with it.
         """
         config, weights, spiece = locate(path_or_repo)
+        tokenizer = Tokenizer(spiece)
         try:
             config = T5Config.from_dict(read_config(config))
-            weights = cls.sanitize(mx.load(str(weights)))
+            tokenizer.check(config)
+            with safe_open(weights, "numpy"):  # checks the header as mx.load does not
+                weights = cls.sanitize(mx.load(str(weights)))
             model = cls(config)
             model.load_weights(list(weights.items()))
-        except (RuntimeError, TypeError, ValueError) as error:
+            mx.eval(model.parameters())
+        except (RuntimeError, SafetensorError, TypeError, ValueError) as error:
             raise ValueError(f"T5 in {spiece.parent} does not load: {error}") from error
-        return model, Tokenizer(spiece)
+        return model, tokenizer
 
 
 def read_config(path: Path) -> dict:

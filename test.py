@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -76,7 +77,10 @@ class Test(unittest.TestCase):
         self.assertLess(np.abs(got - want).max(initial=0) / scale, tolerance)
 
     def assertSame(self, got: mx.array, want: mx.array):
-        self.assertEqual(np.array(got).tolist(), np.array(want).tolist())
+        got, want = np.array(got), np.array(want)
+        self.assertEqual(got.shape, want.shape)
+        different = np.argwhere(got != want)
+        self.assertEqual(len(different), 0, f"first at {different[:1]}")
 
     def copy(self, name: str) -> Path:
         """A copy of a reference checkpoint, to be damaged."""
@@ -456,12 +460,13 @@ class TestAudioFiles(Test):
     def test_places_that_cannot_be_written(self):
         (self.folder / "dir.wav").mkdir()
         (self.folder / "dangling.wav").symlink_to(self.folder / "no" / "x.wav")
-        places = ["dir.wav", "dangling.wav"]
+        os.mkfifo(self.folder / "pipe.wav")
+        places = ["dir.wav", "dangling.wav", "pipe.wav"]
         if Path("/proc/self").exists():
             (self.folder / "proc").symlink_to("/proc/self")
             places.append("proc/x.wav")
         for name in places:
-            with self.assertRaisesRegex(OSError, "cannot be written"):
+            with self.assertRaisesRegex(OSError, "choose another place"):
                 encodec.check_audio_path(self.folder / name)
         encodec.check_audio_path(self.folder / "new.wav")
         self.assertFalse((self.folder / "new.wav").exists())
@@ -470,9 +475,12 @@ class TestAudioFiles(Test):
         path = self.folder / "x.wav"
         save_audio(path, mx.zeros((0, 1)), 32000)
         self.assertEqual(soundfile.info(path).frames, 0)
-        for shape in ((2, 3, 1), (), (4, 0)):
+        for shape in ((2, 3, 1), (), (4, 0), (4, 300)):
             with self.assertRaisesRegex(ValueError, "must have the shape"):
                 save_audio(path, mx.zeros(shape), 32000)
+        for rate in (0, 10**6):
+            with self.assertRaisesRegex(ValueError, "sampling_rate must"):
+                save_audio(self.folder / "x.ogg", mx.zeros((9, 1)), rate)
 
     def test_round_trip(self):
         tone = np.sin(np.arange(32000) * 0.05)[:, None] * [0.5, 0.25]
@@ -510,6 +518,11 @@ class TestAudioFiles(Test):
         self.assertClose(
             load_audio(path, 32000, 1)[:, 0], mx.array([0.25, -1, 0.5]), 1e-4
         )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            save_audio(self.folder / "LOUD.WAV", mx.array([0.9, -1.0]), 32000)
+        audio = load_audio(self.folder / "LOUD.WAV", 32000, 1)
+        self.assertClose(audio[:, 0], mx.array([0.9, -1.0]), 1e-4)
 
     def test_bad_files(self):
         text = self.folder / "text.wav"
@@ -710,6 +723,16 @@ class TestSampling(Test):
     def test_greedy(self):
         self.assertEqual(self.frequencies(draws=3, temp=0).tolist(), [1, 0, 0, 0, 0, 0])
 
+    def test_guidance_is_in_float32(self):
+        logits = mx.array([[[[1.0, 2049.0]]], [[[1.0, 2048.0]]]]).astype(mx.float16)
+        for coefficient in (1, 3):
+            guided = musicgen.guide(logits, coefficient)
+            self.assertEqual(guided.dtype, mx.float32)
+
+    def test_seeds_of_64_bits_differ(self):
+        keys = sampling_keys([5, 5 + 2**32], 1)
+        self.assertNotEqual(keys[0, 0].tolist(), keys[0, 1].tolist())
+
     def test_keys_depend_on_seed_and_step_alone(self):
         several = sampling_keys([5, 7, 2**64 - 1], 9)
         self.assertSame(several[:4, 1:2], sampling_keys([7], 4))
@@ -829,18 +852,18 @@ class TestGenerate(Test):
     def test_bad_options(self):
         model = MusicGen.from_pretrained(REFERENCE / "mono-transformers")
         for name, values in {
-            "duration": (0, -1, math.nan, 0.01, math.inf),
-            "temp": (-0.1, math.nan, "1", None),
+            "duration": (0, -1, math.nan, 0.01, math.inf, 10**400),
+            "temp": (-0.1, math.nan, "1", None, 1e-39),
             "top_k": (0, 2049, 2.5),
             "top_p": (-0.1, 1.1, math.nan),
             "guidance_coef": (math.nan, math.inf),
-            "seed": (-1, 2**64, [1, 2], [0.5]),
+            "seed": (-1, 2**64, [1, 2], [0.5], 1.5),
         }.items():
             for value in values:
                 with self.subTest(name, value=value):
                     with self.assertRaisesRegex(ValueError, f"^{name} must"):
                         model.generate_codes("a", **{name: value})
-        for prompts in ([], [None], ["a", 3]):
+        for prompts in ([], [None], ["a", 3], None, 3):
             with self.assertRaisesRegex(ValueError, "must be a prompt"):
                 model.generate_codes(prompts)
         codes = model.generate_codes("a", duration=0.1, seed=np.int64(3))
@@ -1133,6 +1156,141 @@ class TestLoading(Test):
                 self.fails(pattern, folder)
                 shutil.rmtree(folder)
 
+    def test_two_spellings_or_shapes_of_one_tensor(self):
+        emb, q = "decoder.model.decoder.embed_tokens", "decoder.model.decoder.layers.0"
+        q, k = (f"{q}.self_attn.{x}_proj.weight" for x in "qk")
+        cross = "decoder.model.decoder.layers.0.encoder_attn.in_proj_weight"
+        conv = "audio_encoder.encoder.layers.0.conv"
+
+        def swap_rows(w: dict, a: str, b: str) -> None:
+            w[a], w[b] = mx.concatenate([w[a], w[a][:1]]), w[b][:-1]
+
+        for change, pattern in (
+            (
+                lambda w: swap_rows(w, f"{emb}.0.weight", f"{emb}.1.weight"),
+                "parts of emb.weight must have one shape",
+            ),
+            (lambda w: swap_rows(w, q, k), "in_proj.weight must have one shape"),
+            (
+                lambda w: w.update({f"{emb}.weight": mx.zeros(3)}),
+                "emb.weight is there twice",
+            ),
+            (lambda w: w.update({f"{emb}.00.weight": mx.zeros(3)}), "emb.00.weight"),
+            (
+                lambda w: w.update({f"{emb}.99999999999.weight": mx.zeros(3)}),
+                "emb.99999999999.weight",
+            ),
+            (
+                lambda w: w.update({cross: mx.zeros((96, 32))}),
+                "cross_attention.q_proj.weight is there twice",
+            ),
+            (lambda w: w.update({cross: mx.array(1.0)}), "must hold 3 matrices"),
+            (
+                lambda w: w.update({f"{conv}.weight": mx.zeros((2, 1, 7))}),
+                "conv.weight is there twice",
+            ),
+            (
+                lambda w: w.update({f"{conv}.weight_v": mx.array(1.0)}),
+                "weight_v must have 3 dimensions",
+            ),
+            (
+                lambda w: w.update({"audio_encoder.nonsense.inited": mx.zeros(1)}),
+                "nonsense.inited",
+            ),
+        ):
+            with self.subTest(pattern):
+                folder = self.copy("mono-transformers")
+                self.change(folder, change)
+                self.fails(pattern, folder)
+                shutil.rmtree(folder)
+
+    def test_header_whose_offsets_wrap(self):
+        folder = self.copy("mono-transformers")
+        path = folder / "model.safetensors"
+        content = path.read_bytes()
+        size = struct.unpack("<Q", content[:8])[0]
+        header = json.loads(content[8 : 8 + size])
+        name = next(k for k in header if k.endswith("out_proj.weight"))
+        start, stop = header[name]["data_offsets"]
+        header[name]["data_offsets"] = [start + 2**64, stop + 2**64]
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
+        self.fails("model.safetensors is damaged", folder)
+
+    def test_parts_that_do_not_belong_together(self):
+        folder = self.copy("mono-transformers")
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        for change, pattern in (
+            ({"codebook_size": 4}, "its codebook_size must be 64, got 4"),
+            ({"audio_channels": 2}, "its audio_channels must be 1"),
+            ({"normalize": True}, "its normalize must be False"),
+            ({"target_bandwidths": [0.3]}, "enough for 4 codebooks"),
+            ({"compress": 64}, "compress must be at most"),
+        ):
+            codec = config["audio_encoder"] | change
+            path.write_text(json.dumps(config | {"audio_encoder": codec}))
+            self.fails(f"config.json does not load: .*{pattern}", folder)
+        text = config["text_encoder"] | {"vocab_size": 100}
+        path.write_text(json.dumps(config | {"text_encoder": text}))
+        self.fails("do not belong together", folder)
+        for settings in (
+            {"bits": 4.0, "group_size": 32},
+            {"bits": 4, "group_size": 32.0},
+            ["bits", "group_size"],
+            {"bits": 4, "group_size": 32, "mode": 1},
+        ):
+            path.write_text(json.dumps(config | {"quantization": settings}))
+            self.fails("config.json does not load: quantization must give", folder)
+
+    def test_settings_of_another_architecture(self):
+        for name, value in (
+            ("transformer_lm.norm_first", "false"),
+            ("transformer_lm.activation", "relu"),
+            ("transformer_lm.positional_embedding", "rope"),
+            ("codebooks_pattern.modeling", "parallel"),
+        ):
+            with patch.object(convert, "read_yaml", return_value={name: value}):
+                self.fails(
+                    f"state_dict.bin .*{name} must be", REFERENCE / AUDIOCRAFT[0]
+                )
+        heads = {"transformer_lm.num_heads": "2"}
+        for name, value in (
+            ("conditioners.description.t5.name", ["a", "b"]),
+            ("conditioners.description.t5.name", "/etc"),
+            ("conditioners.description.t5.name", ".."),
+            ("dataset.segment_duration", ["1"]),
+        ):
+            settings = heads | {name: value}
+            with patch.object(convert, "read_yaml", return_value=settings):
+                self.fails("state_dict.bin", REFERENCE / AUDIOCRAFT[0])
+
+    def test_says_which_folder_is_missing(self):
+        folder = self.copy("stereo-audiocraft")
+        with patch("t5.hf_hub_download", side_effect=OSError("offline")):
+            shutil.rmtree(folder / "t5-base")
+            self.fails(f"{folder} needs T5 in t5-base/", folder, OSError)
+        shutil.copytree(REFERENCE / "stereo-audiocraft/t5-base", folder / "t5-base")
+        with patch("encodec.hf_hub_download", side_effect=OSError("offline")):
+            shutil.rmtree(folder / "encodec_32khz")
+            self.fails("looked for in .*encodec_32khz", folder, OSError)
+
+    def test_quantized_already(self):
+        folder = self.folder / "q8"
+        source = str(REFERENCE / "mono-transformers")
+        convert.convert(source, folder, mx.float32, 8, 32)
+        MusicGen.from_pretrained(folder, q_bits=8)
+        with self.assertRaisesRegex(ValueError, "is quantized already"):
+            MusicGen.from_pretrained(folder, q_bits=4)
+
+    def test_stored_dtype_on_a_gpu(self):
+        folder = self.folder / "bf16"
+        source = str(REFERENCE / "mono-transformers")
+        convert.convert(source, folder, mx.bfloat16)
+        with patch("musicgen.mx.default_device", return_value=mx.gpu):
+            model = MusicGen.from_pretrained(folder)
+        self.assertEqual(model.decoder.dtype, mx.bfloat16)
+
     def test_damaged_safetensors(self):
         folder = self.copy("mono-transformers")
         path = folder / "model.safetensors"
@@ -1223,8 +1381,8 @@ class TestLoading(Test):
         with self.assertWarnsRegex(UserWarning, "config.json gives 8 .* have 16"):
             musicgen.warn_of_heads(Path("config.json"), config)
         del decoder["num_attention_heads"]
-        config = musicgen.DecoderConfig.from_dict(decoder)
-        self.assertEqual(config.num_attention_heads, 16)
+        config = musicgen.DecoderConfig.from_dict(decoder | {"hidden_size": 2048})
+        self.assertEqual(config.num_attention_heads, 32)
 
     def test_our_own_settings_are_heeded(self):
         folder = self.copy("mono-transformers")
@@ -1333,7 +1491,7 @@ class TestLoading(Test):
                         load(self.folder)
             (self.folder / name).unlink()
         (self.folder / "compression_state_dict.bin").touch()
-        for pointer in ("", ".", "..", "a/b/c", 3):
+        for pointer in ("", ".", "..", "a/b/c"):
             package = {"pretrained": pointer}
             with patch.object(convert, "load_torch", return_value=package):
                 with self.assertRaisesRegex(ValueError, "must name a Hub repository"):
@@ -1449,9 +1607,11 @@ class TestTorchFiles(Test):
             content = tensor_pickle(shape, stride, offset)
             for form in (zip_file, legacy_file):
                 self.fails("a tensor", form(content, numbers))
-        for size in (13, -1, 2**60):
+        for size in (13, 2**60):
             content = tensor_pickle((1,), (1,), size=size)
             self.fails("storage 0 reaches beyond", zip_file(content, numbers))
+        content = tensor_pickle((1,), (1,), size=-1)
+        self.fails("a storage has no name or size", zip_file(content, numbers))
 
     def test_parameter(self):
         tensor = tensor_pickle((2,), (1,))
@@ -1469,7 +1629,7 @@ class TestTorchFiles(Test):
         floats = tensor_pickle((2,), (1,)).replace(
             b"(J\x02\0\0\0t", b"(G" + struct.pack(">d", 2) + b"t"
         )
-        self.fails("a tensor has the shape", zip_file(floats, numbers))
+        self.fails("a tensor has a size", zip_file(floats, numbers))
         content = tensor_pickle((2,), (1,))
         big = zip_file(content, numbers, {"any/byteorder": "big"})
         self.fails("little-endian", big)
@@ -1497,6 +1657,7 @@ class TestTorchFiles(Test):
             b"cbuiltins\neval\n(U\x0c__import__('U\x01'tR.",
             b"\x80\x02cos\nsystem\nq\x00.",
             b"\x80\x02ctorch\nload\n.",
+            b"\x80\x02cos\nFloatStorage\n.",
             b"\x80\x02ctorch._utils\n_rebuild_tensor_v2.__globals__\n.",
         ):
             refused = "it (names|holds the pickle opcode)"
@@ -1519,7 +1680,8 @@ class TestTorchFiles(Test):
             content = b"\x80\x02ctorch._utils\n" + name.encode()
             content += b"\n(X\x03\0\0\0heyK\0))tR."
             self.fails(
-                "it makes a (parameter|tensor) of 'hey'", zip_file(content, np.zeros(1))
+                "it makes a (parameter|tensor) of something else",
+                zip_file(content, np.zeros(1)),
             )
         content = b"\x80\x02cos\x1b[31m\nsystem\n."
         self.fails(r"it names 'os\\x1b\[31m.system'", zip_file(content, np.zeros(1)))
@@ -1537,6 +1699,38 @@ class TestTorchFiles(Test):
         path.write_bytes(zip_file(again, np.arange(12, dtype=np.float32)))
         found = convert.load_torch(path)
         self.assertIs(found["x"], found["y"])
+
+    def test_nests_no_tuples(self):
+        bomb = b"\x80\x02}(K\x01t" + b"".join(
+            b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60)
+        )
+        for content in (bomb + b"K\x01s.", bomb + b"."):  # as a key, and alone
+            self.fails("holds a tuple twice", zip_file(content, np.zeros(1)))
+        with self.assertRaisesRegex(ValueError, "a size, stride"):
+            huge = (2**64,) * 3
+            convert.make_tensor(convert.Storage("FloatStorage", "0", 1), 0, huge, huge)
+        with self.assertRaisesRegex(ValueError, "something else"):
+            many = (1,) * 9
+            convert.make_tensor(convert.Storage("FloatStorage", "0", 1), 0, many, many)
+
+    def test_state_must_map_names_to_tensors(self):
+        folder = self.copy("stereo-transformers")
+        path = folder / "pytorch_model-00001-of-00002.bin"
+        for content in (
+            b"].",
+            b"N.",
+            b"K\x03.",
+            b"}X\x01\0\0\0aK\x01s.",
+            b"}K\x01K\x02s.",
+        ):
+            path.write_bytes(zip_file(b"\x80\x02" + content, np.zeros(1)))
+            with self.assertRaisesRegex(ValueError, "00001-of-00002.bin must map"):
+                MusicGen.from_pretrained(folder)
+
+    def test_cut_short_says_what_to_do(self):
+        content = (REFERENCE / "mono-audiocraft" / "state_dict.bin").read_bytes()
+        for size in (0, 1, 2, 100, len(content) // 2, len(content) - 1):
+            self.fails("fetch it again", content[:size])
 
     def test_overlapping_tensors_do_not_multiply(self):
         numbers = np.zeros(1000, np.float32)
@@ -1734,7 +1928,7 @@ class TestConvert(Test):
             options = dict(prompts="drums", duration=0.2, temp=0)
             codes = stored.generate_codes(**options)
             self.assertSame(codes, loaded.generate_codes(**options))
-        with self.assertRaisesRegex(SystemExit, "q_group_size must be 32"):
+        with self.assertRaisesRegex(SystemExit, "q_group_size must divide"):
             self.run_script(
                 "--hf-path", source, "--mlx-path", str(self.folder / "x"), "-q"
             )
@@ -1766,6 +1960,7 @@ class TestConvert(Test):
             source = str(REFERENCE / "mono-transformers")
             convert.convert(source, target, mx.float16)
         self.assertTrue((target / "config.json").is_file())
+        self.assertEqual(target.stat().st_mode & 0o777, 0o755)
 
     def test_upload_without_a_network_can_be_repeated(self):
         source, target = str(REFERENCE / "mono-transformers"), self.folder / "new"
@@ -1794,6 +1989,9 @@ class TestConvert(Test):
         for bad, pattern in (
             (["--upload-repo", "nobody"], "must be OWNER/NAME"),
             (["--dtype", "int8"], "invalid choice"),
+            (["--q-bits", "8"], "need --quantize"),
+            (["-q", "--q-bits", "5"], "invalid choice"),
+            (["--hf-path", "smal"], "must be one of small"),
         ):
             with redirect_stderr(io.StringIO()) as err:
                 with self.assertRaisesRegex(SystemExit, "2"):
@@ -1925,6 +2123,7 @@ class TestCommandLine(Test):
             (["--model", "smal"], "must be one of small"),
             (["--model", "sm\nal"], "must be one of small"),
             (["--model", ""], "must be one of small"),
+            (["--model", "a" * 300], "must be one of small"),
             (["--model", "melody"], "not supported yet"),
             (["--output", "out.xyz"], "must end in one of"),
         ):
@@ -1969,6 +2168,15 @@ class TestCommandLine(Test):
         ):
             self.assertIn(flag, out)
         self.assertIn("seconds", out)
+
+    def test_report(self):
+        job = jobs.make_job(dict(prompt="a", seed=4, output="out.wav"))
+        for batch, told in (
+            (1, "8.00 s of audio in 4.0 s, 2.00 times real time, seed 4"),
+            (3, "8.00 s of audio in 4.0 s (with 2 others), 6.00 times"),
+        ):
+            line = generate.describe(jobs.Made(job, 8.0, 4.0, batch))
+            self.assertRegex(line, f"^out.wav: {re.escape(told)}")
 
     def test_takes_are_numbered(self):
         arguments = ["-p", "drums", "-p", "piano", "--takes", "2", "--seed", "5"]
