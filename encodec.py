@@ -736,6 +736,14 @@ def merge_lstm(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     return merged
 
 
+def flag(cfg: dict, name: str) -> bool:
+    """A setting that is true or false, and false where it is not given."""
+    value = cfg.get(name, "false")
+    if value not in ("true", "false"):
+        raise ValueError(f"{name} must be true or false, got {value}")
+    return value == "true"
+
+
 def audiocraft_config(weights: dict[str, mx.array], cfg: dict) -> EncodecConfig:
     """Config from what the shapes of our weights show and what `cfg` alone tells.
 
@@ -754,7 +762,7 @@ def audiocraft_config(weights: dict[str, mx.array], cfg: dict) -> EncodecConfig:
     config = EncodecConfig(
         audio_channels=outer.shape[2],
         sampling_rate=int(cfg.get("sample_rate", 32000)),
-        normalize=cfg.get("encodec.renormalize", "false") == "true",
+        normalize=flag(cfg, "encodec.renormalize"),
         hidden_size=width,
         num_filters=outer.shape[0],
         num_residual_layers=places[1] - places[0] - 2,
@@ -763,7 +771,7 @@ def audiocraft_config(weights: dict[str, mx.array], cfg: dict) -> EncodecConfig:
         last_kernel_size=weights[f"decoder.layers.{last}.conv.weight"].shape[1],
         residual_kernel_size=inner.shape[1],
         dilation_growth_rate=int(cfg.get("seanet.dilation_base", 2)),
-        use_causal_conv=cfg.get("seanet.causal", "false") == "true",
+        use_causal_conv=flag(cfg, "seanet.causal"),
         pad_mode=cfg.get("seanet.pad_mode", "reflect"),
         compress=outer.shape[0] // inner.shape[0],
         num_lstm_layers=sum(name.endswith(".Wh") for name in weights) // 2,

@@ -357,6 +357,8 @@ class TestEncodec(Test):
             self.assertEqual(getattr(config, field), found)
             published = encodec.audiocraft_config(weights, {})
             self.assertNotEqual(getattr(published, field), found)
+        with self.assertRaisesRegex(ValueError, "seanet.causal must be true or false"):
+            encodec.audiocraft_config(weights, {"seanet.causal": "maybe"})
 
     def test_silence(self):
         model = Encodec.from_pretrained(REFERENCE / "encodec_48khz")
