@@ -16,7 +16,7 @@ import time
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from musicgen import Decoder, DecoderConfig, MusicGen, MusicGenConfig
+from musicgen import Decoder, DecoderConfig, MusicGen, MusicGenConfig, Run
 
 SIZES = {  # hidden size, layers
     "small": (1024, 24),
@@ -92,15 +92,14 @@ def operations_per_step(decoder: Decoder) -> int:
     return count_operations(step(tokens))
 
 
-def prefill_time(model: MusicGen, batch: int, frames: int = 500) -> float:
+def prefill_time(model: MusicGen, batch: int, frames: int) -> float:
     """Seconds for one pass over many frames, as when audio is continued."""
     text, mask = model.encode_text([PROMPT] * batch, with_null=True)
-    conditioning = model.decoder.condition(text, mask, frames)
-    tokens = mx.zeros((2 * batch, frames, len(model.config.decoder.delays)), mx.int32)
-    cache = model.decoder.make_cache(len(tokens), frames)
+    run = Run(model.decoder, text, mask, batch, frames)
+    tokens = mx.zeros((batch, frames, model.config.decoder.num_codebooks), mx.int32)
     mx.eval(tokens)
     start = time.perf_counter()
-    mx.eval(model.decoder(tokens, conditioning, cache)[:, -1])
+    mx.eval(run(tokens))
     return time.perf_counter() - start
 
 
@@ -128,9 +127,11 @@ def measure(model: MusicGen, duration: float, batch: int) -> dict[str, str]:
     gaps = [(b - a) * 1e3 for a, b in zip(stamps[1:], stamps[2:])]
     step = statistics.fmean(gaps)
     size = weight_bytes(model.decoder)
+    prefill = 500 if mx.default_device() == mx.gpu else 25
     return {
         "text": f"{text_time:.3f} s",
-        "prefill": f"{prefill_time(model, batch):.3f} s for 10 s of audio",
+        "prefill": f"{prefill_time(model, batch, prefill):.3f} s for "
+        f"{prefill / model.frame_rate:g} s of audio",
         "step": f"{step:.2f} ms mean, {statistics.median(gaps):.2f} median, "
         f"{max(gaps):.2f} worst",
         "steps per second": f"{1e3 / step:.1f}",

@@ -15,6 +15,7 @@ audiocraft's `compression_state_dict.bin` needs `convert.py` beside it.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -347,6 +348,14 @@ class Stack(nn.Module):
         return x
 
 
+@functools.cache
+def piece_streams(device: mx.Device) -> list[mx.Stream]:
+    """On the CPU two streams, for each is a thread, and the plain BLAS of MLX's Linux
+    wheel keeps to the thread that calls it; on a GPU the default one."""
+    streams = [mx.default_stream(device)]
+    return streams + ([mx.new_stream(device)] if device == mx.cpu else [])
+
+
 def upsampling_reach(config: EncodecConfig) -> int:
     """Frames to either side on which a sample depends, after the LSTM."""
     reach, rate = 0.0, 1
@@ -519,24 +528,34 @@ class Encodec(nn.Module):
         return audio if scale is None else audio * scale
 
     def _decode_in_pieces(self, x: mx.array, frames: int = 100) -> mx.array:
-        """The decoder on (B, T, D), upsampling `frames` at a time to save memory.
-
-        First convolution and LSTM see all frames. The layers after them reach
-        over few, so each piece takes those along on both sides and drops the
-        samples they make: the rest is what one pass over all would give.
-        """
-        first, lstm, *upsampling = self.decoder.layers
+        """The decoder on (B, T, D), upsampling two rows and `frames` at a time to
+        save memory. First convolution and LSTM see all."""
+        first, lstm, *_ = self.decoder.layers
         x = lstm(first(x))
+        mx.async_eval(x)  # or the pieces' streams would wait for each other
+        rows = [self._upsample(x[i : i + 2], frames) for i in range(0, len(x), 2)]
+        return mx.concatenate(rows)
+
+    def _upsample(self, x: mx.array, frames: int) -> mx.array:
+        """What follows the LSTM, in pieces: (B, T, D) -> (B, T * hop_length, C).
+
+        These layers reach over few frames, so each piece takes those along on
+        both sides and drops the samples they make: the rest is what one pass
+        over all would give.
+        """
         T, hop = x.shape[1], self.config.hop_length
         reach = upsampling_reach(self.config)
-        pieces = []
-        for start in range(0, T, frames):
+        streams, pieces = piece_streams(mx.default_device()), []
+        frames = math.ceil(frames / len(streams))
+        for i, start in enumerate(range(0, T, frames)):
             left, stop = max(start - reach, 0), min(start + frames, T)
-            piece = x[:, left : stop + reach]
-            for layer in upsampling:
-                piece = layer(piece)
-            pieces.append(piece[:, (start - left) * hop : (stop - left) * hop])
-            mx.async_eval(pieces[-1])
+            with mx.stream(streams[i % len(streams)]):
+                piece = x[:, left : stop + reach]
+                for layer in self.decoder.layers[2:]:
+                    piece = layer(piece)
+                pieces.append(piece[:, (start - left) * hop : (stop - left) * hop])
+            if (i + 1) % len(streams) == 0:  # together, so that they interleave
+                mx.async_eval(pieces[-len(streams) :])
         return mx.concatenate(pieces, axis=1)
 
     @staticmethod
