@@ -28,7 +28,7 @@ HELP = {
     "duration": "length in seconds; beyond 30 a window slides (default: %(default)s)",
     "extend_stride": "seconds by which the window of long audio slides (default: 18)",
     "output": "file to write: .wav, .flac, .ogg or .mp3; numbered where there are "
-    "several (default: %(default)s)",
+    "several (default: out.wav; of a file, its name)",
     "seed": "number that fixes the take; further ones count up (default: any)",
     "takes": "how many of each prompt (default: %(default)s)",
     "batch_size": "takes at once (default: what memory holds; of a file at most "
@@ -67,7 +67,7 @@ def make_parser() -> Parser:
     parser.add("model", default="small")
     parser.add("duration", type=float, default=8.0)
     parser.add("extend_stride", type=float)
-    parser.add("output", default="out.wav")
+    parser.add("output")
     parser.add("seed", type=int)
     parser.add("takes", type=int, default=1)
     parser.add("batch_size", type=int)
@@ -89,6 +89,8 @@ def make_parser() -> Parser:
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args()
+    if args.output is None:
+        args.output = f"{args.prompts.stem}.wav" if args.prompts else "out.wav"
     try:
         if (args.prompt is None) == (args.prompts is None):
             raise ValueError("either --prompt or --prompts must be given")

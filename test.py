@@ -2260,6 +2260,13 @@ class TestJobs(Test):
                 self.assertRegex(err, f"^generate.py: error: .*{pattern}.*\n$")
         self.assertEqual(self.script(self.folder / "none")[0], 1)
 
+    def test_outputs_are_called_after_the_file(self):
+        path = self.lines("a", "b")
+        arguments = ["generate.py", "--prompts", str(path), "--model", self.model]
+        with patch("sys.argv", [*arguments, "--seed", "1"]):
+            planned = generate.make_jobs(generate.parse_arguments())
+        self.assertEqual(str(planned[1].output), "prompts-2.wav")
+
     def test_a_line_that_fails_leaves_the_others_alone(self):
         path = self.lines(
             '{"prompt": "a"}',
