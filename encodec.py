@@ -16,6 +16,7 @@ audiocraft's `compression_state_dict.bin` needs `convert.py` beside it.
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -241,6 +242,13 @@ class TransposedKernel(nn.Module):
         self.bias = mx.zeros(out_channels)
 
 
+def trim_right(config: EncodecConfig, stride: int) -> int:
+    """Of the `stride` outputs too many, how many are cut off at the end."""
+    if config.use_causal_conv:
+        return math.ceil(stride * config.trim_right_ratio)
+    return stride // 2
+
+
 class ConvTranspose1d(nn.Module):
     """Transposed convolution (B, T, C_in) -> (B, T * stride, C_out).
 
@@ -255,10 +263,7 @@ class ConvTranspose1d(nn.Module):
         super().__init__()
         self.conv = TransposedKernel(in_channels, out_channels, stride)
         self.norm = group_norm(config, out_channels)
-        if config.use_causal_conv:
-            self._trim_right = math.ceil(stride * config.trim_right_ratio)
-        else:
-            self._trim_right = stride // 2
+        self._trim_right = trim_right(config, stride)
         self._trim_left = stride - self._trim_right
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -281,22 +286,29 @@ def lstm_cell(gates: mx.array, cell: mx.array) -> tuple[mx.array, mx.array]:
     return mx.sigmoid(o) * mx.tanh(cell), cell
 
 
+LSTMState = tuple[mx.array, mx.array]  # hidden and cell (B, D)
+
+
 class LSTMLayer(nn.LSTM):
     """MLX's LSTM in two operations a step, one of them a compiled kernel.
 
     `nn.LSTM` takes twelve. On a GPU their number decides, for each is tiny.
     """
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(
+        self, x: mx.array, state: LSTMState | None = None
+    ) -> tuple[mx.array, LSTMState]:
+        """Hidden states (B, T, D) of x (B, T, D), and the state after the last."""
         B, T, _ = x.shape
         inputs = mx.addmm(self.bias, x, self.Wx.T)
-        hidden = cell = mx.zeros((B, self.hidden_size), x.dtype)
+        zeros = mx.zeros((B, self.hidden_size), x.dtype)
+        hidden, cell = state or (zeros, zeros)
         steps = []
         for t in range(T):
             gates = mx.addmm(inputs[:, t], hidden, self.Wh.T)
             hidden, cell = lstm_cell(gates, cell)
             steps.append(hidden)
-        return mx.stack(steps, axis=1)
+        return mx.stack(steps, axis=1), (hidden, cell)
 
 
 class LSTM(nn.Module):
@@ -308,10 +320,15 @@ class LSTM(nn.Module):
         self.lstm = [LSTMLayer(channels, channels) for _ in layers]
 
     def __call__(self, x: mx.array) -> mx.array:
-        hidden = x
-        for layer in self.lstm:
-            hidden = layer(hidden)
-        return hidden + x
+        return self.advance(x, [None] * len(self.lstm))[0]
+
+    def advance(self, x: mx.array, states: list) -> tuple[mx.array, list[LSTMState]]:
+        """The output for x (B, T, D), from the layers' states to their next ones."""
+        hidden, after = x, []
+        for layer, state in zip(self.lstm, states):
+            hidden, state = layer(hidden, state)
+            after.append(state)
+        return hidden + x, after
 
 
 class ResnetBlock(nn.Module):
@@ -356,16 +373,32 @@ def piece_streams(device: mx.Device) -> list[mx.Stream]:
     return streams + ([mx.new_stream(device)] if device == mx.cpu else [])
 
 
-def upsampling_reach(config: EncodecConfig) -> int:
-    """Frames to either side on which a sample depends, after the LSTM."""
-    reach, rate = 0.0, 1
+def convolution_reach(
+    config: EncodecConfig, kernel_size: int, dilation: int = 1
+) -> tuple[int, int]:
+    """Positions before and after its own that a convolution sees."""
+    total = (kernel_size - 1) * dilation
+    after = 0 if config.use_causal_conv else total // 2
+    return total - after, after
+
+
+def upsampling_reach(config: EncodecConfig) -> tuple[int, int]:
+    """Samples before and after its own on whose frames a sample depends, in the
+    layers after the LSTM: 482 after it, 3/4 of a frame, for the 32 kHz codec."""
+    before = after = 0
+    step = config.hop_length  # samples between two positions of a layer
     for ratio in config.upsampling_ratios:
-        reach += 1 / rate  # a transposed convolution sees a neighbour
-        rate *= ratio
+        step //= ratio
+        right = trim_right(config, ratio)
+        reaches = [(right, ratio - right)]
         for i in range(config.num_residual_layers):
             dilation = config.dilation_growth_rate**i
-            reach += (config.residual_kernel_size - 1) * dilation / rate
-    return math.ceil(reach + (config.last_kernel_size - 1) / rate)
+            kernel_size = config.residual_kernel_size
+            reaches.append(convolution_reach(config, kernel_size, dilation))
+        before += step * sum(left for left, _ in reaches)
+        after += step * sum(right for _, right in reaches)
+    left, right = convolution_reach(config, config.last_kernel_size)
+    return before + left, after + right
 
 
 def residual_blocks(config: EncodecConfig, channels: int) -> list[nn.Module]:
@@ -520,43 +553,16 @@ class Encodec(nn.Module):
 
     def decode_chunk(self, codes: mx.array, scale: mx.array | None = None) -> mx.array:
         """Audio (B, T * hop_length, C) of codes (B, T, K)."""
-        embeddings = self.quantizer.decode(codes)
         if self.config.norm_type == "weight_norm":
-            audio = self._decode_in_pieces(embeddings)
+            audio = self.stream().push(codes, last=True)
         else:  # group norm looks at the whole; such a codec has short chunks
-            audio = self.decoder(embeddings)
+            audio = self.decoder(self.quantizer.decode(codes))
         return audio if scale is None else audio * scale
 
-    def _decode_in_pieces(self, x: mx.array, frames: int = 100) -> mx.array:
-        """The decoder on (B, T, D), upsampling two rows and `frames` at a time to
-        save memory. First convolution and LSTM see all."""
-        first, lstm, *_ = self.decoder.layers
-        x = lstm(first(x))
-        mx.async_eval(x)  # or the pieces' streams would wait for each other
-        rows = [self._upsample(x[i : i + 2], frames) for i in range(0, len(x), 2)]
-        return mx.concatenate(rows)
-
-    def _upsample(self, x: mx.array, frames: int) -> mx.array:
-        """What follows the LSTM, in pieces: (B, T, D) -> (B, T * hop_length, C).
-
-        These layers reach over few frames, so each piece takes those along on
-        both sides and drops the samples they make: the rest is what one pass
-        over all would give.
-        """
-        T, hop = x.shape[1], self.config.hop_length
-        reach = upsampling_reach(self.config)
-        streams, pieces = piece_streams(mx.default_device()), []
-        frames = math.ceil(frames / len(streams))
-        for i, start in enumerate(range(0, T, frames)):
-            left, stop = max(start - reach, 0), min(start + frames, T)
-            with mx.stream(streams[i % len(streams)]):
-                piece = x[:, left : stop + reach]
-                for layer in self.decoder.layers[2:]:
-                    piece = layer(piece)
-                pieces.append(piece[:, (start - left) * hop : (stop - left) * hop])
-            if (i + 1) % len(streams) == 0:  # together, so that they interleave
-                mx.async_eval(pieces[-len(streams) :])
-        return mx.concatenate(pieces, axis=1)
+    def stream(self) -> "DecodingStream":
+        """Decode frames as they come. Raises ValueError for a codec with group norm
+        (48 kHz), which cannot."""
+        return DecodingStream(self)
 
     @staticmethod
     def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -641,6 +647,113 @@ class Encodec(nn.Module):
         except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(f"{path} does not load: {error}") from error
         return model
+
+
+class Lookahead:
+    """Applies layers that reach over few frames to frames as they come.
+
+    `apply` maps frames (B, T, D) to `rate` outputs for each. An output is handed
+    out when all it depends on is there: `before` and `after` its own place, counted
+    in outputs. So each piece takes some frames along on both sides and drops the
+    outputs they give, and what is left is what one pass over all would give.
+    """
+
+    def __init__(
+        self, apply, rate: int, before: int, after: int, frames: int, width: int
+    ):
+        self._apply, self._rate, self._frames = apply, rate, frames
+        self._before, self._after, self._width = before, after, width
+        # Where more is seen before than after, reflection at the beginning shows the
+        # first outputs what comes as much later.
+        self._hold = before if before > after else 0
+        self._buffer = None  # the frames that are still needed
+        self._start = 0  # number of its first frame
+        self._done = 0  # outputs handed out
+
+    def __call__(self, x: mx.array, last: bool) -> mx.array:
+        """The outputs (B, N, C) that frames (B, T, D) complete; N can be 0."""
+        rate, size = self._rate, self._frames * self._rate
+        buffer = x if self._buffer is None else mx.concatenate([self._buffer, x], 1)
+        end = self._start + buffer.shape[1]
+        stop = end * rate - self._after
+        stop = self._done if stop < max(self._hold, self._done) else stop
+        stop = end * rate if last else stop
+        pieces = []
+        for a in range(self._done, stop, size):
+            b = min(a + size, stop)
+            first = max((a - self._before) // rate, 0)
+            until = min(math.ceil((max(b, self._hold) + self._after) / rate), end)
+            window = slice(first - self._start, until - self._start)
+            place = slice(a - first * rate, b - first * rate)
+            pieces.append(self._apply(buffer, window, place))
+        keep = max((stop - self._before) // rate, 0)
+        self._buffer = buffer[:, keep - self._start :]
+        self._start, self._done = keep, stop
+        nothing = mx.zeros((len(x), 0, self._width))
+        return mx.concatenate(pieces, axis=1) if pieces else nothing
+
+
+class DecodingStream:
+    """The codec's decoder on frames as they come.
+
+    What `push` returns is, put together, what decoding all frames at once gives,
+    however they are split. The LSTM keeps its state; the convolutions before and
+    after it wait for the 3 3/4 frames on which a sample of the 32 kHz codec depends.
+    """
+
+    def __init__(self, model: Encodec):
+        config = model.config
+        if config.norm_type != "weight_norm":
+            raise ValueError(
+                "A codec with group norm, which looks at all samples at once, cannot "
+                "decode a stream; use decode."
+            )
+        self._model = model
+        first, lstm, *_ = model.decoder.layers
+        reach = convolution_reach(config, config.kernel_size)
+        self._convolve = Lookahead(
+            lambda x, window, place: first(x[:, window])[:, place],
+            *(1, *reach, 1000, first.conv.bias.size),
+        )
+        self._states = [None] * len(lstm.lstm)
+        self._upsample: list[Lookahead] = []  # for two rows each, to save memory
+
+    def push(self, codes: mx.array, last: bool = False) -> mx.array:
+        """Samples (B, N, C) that the codes (B, T, K) complete; N can be 0.
+
+        `last` hands out all that is left, and ends the stream.
+        """
+        x = self._convolve(self._model.quantizer.decode(codes), last)
+        if x.shape[1] > 0:
+            x, self._states = self._model.decoder.layers[1].advance(x, self._states)
+            mx.async_eval(x)  # or pieces side by side would wait for each other
+        if not self._upsample:
+            pairs = range(math.ceil(len(x) / 2))
+            self._upsample = [make_upsampler(self._model) for _ in pairs]
+        rows = [up(x[2 * i : 2 * i + 2], last) for i, up in enumerate(self._upsample)]
+        return mx.concatenate(rows)
+
+
+def make_upsampler(model: Encodec, frames: int = 100) -> Lookahead:
+    """What follows the LSTM, `frames` frames at a time to save memory."""
+    streams = piece_streams(mx.default_device())
+    waiting, turn = [], itertools.cycle(streams)
+
+    def apply(x: mx.array, window: slice, place: slice) -> mx.array:
+        with mx.stream(next(turn)):
+            x = x[:, window]
+            for layer in model.decoder.layers[2:]:
+                x = layer(x)
+            waiting.append(x[:, place])
+        piece = waiting[-1]
+        if len(waiting) == len(streams):  # together, so that they interleave
+            mx.async_eval(waiting)
+            waiting.clear()
+        return piece
+
+    frames = math.ceil(frames / len(streams))
+    reach = upsampling_reach(model.config)
+    return Lookahead(apply, model.config.hop_length, *reach, frames, model.channels)
 
 
 def read_config(path: Path) -> dict:

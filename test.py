@@ -331,15 +331,65 @@ class TestEncodec(Test):
     def test_lstm(self):
         mx.random.seed(0)
         layer, x = encodec.LSTMLayer(6, 6), mx.random.normal((2, 9, 6))
-        self.assertClose(layer(x), nn.LSTM.__call__(layer, x)[0], 1e-6)
+        whole = nn.LSTM.__call__(layer, x)[0]
+        self.assertClose(layer(x)[0], whole, 1e-6)
+        first, state = layer(x[:, :4])
+        rest, _ = layer(x[:, 4:], state)
+        self.assertClose(mx.concatenate([first, rest], axis=1), whole, 1e-6)
 
-    def test_pieces_equal_the_whole(self):
+    def test_stream_equals_the_whole(self):
+        rng = np.random.default_rng(0)
         for name in ("encodec_24khz", "encodec_32khz"):
             model = Encodec.from_pretrained(REFERENCE / name)
-            x = mx.random.normal((5, 23, 16))
-            whole = model.decoder(x)
-            for frames in (1, 4, 22, 23, 100):
-                self.assertClose(model._decode_in_pieces(x, frames), whole, 1e-6)
+            K = model.config.num_codebooks()
+            for T in (1, 2, 4, 7, 23, 60):
+                codes = mx.array(rng.integers(0, 64, (5, T, K)))
+                whole = model.decoder(model.quantizer.decode(codes))
+                for _ in range(4):
+                    cuts = sorted(rng.integers(0, T + 1, rng.integers(0, 5)).tolist())
+                    stream = model.stream()
+                    pieces = [
+                        stream.push(codes[:, start:stop], last=stop is None)
+                        for start, stop in zip([0, *cuts], [*cuts, None])
+                    ]
+                    audio = mx.concatenate(pieces, axis=1)
+                    self.assertClose(audio, whole, 1e-5)
+
+    def test_upsampling_in_pieces(self):
+        for name in ("encodec_24khz", "encodec_32khz"):
+            model = Encodec.from_pretrained(REFERENCE / name)
+            x = mx.random.normal((2, 23, 32))
+            whole = x
+            for layer in model.decoder.layers[2:]:
+                whole = layer(whole)
+            for frames in (1, 3, 4, 22, 100):
+                upsample = encodec.make_upsampler(model, frames)
+                self.assertClose(upsample(x, last=True), whole, 1e-5)
+
+    def test_reach_is_exact(self):
+        # changing a frame changes no sample out of reach, but the last one within
+        for name in ("encodec_24khz", "encodec_32khz"):
+            model = Encodec.from_pretrained(REFERENCE / name)
+            before, after = encodec.upsampling_reach(model.config)
+            hop, x = model.config.hop_length, mx.random.normal((1, 15, 32))
+            changed = x + mx.where(mx.arange(15)[:, None] == 7, 1.0, 0.0)
+
+            def decode(x: mx.array) -> mx.array:
+                for layer in model.decoder.layers[2:]:
+                    x = layer(x)
+                return x
+
+            different = np.abs(np.array(decode(x) - decode(changed)))[0, :, 0] > 0
+            (places,) = np.nonzero(different)
+            self.assertGreaterEqual(places.min(), 7 * hop - after)
+            self.assertLess(places.max(), 8 * hop + before)
+            self.assertLessEqual(places.min(), 7 * hop - after + 1)
+        self.assertEqual(encodec.upsampling_reach(EncodecConfig())[1], 482)
+
+    def test_group_norm_cannot_stream(self):
+        model = Encodec.from_pretrained(REFERENCE / "encodec_48khz")
+        with self.assertRaisesRegex(ValueError, "cannot decode a stream"):
+            model.stream()
 
     def test_settings_of_the_bin_are_heeded(self):
         package = convert.load_torch(
