@@ -11,6 +11,7 @@ Needs `t5.py` and `encodec.py` beside it, and `convert.py` to read `.bin` files.
 """
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -58,6 +59,7 @@ DELAYS = {  # (codebooks, audio channels): steps by which each codebook lags
     (4, 1): (0, 1, 2, 3),
     (8, 2): (0, 0, 1, 1, 2, 2, 3, 3),  # left, right, left, right, ...
 }
+STEPS_AHEAD = 5  # that are under way when a piece of a stream is handed out
 DECODING_MEMORY = 10**9  # bytes that making audio of codes takes beyond the weights
 
 LIMITS = {  # least and largest value of each size
@@ -1001,49 +1003,104 @@ class MusicGen(nn.Module):
             def report(step: int, steps: int, i: int = i) -> None:
                 callback(i * steps + step, len(batches) * steps)
 
-            codes.append(
-                self._generate_batch(
-                    prompts[rows], seeds[rows], known, options, callback and report
-                )
+            pieces = self._codes(
+                prompts[rows], seeds[rows], known, options, callback and report
             )
+            codes.append(mx.concatenate([p for p in pieces if p is not None], axis=1))
         return mx.concatenate(codes)
 
-    def _generate_batch(
+    def stream(
+        self,
+        prompt: str,
+        duration: float = 8.0,
+        *,
+        chunk: float = 0.5,
+        seed: int | None = None,
+        audio_prompt: mx.array | None = None,
+        callback: Callable[[int, int], None] | None = None,
+        **options,
+    ) -> Iterator[mx.array]:
+        """The samples that `generate` gives for one prompt, while they are made.
+
+        Yields arrays (N, C) of about `chunk` seconds; a sample waits for the delay
+        pattern and the codec's look-ahead, together 0.135 s in the 32 kHz codec.
+        Takes the options of `generate_codes`. Raises ValueError for bad ones.
+        """
+        options = Options(duration, **options)
+        options.check(self.config.max_duration, self.frame_rate)
+        if not 1 / self.frame_rate <= chunk <= duration:
+            raise ValueError(
+                f"chunk must be from 1/{self.frame_rate} s to the duration, "
+                f"got {chunk}."
+            )
+        known = self.encode_prompt(audio_prompt, int(duration * self.frame_rate))
+        every = int(chunk * self.frame_rate)
+        work = (check_prompts(prompt), row_seeds(seed, 1), known, options, callback)
+        return self._sound(self._codes(*work, every=every))
+
+    def _sound(self, codes: Iterator[mx.array | None]) -> Iterator[mx.array]:
+        """Decode pieces of codes (1, T, K), handing each piece of sound out when some
+        steps more are under way, so that a GPU always has work."""
+        decoding = self.audio_encoder.stream()
+        waiting, steps = [], 0
+        for piece in codes:
+            steps += 1
+            if piece is not None:
+                waiting.append(self._by_channel(decoding.push, piece)[0])
+                mx.async_eval(waiting)
+                steps = 0
+            elif waiting and steps == STEPS_AHEAD:
+                yield from filled(waiting)
+                waiting.clear()
+        nothing = mx.zeros((1, 0, self.config.decoder.num_codebooks), mx.uint32)
+        finish = functools.partial(decoding.push, last=True)
+        yield from filled([*waiting, self._by_channel(finish, nothing)[0]])
+
+    def _codes(
         self,
         prompts: list[str],
         seeds: list[int],
         known: mx.array,
         options: Options,
         callback: Callable[[int, int], None] | None,
-    ) -> mx.array:
-        """Codes (B, T, K) that start with `known` (1, T', K)."""
-        delays, frame_rate = self.config.decoder.delays, self.frame_rate
-        frames = int(options.duration * frame_rate)
-        longest, stride = self._window(options)
-        plan = windows(frames, longest, stride)
+        every: int | None = None,
+    ) -> Iterator[mx.array | None]:
+        """Codes in pieces (B, T, K), `known` (1, T', K) first.
+
+        A piece comes every `every` frames, or with each window's end; None comes
+        for a step that completes none.
+        """
+        delays = self.config.decoder.delays
+        frames = int(options.duration * self.frame_rate)
+        plan = windows(frames, *self._window(options))
         plan = [(start, end) for start, end in plan if end > known.shape[1]]
-        known = mx.repeat(known, len(prompts), axis=0)
         run = self._prepare(prompts, options, plan[0][1] - plan[0][0])
         choose = make_chooser(options)
         keys = sampling_keys(seeds, frames + max(delays))
+        report = progress(callback, known.shape[1], plan, max(delays))
 
-        ends = [known.shape[1], *(end for _, end in plan)]
-        # a step for each column of the sequence that is made, one for all known ones
-        counts = [b - a + max(delays) + (a > 0) for a, b in zip(ends, ends[1:])]
-        done = 0
+        known = mx.repeat(known, len(prompts), axis=0)
+        offset = 0  # the first frame in `known`
+        if known.shape[1] > 0:
+            yield known
         for start, end in plan:
             run.rewind()
-            sequence = []
-            window = (known[:, start:], end - start, keys[start:])
-            for tokens in self._steps(run, choose, *window):
-                if callback:
-                    callback(done, sum(counts))
+            known, offset = known[:, start - offset :], start
+            sequence, columns, done = [], 0, known.shape[1]
+            for tokens in self._steps(run, choose, known, end - start, keys[start:]):
+                report()
                 sequence.append(tokens)
-                done += 1
-            codes = undelay(mx.concatenate(sequence, axis=1), delays)
-            known = mx.concatenate([known[:, :start], codes], axis=1)
+                columns += tokens.shape[1]
+                ready = columns - max(delays)
+                if ready == end - start or every and ready >= done + every:
+                    whole = mx.concatenate(sequence, axis=1)
+                    sequence = [whole]
+                    known = undelay(whole, delays)
+                    yield known[:, done:]
+                    done = ready
+                else:
+                    yield None
             mx.eval(known)
-        return known
 
     def _steps(
         self,
@@ -1164,15 +1221,19 @@ class MusicGen(nn.Module):
         return text, mask
 
     def decode(self, codes: mx.array) -> mx.array:
-        """Samples (B, N, C) of codes (B, T, K), N = T * hop_length.
+        """Samples (B, N, C) of codes (B, T, K), N = T * hop_length."""
+        return self._by_channel(self.audio_encoder.decode_chunk, codes)
 
-        Stereo is two runs of the mono codec: codebooks alternate left, right.
-        """
+    def _by_channel(
+        self, decode: Callable[[mx.array], mx.array], codes: mx.array
+    ) -> mx.array:
+        """Stereo is two runs of the mono codec: codebooks alternate left, right."""
         B, T, K = codes.shape
         C = self.channels
         codes = codes.reshape(B, T, K // C, C).transpose(0, 3, 1, 2)
-        audio = self.audio_encoder.decode_chunk(codes.reshape(B * C, T, K // C))
-        return audio.reshape(B, C, -1).swapaxes(1, 2)  # (B, C, N) -> (B, N, C)
+        audio = decode(codes.reshape(B * C, T, K // C))
+        N = audio.shape[1]
+        return audio.reshape(B, C, N).swapaxes(1, 2)  # (B, C, N) -> (B, N, C)
 
     @classmethod
     def from_pretrained(
@@ -1238,6 +1299,27 @@ def check_prompts(prompts: str | list[str]) -> list[str]:
             "An empty text generates freely."
         )
     return list(prompts)
+
+
+def progress(
+    callback: Callable[[int, int], None] | None,
+    known: int,
+    plan: list[tuple[int, int]],
+    delay: int,
+) -> Callable[[], None]:
+    """A function that tells `callback` one step more and the number of all.
+
+    A window takes a step for each column that it makes, and one for all known ones.
+    """
+    ends = [known, *(end for _, end in plan)]
+    total = sum(b - a + delay + (a > 0) for a, b in zip(ends, ends[1:]))
+    steps = itertools.count()
+    return lambda: callback and callback(next(steps), total)
+
+
+def filled(arrays: list[mx.array]) -> list[mx.array]:
+    """Those of the arrays (N, C) that hold something."""
+    return [array for array in arrays if array.shape[0] > 0]
 
 
 def memory_size() -> int:

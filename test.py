@@ -971,15 +971,16 @@ class TestLongAudio(Test):
 
     def test_stopped_and_continued_is_the_same_take(self):
         model = self.load("stereo-audiocraft")
-        options = dict(prompts=["drums"], seeds=[7], callback=None)
-        settings = musicgen.Options(duration=0.8)
-        none = mx.zeros((1, 0, 8), mx.uint32)
-        whole = model._generate_batch(known=none, options=settings, **options)
+
+        def codes(known: mx.array) -> mx.array:
+            work = (["drums"], [7], known, musicgen.Options(duration=0.8), None)
+            pieces = model._codes(*work)
+            return mx.concatenate([p for p in pieces if p is not None], axis=1)
+
+        whole = codes(mx.zeros((1, 0, 8), mx.uint32))
+        self.assertEqual(whole.shape, (1, 40, 8))
         for T in (1, 14, 15, 16, 30, 39):
-            again = model._generate_batch(
-                known=whole[:, :T], options=settings, **options
-            )
-            self.assertSame(again, whole)
+            self.assertSame(codes(whole[:, :T]), whole)
 
     def test_every_row_equals_its_run_alone(self):
         model = self.load("mono-audiocraft")
@@ -1102,6 +1103,53 @@ class TestLongAudio(Test):
                     model.generate_codes("a", **(dict(duration=0.2) | options))
         with self.assertWarnsRegex(UserWarning, "silent"):
             model.generate_codes("a", duration=0.2, audio_prompt=mx.zeros((640, 1)))
+
+
+class TestStream(Test):
+    def test_is_what_generate_gives(self):
+        sound = mx.array(np.random.default_rng(0).normal(size=(1000, 1)), mx.float32)
+        for name in TRANSFORMERS + AUDIOCRAFT:
+            model = MusicGen.from_pretrained(REFERENCE / name)
+            model.config.max_duration = 15 / 50
+            for duration in (0.02, 0.2, 0.9):
+                options = dict(duration=duration, seed=3, negative_prompt="piano")
+                if duration > 0.1:
+                    options["audio_prompt"] = sound
+                whole = model.generate("drums", **options)[0]
+                for chunk in (0.02, 0.1, 0.2):
+                    if chunk > duration:
+                        continue
+                    pieces = list(model.stream("drums", chunk=chunk, **options))
+                    self.assertTrue(all(piece.shape[0] for piece in pieces))
+                    self.assertClose(mx.concatenate(pieces), whole, 1e-5)
+
+    def test_comes_while_it_is_made(self):
+        model = MusicGen.from_pretrained(REFERENCE / "mono-audiocraft")
+        steps = []
+        stream = model.stream(
+            "drums", duration=1.0, chunk=0.2, callback=lambda *step: steps.append(step)
+        )
+        self.assertEqual(steps, [])
+        first = next(stream)
+        # 10 frames and 3 of delay are made, and some steps more are under way;
+        # the codec waits for 3 frames and 482 samples
+        self.assertEqual(len(steps), 13 + musicgen.STEPS_AHEAD)
+        self.assertEqual(first.shape[0], 7 * 640 - 482)
+        sizes = [piece.shape[0] for piece in stream]
+        self.assertEqual(sizes[:3], [6400] * 3)
+        self.assertEqual(len(steps), 53)
+
+    def test_bad_options(self):
+        model = MusicGen.from_pretrained(REFERENCE / "mono-audiocraft")
+        for options, pattern in (
+            (dict(chunk=0), "chunk must"),
+            (dict(chunk=9), "chunk must"),
+            (dict(chunk=math.nan), "chunk must"),
+            (dict(temp=-1), "temp must"),
+            (dict(seed=-1), "seed must"),
+        ):
+            with self.assertRaisesRegex(ValueError, pattern):
+                model.stream("a", duration=1.0, **options)
 
 
 class TestPublishedCheckpoints(Test):
