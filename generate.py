@@ -9,6 +9,7 @@ in jobs.py for several takes.
 import argparse
 import secrets
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import mlx.core as mx
 from huggingface_hub.utils import logging, tqdm
 
 import jobs
+import stream
 from encodec import check_suffix
 from jobs import Job, Made
 from musicgen import MODELS, MusicGen, check_name, row_seeds
@@ -29,6 +31,8 @@ HELP = {
     "extend_stride": "seconds by which the window of long audio slides (default: 18)",
     "output": "file to write: .wav, .flac, .ogg or .mp3; numbered where there are "
     "several (default: out.wav; of a file, its name)",
+    "stream": "write samples as they come; the output is a .wav, or - for a pipe",
+    "chunk": "seconds of sound written at a time (default: %(default)s)",
     "seed": "number that fixes the take; further ones count up (default: any)",
     "takes": "how many of each prompt (default: %(default)s)",
     "batch_size": "takes at once (default: what memory holds; of a file at most "
@@ -68,6 +72,8 @@ def make_parser() -> Parser:
     parser.add("duration", type=float, default=8.0)
     parser.add("extend_stride", type=float)
     parser.add("output")
+    parser.add("stream", action="store_true")
+    parser.add("chunk", type=float, default=0.5)
     parser.add("seed", type=int)
     parser.add("takes", type=int, default=1)
     parser.add("batch_size", type=int)
@@ -106,7 +112,11 @@ def parse_arguments() -> argparse.Namespace:
         if args.prompts is not None and args.takes != 1:
             raise ValueError("--takes goes with --prompt; in a file repeat the line")
         check_name(args.model)
-        check_suffix(args.output)
+        args.stream = args.stream or args.output == "-"
+        if args.stream:
+            check_stream(args)
+        else:
+            check_suffix(args.output)
         if args.seed is not None:
             row_seeds(args.seed, rows=1)
         settings = vars(args) | {"prompt": "", "seed": args.seed or 0}
@@ -114,6 +124,16 @@ def parse_arguments() -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def check_stream(args: argparse.Namespace) -> None:
+    """Raise ValueError for what does not go with --stream."""
+    if args.prompts or len(args.prompt) > 1 or args.takes > 1 or args.drop_prompt:
+        raise ValueError("--stream makes one take, and does not drop its beginning")
+    if args.output != "-" and Path(args.output).suffix.lower() != ".wav":
+        raise ValueError(f"--stream writes .wav or -, got --output {args.output}")
+    if not 0.02 <= args.chunk <= args.duration:
+        raise ValueError(f"--chunk must be 0.02 to the duration, got {args.chunk}")
 
 
 def agreed_seed(group: mx.distributed.Group) -> int:
@@ -137,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = make_jobs(args)
     if args.prompts is None:
         for job in wanted:
-            job.check()  # now, not after the minutes of loading
+            job.check(to_pipe=args.output == "-")  # not after minutes of loading
     elif args.tensor_parallel:
         wanted = jobs.pending(wanted, group)
     else:
@@ -151,6 +171,8 @@ def run(args: argparse.Namespace) -> int:
         args.q_bits,
         group=group if args.tensor_parallel else None,
     )
+    if args.stream:
+        return play(model, wanted[0], args.chunk)
     silent = args.tensor_parallel and group.rank() > 0
     failures = make(model, wanted, args, silent)
     for job, error in [] if silent else failures:
@@ -178,6 +200,21 @@ def make(
             tqdm.write(describe(made), file=sys.stdout)
 
         return jobs.run(model, wanted, size, progress, finished, save=not silent)
+
+
+def play(model: MusicGen, job: Job, chunk: float) -> int:
+    """Stream one job; returns the exit status."""
+    start = time.perf_counter()
+    with tqdm(unit="step") as bar:
+
+        def progress(step: int, steps: int) -> None:
+            bar.total = steps
+            bar.update()
+
+        seconds = stream.run(model, job, chunk, progress)
+    made = Made(job, seconds, time.perf_counter() - start, 1)
+    print(describe(made), file=sys.stderr if str(job.output) == "-" else sys.stdout)
+    return 0
 
 
 def describe(made: Made) -> str:

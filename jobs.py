@@ -59,13 +59,14 @@ class Job:
     audio_prompt: AudioPrompt | None = None
     line: int | None = None  # in the file of prompts
 
-    def check(self) -> None:
+    def check(self, to_pipe: bool = False) -> None:
         """Raise ValueError or OSError for what cannot be made, before it is tried."""
         if not isinstance(self.prompt, str):
             raise ValueError(f"prompt must be a text, got {self.prompt!r}.")
         row_seeds([self.seed], rows=1)
         self.options.check()
-        check_audio_path(self.output)
+        if not to_pipe:
+            check_audio_path(self.output)
         if self.audio_prompt and not Path(self.audio_prompt.path).is_file():
             raise FileNotFoundError(f"There is no sound file {self.audio_prompt.path}.")
 

@@ -16,10 +16,12 @@ import os
 import pickle
 import re
 import shutil
+import signal as signals
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 import warnings
 import zipfile
@@ -41,6 +43,7 @@ import encodec
 import generate
 import jobs
 import musicgen
+import stream
 import t5
 from encodec import Encodec, EncodecConfig, load_audio, resample, save_audio
 from musicgen import MusicGen, delay_mask, make_sampler, sampling_keys, undelay
@@ -2481,6 +2484,92 @@ class TestJobs(Test):
                 self.assertRegex(err, f"^generate.py: error: .*{pattern}.*\n$")
 
 
+class TestStreamedFile(Test):
+    model = str(REFERENCE / "stereo-audiocraft")
+    run_script = TestCommandLine.run_script
+
+    def command(self, output: str, duration: str = "1") -> list[str]:
+        command = [sys.executable, str(HERE / "generate.py"), "-p", "drums"]
+        command += ["--model", self.model, "--seed", "3", "--duration", duration]
+        return command + ["--stream", "--chunk", "0.1", "--output", output]
+
+    def samples(self) -> np.ndarray:
+        model = MusicGen.from_pretrained(self.model)
+        audio = np.array(model.generate("drums", duration=1.0, seed=3)[0])
+        return np.clip(audio, -1, 1)
+
+    def test_file_and_pipe(self):
+        path = self.folder / "out.wav"
+        result = subprocess.run(self.command(str(path)), capture_output=True, text=True)
+        self.assertRegex(result.stdout, r"^.*out.wav: 1.00 s of audio in .* seed 3\n$")
+        audio, rate = soundfile.read(path)
+        self.assertEqual(rate, 32000)
+        self.assertClose(mx.array(audio), mx.array(self.samples()), 1e-4)
+        piped = subprocess.run(self.command("-"), capture_output=True)
+        self.assertEqual(piped.stdout[44:], path.read_bytes()[44:])
+        self.assertEqual(soundfile.info(io.BytesIO(piped.stdout)).frames, 32000)
+        self.assertIn(b"-: 1.00 s of audio", piped.stderr)
+
+    def test_closed_pipe_ends_the_run(self):
+        process = subprocess.Popen(
+            self.command("-", "1000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        process.stdout.read(100)
+        process.stdout.close()
+        message = process.stderr.read().decode()
+        process.stderr.close()
+        self.assertEqual(process.wait(), 0, message)
+        self.assertNotIn("Traceback", message)
+
+    def test_killed_file_holds_what_was_made(self):
+        rng = np.random.default_rng(0)
+        whole = self.folder / "whole.wav"
+        subprocess.run(self.command(str(whole), "20"), capture_output=True, check=True)
+        wanted = whole.read_bytes()[44:]
+        for signal in ("SIGKILL", "SIGTERM"):
+            path = self.folder / f"{signal}.wav"
+            command = self.command(str(path), "20")
+            process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            while not path.exists() or path.stat().st_size < 100_000:
+                self.assertIsNone(process.poll())
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.3))
+            process.send_signal(getattr(signals, signal))
+            process.wait()
+            frames = soundfile.info(path).frames
+            self.assertGreater(frames, 0.5 * 32000)
+            made = path.read_bytes()[44:]
+            self.assertLessEqual(4 * frames, len(made))  # a header never tells more
+            self.assertEqual(made, wanted[: len(made)])
+
+    def test_header_is_right_after_every_write(self):
+        path = self.folder / "x.wav"
+        with open(path, "wb") as file:
+            wav = stream.WavStream(file, 2, 32000)
+            for n in range(1, 4):
+                self.assertEqual(soundfile.info(path).frames, 100 * (n - 1))
+                wav.write(mx.full((100, 2), 0.25))
+                self.assertEqual(soundfile.info(path).frames, 100 * n)
+            with self.assertWarnsRegex(UserWarning, "clipped"):
+                wav.write(mx.full((100, 2), 2.0))
+        audio, _ = soundfile.read(path)
+        self.assertEqual((audio[0, 0], round(audio[-1, 0], 3)), (0.25, 1.0))
+
+    def test_wrong_command_lines(self):
+        for arguments, pattern in (
+            (["--output", "a.flac"], "--stream writes .wav or -"),
+            (["--takes", "2"], "--stream makes one take"),
+            (["--chunk", "0"], "--chunk must"),
+            (["--chunk", "nan"], "--chunk must"),
+        ):
+            command = ["-p", "a", "--stream", "--model", self.model, *arguments]
+            status, _, err = self.run_script(*command)
+            self.assertEqual(status, 2)
+            self.assertRegex(err, f"^generate.py: error: .*{pattern}.*\n$")
+
+
 class TestDistributed(Test):
     """Two processes on the loopback ring, started by MLX's own launcher."""
 
@@ -2538,8 +2627,8 @@ class TestDistributed(Test):
         self.assertIn(len(made), (1, 2, 3))
         told = self.launch("--batch-size", "1", name="one", port=32443)
         self.assertEqual(told.count(" seed "), 3 - len(made), told)
-        for path, time in made.items():
-            self.assertEqual(path.stat().st_mtime_ns, time)
+        for path, stamp in made.items():
+            self.assertEqual(path.stat().st_mtime_ns, stamp)
         subprocess.run(self.command(name="two"), capture_output=True, check=True)
         self.assertEqual(self.sounds("two"), self.sounds("one"), told)
 
