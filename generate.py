@@ -47,6 +47,8 @@ HELP = {
     "prompt_start": "second of the sound file to begin at (default: 0)",
     "prompt_length": "seconds of the sound file to take (default: all)",
     "drop_prompt": "leave what is continued out of the output",
+    "loudness": "LUFS to bring the output to, such as -14 (default: as it comes)",
+    "peak": "dB of full scale to bring the output's peak to (default: as it comes)",
     "dtype": "of the decoder (default: float16 on a GPU, float32 on the CPU)",
     "q_bits": "quantize the decoder's layers while loading: 4 or 8 bits per weight",
     "tensor_parallel": "share one model among the processes of mlx.launch",
@@ -86,6 +88,8 @@ def make_parser() -> Parser:
     parser.add("prompt_start", type=float)
     parser.add("prompt_length", type=float)
     parser.add("drop_prompt", action="store_true")
+    parser.add("loudness", type=float)
+    parser.add("peak", type=float)
     parser.add("dtype", choices=["float16", "bfloat16", "float32"])
     parser.add("q_bits", type=int, choices=[4, 8])
     parser.add("tensor_parallel", action="store_true")
@@ -121,6 +125,7 @@ def parse_arguments() -> argparse.Namespace:
             row_seeds(args.seed, rows=1)
         settings = vars(args) | {"prompt": "", "seed": args.seed or 0}
         jobs.make_job(settings).options.check()
+        jobs.check_level(args.loudness, args.peak)
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -132,6 +137,8 @@ def check_stream(args: argparse.Namespace) -> None:
         raise ValueError("--stream makes one take, and does not drop its beginning")
     if args.output != "-" and Path(args.output).suffix.lower() != ".wav":
         raise ValueError(f"--stream writes .wav or -, got --output {args.output}")
+    if args.loudness is not None or args.peak is not None:
+        raise ValueError("--loudness and --peak need the whole, so not --stream")
     if not 0.02 <= args.chunk <= args.duration:
         raise ValueError(f"--chunk must be 0.02 to the duration, got {args.chunk}")
 

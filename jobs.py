@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from encodec import check_audio_path, load_audio, save_audio
+from loudness import to_loudness, to_peak
 from musicgen import MusicGen, Options, row_seeds
 
 BATCH_OF_FILE = 8  # lines at once, so that an interruption loses little
@@ -57,6 +59,8 @@ class Job:
     output: Path
     options: Options
     audio_prompt: AudioPrompt | None = None
+    loudness: float | None = None  # LUFS
+    peak: float | None = None  # dB of full scale
     line: int | None = None  # in the file of prompts
 
     def check(self, to_pipe: bool = False) -> None:
@@ -65,10 +69,18 @@ class Job:
             raise ValueError(f"prompt must be a text, got {self.prompt!r}.")
         row_seeds([self.seed], rows=1)
         self.options.check()
+        check_level(self.loudness, self.peak)
         if not to_pipe:
             check_audio_path(self.output)
         if self.audio_prompt and not Path(self.audio_prompt.path).is_file():
             raise FileNotFoundError(f"There is no sound file {self.audio_prompt.path}.")
+
+    def level(self, audio: mx.array, sampling_rate: int) -> np.ndarray:
+        """Samples (N, C) brought to the loudness or peak that is asked for."""
+        audio = np.array(audio)
+        if self.loudness is not None:
+            return to_loudness(audio, sampling_rate, self.loudness)
+        return audio if self.peak is None else to_peak(audio, self.peak)
 
     def runs_with(self, other: "Job") -> bool:
         """Whether both can be rows of one batch."""
@@ -79,8 +91,19 @@ class Job:
         return mine == its
 
 
+def check_level(loudness: float | None, peak: float | None) -> None:
+    """Raise ValueError for a level that cannot be."""
+    for name, level, least in (("loudness", loudness, -70), ("peak", peak, -100)):
+        number = isinstance(level, int | float) and least <= level <= 0
+        if not (level is None or number):
+            raise ValueError(f"{name} must be from {least} to 0 dB, got {level!r}.")
+    if loudness is not None and peak is not None:
+        raise ValueError("loudness and peak must not be given together.")
+
+
 OPTIONS = tuple(field.name for field in fields(Options))
-KEYS = ("prompt", "seed", "output", *OPTIONS)
+LEVELS = ("loudness", "peak")
+KEYS = ("prompt", "seed", "output", *OPTIONS, *LEVELS)
 AUDIO_KEYS = ("audio_prompt", "prompt_start", "prompt_length", "drop_prompt")
 ALIASES = {"guidance": "guidance_coef", "negative": "negative_prompt"}
 
@@ -96,7 +119,9 @@ def make_job(settings: dict[str, Any], line: int | None = None) -> Job:
         sound = AudioPrompt(str(path), start or 0.0, length, bool(drop))
     options = Options(**{key: settings[key] for key in OPTIONS if key in settings})
     output = Path(str(settings["output"]))
-    return Job(settings["prompt"], settings["seed"], output, options, sound, line)
+    levels = [settings.get(key) for key in LEVELS]
+    own = (settings["prompt"], settings["seed"], output)
+    return Job(*own, options, sound, *levels, line)
 
 
 def numbered(output: str, index: int, count: int) -> str:
@@ -272,8 +297,9 @@ def run(
         taken = time.perf_counter() - start
         for job, samples in zip(batch, audio if save else []):
             try:
-                save_audio(job.output, samples, model.sampling_rate)
-            except OSError as error:
+                rate = model.sampling_rate
+                save_audio(job.output, job.level(samples, rate), rate)
+            except (OSError, ValueError) as error:
                 failures.append((job, error))
                 continue
             if finished:
