@@ -16,12 +16,14 @@ audiocraft's `compression_state_dict.bin` needs `convert.py` beside it.
 
 import argparse
 import functools
+import hashlib
 import itertools
 import json
 import math
 import os
 import re
 import sys
+import tempfile
 import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -1018,14 +1020,13 @@ def check_audio_path(path: str | Path) -> Path:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"The folder {path.parent} of {path.name} must exist.")
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not path.is_file():
         raise PermissionError(f"{path} is no ordinary file; choose another place.")
+    if len(os.fsencode(path.name)) > 255:
+        raise PermissionError(f"{path.name:.40}... is too long a name for a file.")
     try:  # permissions alone do not tell
-        place, existed = path.resolve(), path.exists()
-        with open(place, "ab"):
+        with tempfile.TemporaryFile(dir=path.resolve().parent):
             pass
-        if not existed:
-            place.unlink()
     except (OSError, RuntimeError) as error:
         raise PermissionError(
             f"{path} cannot be written; choose another place: {error}"
@@ -1033,7 +1034,9 @@ def check_audio_path(path: str | Path) -> Path:
     return path
 
 
-def save_audio(path: str | Path, audio: mx.array, sampling_rate: int) -> None:
+def save_audio(
+    path: str | Path, audio: mx.array, sampling_rate: int, comment: str = ""
+) -> None:
     """Write (N, C) or (N,) float samples; the extension names the format.
 
     wav and flac (16 bit), ogg and mp3. Samples beyond 1 would clip: then the
@@ -1058,10 +1061,13 @@ def save_audio(path: str | Path, audio: mx.array, sampling_rate: int) -> None:
         warnings.warn(f"{path} was scaled down: its peak of {peak:.2f} would clip.")
         audio = audio / peak
     target = path.resolve()  # of a link
-    part = target.with_name(f".{target.stem}-{os.getpid()}.part{target.suffix}")
+    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
+    part = target.with_name(f".{digest}.part{target.suffix}")
     settings = dict(channels=audio.shape[1], subtype=SUBTYPES[path.suffix.lower()])
     try:
         with soundfile.SoundFile(part, "w", sampling_rate, **settings) as file:
+            if comment:
+                file.comment = comment
             # libsndfile's Vorbis encoder crashes on minutes in one call
             for start in range(0, len(audio), 65536):
                 file.write(audio[start : start + 65536])

@@ -7,7 +7,9 @@ in jobs.py for several takes.
 """
 
 import argparse
+import math
 import secrets
+import signal
 import sys
 import time
 import warnings
@@ -105,14 +107,9 @@ def parse_arguments() -> argparse.Namespace:
         if (args.prompt is None) == (args.prompts is None):
             raise ValueError("either --prompt or --prompts must be given")
         for name in ("takes", "batch_size"):
-            if getattr(args, name) is not None and getattr(args, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, got {getattr(args, name)}"
-                )
-        if args.audio_prompt is None and (
-            args.prompt_start or args.prompt_length or args.drop_prompt
-        ):
-            raise ValueError("prompt_start, -length and drop need --audio-prompt")
+            number = getattr(args, name)
+            if number is not None and not 1 <= number <= 10_000:
+                raise ValueError(f"{name} must be from 1 to 10000, got {number}")
         if args.prompts is not None and args.takes != 1:
             raise ValueError("--takes goes with --prompt; in a file repeat the line")
         check_name(args.model)
@@ -124,7 +121,7 @@ def parse_arguments() -> argparse.Namespace:
         if args.seed is not None:
             row_seeds(args.seed, rows=1)
         settings = vars(args) | {"prompt": "", "seed": args.seed or 0}
-        jobs.make_job(settings).options.check()
+        jobs.make_job(settings).options.check(max_duration=math.inf)
         jobs.check_level(args.loudness, args.peak)
     except ValueError as error:
         parser.error(str(error))
@@ -135,6 +132,8 @@ def check_stream(args: argparse.Namespace) -> None:
     """Raise ValueError for what does not go with --stream."""
     if args.prompts or len(args.prompt) > 1 or args.takes > 1 or args.drop_prompt:
         raise ValueError("--stream makes one take, and does not drop its beginning")
+    if args.tensor_parallel:
+        raise ValueError("--stream does not go with --tensor-parallel")
     if args.output != "-" and Path(args.output).suffix.lower() != ".wav":
         raise ValueError(f"--stream writes .wav or -, got --output {args.output}")
     if args.loudness is not None or args.peak is not None:
@@ -159,43 +158,69 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
 def run(args: argparse.Namespace) -> int:
     """Make what is to be made; returns the exit status."""
     group = mx.distributed.init()
+    if args.tensor_parallel and group.size() == 1:
+        raise ValueError("--tensor-parallel needs mlx.launch with 2 or more processes.")
     if args.seed is None:
         args.seed = agreed_seed(group)
     wanted = make_jobs(args)
-    if args.prompts is None:
-        for job in wanted:
-            job.check(to_pipe=args.output == "-")  # not after minutes of loading
-    elif args.tensor_parallel:
-        wanted = jobs.pending(wanted, group)
-    else:
+    if not args.tensor_parallel:
         wanted = jobs.share(wanted, group)
-    if not wanted:
-        print("Nothing is left to make.")
-        return 0
-    model = MusicGen.from_pretrained(
-        args.model,
-        getattr(mx, args.dtype) if args.dtype else None,
-        args.q_bits,
-        group=group if args.tensor_parallel else None,
-    )
-    if args.stream:
-        return play(model, wanted[0], args.chunk)
-    silent = args.tensor_parallel and group.rank() > 0
-    failures = make(model, wanted, args, silent)
-    for job, error in [] if silent else failures:
-        place = f"{args.prompts}, line {job.line}: " if job.line else ""
-        report(f"error: {place}{error}")
-    return 1 if failures else 0
+        wanted = [job for job in wanted if not (args.prompts and job.is_done())]
+    elif args.prompts is not None:
+        wanted = jobs.pending(wanted, group)
+    status = make(wanted, args, group)
+    jobs.agree([status], group)  # mlx.launch ends all when one fails, so all wait
+    return status
 
 
 def make(
-    model: MusicGen, wanted: list[Job], args: argparse.Namespace, silent: bool
+    wanted: list[Job], args: argparse.Namespace, group: mx.distributed.Group
+) -> int:
+    """Run the jobs and report those that failed; returns the exit status."""
+    together = group if args.tensor_parallel else None
+    silent = together is not None and group.rank() > 0
+    if not wanted:
+        print("Nothing is left to make.")
+        return 0
+    failures = []
+    if args.prompts is None:  # now, not after the minutes of loading
+        failures = jobs.check(wanted, together, args.output != "-")
+    if not failures:
+        model = MusicGen.from_pretrained(
+            args.model,
+            getattr(mx, args.dtype) if args.dtype else None,
+            args.q_bits,
+            group=together,
+        )
+        if args.stream:
+            return play(model, wanted[0], args.chunk)
+        failures = make_with_bar(model, wanted, args, together)
+    if not silent:
+        tell_failures(failures, args)
+    return 1 if failures else 0
+
+
+def tell_failures(
+    failures: list[tuple[Job, Exception]], args: argparse.Namespace
+) -> None:
+    """One line for each line of the file, or for each reason."""
+    told = set()
+    for job, error in sorted(failures, key=lambda failure: failure[0].line or 0):
+        place = f"{args.prompts}, line {job.line}: " if job.line else ""
+        if f"{place}{error}" not in told:
+            report(f"error: {place}{error}")
+        told.add(f"{place}{error}")
+
+
+def make_with_bar(
+    model: MusicGen,
+    wanted: list[Job],
+    args: argparse.Namespace,
+    together: mx.distributed.Group | None,
 ) -> list[tuple[Job, Exception]]:
     """Run the jobs, showing how far they are; returns those that failed."""
-    size = args.batch_size or min(
-        model.rows_that_fit(wanted[0].options),
-        jobs.BATCH_OF_FILE if args.prompts else len(wanted),
-    )
+    most = jobs.BATCH_OF_FILE if args.prompts else len(wanted)
+    silent = together is not None and together.rank() > 0
     with tqdm(unit="step", disable=silent) as bar:
 
         def progress(step: int, steps: int) -> None:
@@ -206,7 +231,8 @@ def make(
         def finished(made: Made) -> None:
             tqdm.write(describe(made), file=sys.stdout)
 
-        return jobs.run(model, wanted, size, progress, finished, save=not silent)
+        size = args.batch_size or most
+        return jobs.run(model, wanted, size, progress, finished, together)
 
 
 def play(model: MusicGen, job: Job, chunk: float) -> int:
@@ -225,7 +251,7 @@ def play(model: MusicGen, job: Job, chunk: float) -> int:
 
 
 def describe(made: Made) -> str:
-    together = f" (with {made.batch - 1} others)" if made.batch > 1 else ""
+    together = f" ({made.batch} at once)" if made.batch > 1 else ""
     speed = made.batch * made.seconds / made.taken
     return (
         f"{made.job.output}: {made.seconds:.2f} s of audio in {made.taken:.1f} s"
@@ -244,10 +270,11 @@ def warn(message: Warning | str, *_) -> None:
 def main() -> None:
     args = parse_arguments()
     warnings.showwarning = warn
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaving nothing behind
     logging.set_verbosity_error()  # the Hub's retries; the end result is reported
     try:
         sys.exit(run(args))
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         report(f"error: {error}")
         sys.exit(1)
     except KeyboardInterrupt:

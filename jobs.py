@@ -9,6 +9,8 @@ takes its share.
 """
 
 import json
+import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+import settings
 from encodec import check_audio_path, load_audio, save_audio
 from loudness import to_loudness, to_peak
 from musicgen import MusicGen, Options, row_seeds
@@ -63,17 +66,27 @@ class Job:
     peak: float | None = None  # dB of full scale
     line: int | None = None  # in the file of prompts
 
-    def check(self, to_pipe: bool = False) -> None:
-        """Raise ValueError or OSError for what cannot be made, before it is tried."""
+    def check(self, writes: bool = True) -> None:
+        """Raise ValueError or OSError for what cannot be made, before it is tried.
+
+        `writes` is false where the output goes to a pipe or is another process's.
+        """
         if not isinstance(self.prompt, str):
             raise ValueError(f"prompt must be a text, got {self.prompt!r}.")
         row_seeds([self.seed], rows=1)
-        self.options.check()
+        self.options.check(max_duration=math.inf)
         check_level(self.loudness, self.peak)
-        if not to_pipe:
+        if writes:
             check_audio_path(self.output)
         if self.audio_prompt and not Path(self.audio_prompt.path).is_file():
             raise FileNotFoundError(f"There is no sound file {self.audio_prompt.path}.")
+
+    def is_done(self) -> bool:
+        """Whether its file is there."""
+        try:
+            return self.output.stat().st_size > 0
+        except (OSError, ValueError):
+            return False
 
     def level(self, audio: mx.array, sampling_rate: int) -> np.ndarray:
         """Samples (N, C) brought to the loudness or peak that is asked for."""
@@ -108,19 +121,31 @@ AUDIO_KEYS = ("audio_prompt", "prompt_start", "prompt_length", "drop_prompt")
 ALIASES = {"guidance": "guidance_coef", "negative": "negative_prompt"}
 
 
-def make_job(settings: dict[str, Any], line: int | None = None) -> Job:
+def make_audio_prompt(path, start, length, drop) -> AudioPrompt | None:
+    """From values of AUDIO_KEYS. Raises ValueError naming a bad one."""
+    for name, seconds, least in (
+        ("prompt_start", start, 0),
+        ("prompt_length", length, 1e-4),
+    ):
+        number = type(seconds) in (int, float) and least <= seconds < 1e6
+        if seconds is not None and not number:
+            raise ValueError(f"{name} must be {least} s or more, got {seconds!r}.")
+    if drop not in (None, False, True):
+        raise ValueError(f"drop_prompt must be true or false, got {drop!r}.")
+    if path is None and (start is not None or length is not None or drop):
+        raise ValueError(
+            "prompt_start, prompt_length and drop_prompt need an audio_prompt."
+        )
+    return path and AudioPrompt(str(path), start or 0.0, length, bool(drop))
+
+
+def make_job(values: dict[str, Any], line: int | None = None) -> Job:
     """A job from values of KEYS and AUDIO_KEYS. Raises ValueError naming a bad one."""
-    sound = None
-    if settings.get("audio_prompt") is not None:
-        path, start, length, drop = (settings.get(key) for key in AUDIO_KEYS)
-        for name, number in (("prompt_start", start), ("prompt_length", length)):
-            if not isinstance(number, int | float | None):
-                raise ValueError(f"{name} must be a number of seconds, got {number!r}.")
-        sound = AudioPrompt(str(path), start or 0.0, length, bool(drop))
-    options = Options(**{key: settings[key] for key in OPTIONS if key in settings})
-    output = Path(str(settings["output"]))
-    levels = [settings.get(key) for key in LEVELS]
-    own = (settings["prompt"], settings["seed"], output)
+    sound = make_audio_prompt(*(values.get(key) for key in AUDIO_KEYS))
+    options = Options(**{key: values[key] for key in OPTIONS if key in values})
+    output = Path(str(values["output"]))
+    levels = [values.get(key) for key in LEVELS]
+    own = (values["prompt"], values["seed"], output)
     return Job(*own, options, sound, *levels, line)
 
 
@@ -130,30 +155,30 @@ def numbered(output: str, index: int, count: int) -> str:
     return output if count == 1 else str(path.with_stem(f"{path.stem}-{index + 1}"))
 
 
-def plan(prompts: list[str], settings: dict[str, Any], takes: int = 1) -> list[Job]:
+def plan(prompts: list[str], values: dict[str, Any], takes: int = 1) -> list[Job]:
     """Jobs for `takes` takes of each prompt: seeds counted up, files numbered."""
     count = len(prompts) * takes
     jobs = []
     for i in range(count):
-        own = dict(prompt=prompts[i // takes], seed=settings["seed"] + i)
-        own["output"] = numbered(settings["output"], i, count)
-        jobs.append(make_job(settings | own))
+        own = dict(prompt=prompts[i // takes], seed=values["seed"] + i)
+        own["output"] = numbered(values["output"], i, count)
+        jobs.append(make_job(values | own))
     return jobs
 
 
-def plan_file(path: Path, settings: dict[str, Any]) -> list[Job]:
+def plan_file(path: Path, values: dict[str, Any]) -> list[Job]:
     """Jobs for the lines of a file: a prompt each, or a JSON object with any of the
     settings. Raises ValueError naming the line that is neither, has an unknown key,
     or the output of another line."""
     lines, jobs, outputs = list(read_lines(path)), [], {}
     for i, (number, own) in enumerate(lines):
-        default = dict(seed=settings["seed"] + i)
-        default["output"] = numbered(settings["output"], i, max(len(lines), 2))
+        default = dict(seed=values["seed"] + i)
+        default["output"] = numbered(values["output"], i, max(len(lines), 2))
         try:
-            job = make_job(settings | default | own, number)
+            job = make_job(values | default | own, number)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
-        place = job.output.resolve()
+        place = os.path.realpath(job.output) if "\0" not in str(job.output) else i
         if place in outputs:
             raise ValueError(
                 f"{path}, line {number}: its output {job.output} is that of line "
@@ -169,14 +194,16 @@ def plan_file(path: Path, settings: dict[str, Any]) -> list[Job]:
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number and settings of each line that is not empty.
 
-    The file is JSON Lines if its first such line begins with a brace.
+    The file is JSON Lines if it is called so, or its first such line begins with a
+    brace or bracket.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be a text in UTF-8: {error}") from error
     filled = [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
-    json_lines = bool(filled) and filled[0][1].startswith("{")
+    named = path.suffix in (".json", ".jsonl", ".ndjson")
+    json_lines = named or bool(filled) and filled[0][1].startswith(("{", "["))
     for number, line in filled:
         yield number, parse_line(path, number, line) if json_lines else {"prompt": line}
 
@@ -203,24 +230,29 @@ def parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
 def pending(jobs: list[Job], group: mx.distributed.Group) -> list[Job]:
     """Jobs whose file is not there, as the first process sees it."""
     first = group.rank() == 0
-    missing = [int(first and not job.output.exists()) for job in jobs]
-    missing = mx.distributed.all_sum(mx.array(missing), group=group)
-    return [job for job, wanted in zip(jobs, missing.tolist()) if wanted]
+    missing = agree([int(first and not job.is_done()) for job in jobs], group)
+    return [job for job, wanted in zip(jobs, missing) if wanted]
 
 
 def share(jobs: list[Job], group: mx.distributed.Group) -> list[Job]:
-    """This process's share, every n-th of all jobs, less what is there already."""
-    mine = jobs[group.rank() :: group.size()]
-    return [job for job in mine if not job.output.exists()]
+    """This process's share: every n-th of all jobs, done or not."""
+    return jobs[group.rank() :: group.size()]
 
 
-def batches(jobs: list[Job], size: int) -> Iterator[list[Job]]:
-    """Neighbours that can run together, at most `size` at a time."""
-    batch = []
+def agree(numbers: list[int], group: mx.distributed.Group) -> list[int]:
+    """The sums of the processes' numbers."""
+    return mx.distributed.all_sum(mx.array(numbers), group=group).tolist()
+
+
+def batches(jobs: list[Job], size: Callable[[Job], int]) -> Iterator[list[Job]]:
+    """Neighbours that can run together, as many as `size` says of the first."""
+    batch, most = [], 0
     for job in jobs:
-        if batch and (len(batch) == size or not job.runs_with(batch[0])):
+        if batch and (len(batch) == most or not job.runs_with(batch[0])):
             yield batch
             batch = []
+        if not batch:
+            most = size(job)
         batch.append(job)
     if batch:
         yield batch
@@ -230,32 +262,59 @@ Progress = Callable[[int, int], None]
 
 
 def generate(
-    model: MusicGen, batch: list[Job], callback: Progress | None = None
+    model: MusicGen,
+    batch: list[Job],
+    callback: Progress | None = None,
+    known: mx.array | None = None,
 ) -> mx.array:
-    """Audio (B, N, C) of jobs that run together.
+    """Codes (B, T, K) of jobs that run together, starting with `known` codes if any.
 
     What does not fit into memory after all runs in halves.
     """
     options, sound = batch[0].options, batch[0].audio_prompt
     try:
-        audio = model.generate(
+        codes = model.generate_codes(
             [job.prompt for job in batch],
             seed=[job.seed for job in batch],
-            audio_prompt=sound.load(model) if sound else None,
-            drop_prompt=bool(sound and sound.drop),
+            audio_prompt=sound.load(model) if sound and known is None else None,
+            codes_prompt=known,
             callback=callback,
             batch_size=len(batch),
             **{name: getattr(options, name) for name in OPTIONS},
         )
-        mx.eval(audio)
-        return audio
+        mx.eval(codes)
+        return codes
     except RuntimeError:  # of MLX
-        if len(batch) == 1:
+        if len(batch) == 1 or model.decoder.group is not None:
             raise
     mx.clear_cache()
     half = len(batch) // 2
-    parts = [generate(model, part, callback) for part in (batch[:half], batch[half:])]
+    halves = (batch[:half], batch[half:])
+    parts = [generate(model, part, callback, known) for part in halves]
     return mx.concatenate(parts)
+
+
+def decode(model: MusicGen, batch: list[Job], codes: mx.array) -> mx.array:
+    """Audio (B, N, C) of codes, less the audio prompt where it is to be dropped."""
+    sound, audio = batch[0].audio_prompt, model.decode(codes)
+    if sound and sound.drop:
+        hop = model.config.audio_encoder.hop_length
+        audio = audio[:, math.ceil(len(sound.load(model)) / hop) * hop :]
+    mx.eval(audio)
+    return audio
+
+
+def told(model: MusicGen, job: Job) -> dict[str, Any]:
+    """All that makes the job's take again, for the file's comment."""
+    found = {name: getattr(job.options, name) for name in OPTIONS}
+    found |= dict(model=model.name, revision=model.revision, seed=job.seed)
+    found |= dict(prompt=job.prompt, loudness=job.loudness, peak=job.peak)
+    if job.audio_prompt:
+        found |= dict(zip(AUDIO_KEYS, job.audio_prompt))
+    if model.config.quantization:
+        found["q_bits"] = model.config.quantization["bits"]
+    dtype = str(model.decoder.dtype).removeprefix("mlx.core.")
+    return found | dict(dtype=dtype, mlx=mx.__version__)
 
 
 class Made(NamedTuple):
@@ -267,38 +326,70 @@ class Made(NamedTuple):
     batch: int  # jobs in it
 
 
+Failure = tuple[Job, Exception]
+
+
+def check(
+    jobs: list[Job], group: mx.distributed.Group | None, to_files: bool = True
+) -> list[Failure]:
+    """Jobs that cannot be made, with the reason.
+
+    Processes that share a model, the `group`, agree: what one of them cannot make
+    they all leave. Only the first of them writes.
+    """
+    writes = to_files and (group is None or group.rank() == 0)
+    found = {}
+    for i, job in enumerate(jobs):
+        try:
+            job.check(writes)
+        except (OSError, OverflowError, TypeError, ValueError) as error:
+            found[i] = error
+    if group is not None:
+        bad = agree([int(i in found) for i in range(len(jobs))], group)
+        elsewhere = ValueError("Another process cannot make it.")
+        found = {i: found.get(i, elsewhere) for i, wrong in enumerate(bad) if wrong}
+    return [(jobs[i], error) for i, error in found.items()]
+
+
 def run(
     model: MusicGen,
     jobs: list[Job],
     batch_size: int,
     callback: Progress | None = None,
     finished: Callable[[Made], None] | None = None,
-    save: bool = True,
-) -> list[tuple[Job, Exception]]:
+    group: mx.distributed.Group | None = None,
+    known: mx.array | None = None,
+    save_codes: Path | None = None,
+) -> list[Failure]:
     """Make every job; returns those that failed, with the reason.
 
-    A job that fails leaves the others alone. `save` is false in processes that
-    only help to compute.
+    A job that fails leaves the others alone. Batches are of `batch_size` jobs, or
+    what memory holds. `group` are the processes that share the model. `known` are
+    codes to start with, and `save_codes` is where those of the only job go.
     """
-    failures, sound = [], []
-    for job in jobs:
-        try:
-            job.check()
-            sound.append(job)
-        except (OSError, TypeError, ValueError) as error:
-            failures.append((job, error))
-    for batch in batches(sound, batch_size):
+    failures = check(jobs, group)
+    bad = [id(job) for job, _ in failures]
+
+    def size(job: Job) -> int:
+        rows = min(batch_size, model.rows_that_fit(job.options))
+        if group is not None:  # what the smallest machine holds
+            rows = mx.distributed.all_min(mx.array(rows), group=group).item()
+        return rows
+
+    for batch in batches([job for job in jobs if id(job) not in bad], size):
         start = time.perf_counter()
         try:
-            audio = generate(model, batch, callback)
+            codes = generate(model, batch, callback, known)
+            if group is not None and group.rank() > 0:
+                continue
+            audio = decode(model, batch, codes)
         except (OSError, RuntimeError, ValueError) as error:
             failures += [(job, error) for job in batch]
             continue
         taken = time.perf_counter() - start
-        for job, samples in zip(batch, audio if save else []):
+        for job, samples in zip(batch, audio):
             try:
-                rate = model.sampling_rate
-                save_audio(job.output, job.level(samples, rate), rate)
+                save(model, job, samples, codes, save_codes)
             except (OSError, ValueError) as error:
                 failures.append((job, error))
                 continue
@@ -306,3 +397,18 @@ def run(
                 length = len(samples) / model.sampling_rate
                 finished(Made(job, length, taken, len(batch)))
     return failures
+
+
+def save(
+    model: MusicGen,
+    job: Job,
+    samples: mx.array,
+    codes: mx.array,
+    save_codes: Path | None,
+) -> None:
+    """Write the job's sound, and its codes where they are wanted."""
+    rate, made_of = model.sampling_rate, told(model, job)
+    if save_codes:
+        settings.save_codes(save_codes, codes, made_of)
+    comment = settings.to_comment(made_of)
+    save_audio(job.output, job.level(samples, rate), rate, comment)

@@ -788,7 +788,8 @@ class Options:
         """Raise ValueError, saying what must hold, for what `generate` cannot do."""
         for name in ("duration", "temp", "top_p", "guidance_coef"):
             number = getattr(self, name)
-            if not (isinstance(number, Real) and abs(number) < 1e6):
+            whole = isinstance(number, Real) and not isinstance(number, bool)
+            if not (whole and abs(number) < 1e6):
                 raise ValueError(f"{name} must be a number, got {number!r}.")
         if self.duration < 1 / frame_rate:
             raise ValueError(
@@ -797,7 +798,9 @@ class Options:
             )
         if self.temp != 0 and self.temp < 1e-3:  # dividing by less overflows
             raise ValueError(f"temp must be 0 (greedy) or 0.001 up, got {self.temp}.")
-        if not (isinstance(self.top_k, Integral) and 1 <= self.top_k <= 2048):
+        if type(self.top_k) is bool or not (
+            isinstance(self.top_k, Integral) and 1 <= self.top_k <= 2048
+        ):
             raise ValueError(
                 f"top_k must be between 1 and 2048 (all), got {self.top_k}. "
                 "For greedy decoding use temp=0."
@@ -851,7 +854,9 @@ def row_streams(device: mx.Device) -> tuple[mx.Stream, mx.Stream]:
 class Run:
     """The decoder under given texts, ready to step: what is prepared once.
 
-    `rows` takes run under as many texts (R, L, width), or twice as many. On the CPU the rows are two halves, computed side by side.
+    `rows` takes run under as many text states (R, L, width) with their mask (R, L),
+    or under twice as many, for up to `steps` steps. On the CPU the rows are two
+    halves, computed side by side.
     """
 
     def __init__(
@@ -908,6 +913,7 @@ class MusicGen(nn.Module):
         self.decoder = Decoder(config.decoder, config.text_encoder.d_model)
         self.audio_encoder = Encodec(config.audio_encoder)
         self._load_text_encoder: Callable[[], T5] | None = None  # after it was freed
+        self.name, self.revision = "", None  # that from_pretrained loaded
         if config.quantization:
             self.decoder.quantize(**config.quantization)
 
@@ -959,6 +965,7 @@ class MusicGen(nn.Module):
         *,
         negative_prompt: str = "",
         audio_prompt: mx.array | None = None,
+        codes_prompt: mx.array | None = None,
         extend_stride: float | None = None,
         batch_size: int | None = None,
     ) -> mx.array:
@@ -972,9 +979,11 @@ class MusicGen(nn.Module):
                 alone, and runs half the rows.
             seed: row i draws from seed + i, or from the i-th of a list; a row's
                 codes depend on its own prompt and seed only. None: any.
-            callback: called before each step with its number and their count.
+            callback: called in each step with its number and their count.
             negative_prompt: what to move away from, in place of no text.
             audio_prompt: sound (N, C) at `sampling_rate` for the takes to start with.
+            codes_prompt: codes (1, T, K) to start with, such as those of a take that
+                was stopped; it then ends as if it never had been.
             extend_stride: seconds from one window's start to the next's; what
                 lies between that and the window's end begins the next. None: 3/5
                 of the window, so 18 of 30.
@@ -988,7 +997,11 @@ class MusicGen(nn.Module):
         )
         options.check(self.config.max_duration, self.frame_rate)
         seeds = row_seeds(seed, len(prompts))
-        known = self.encode_prompt(audio_prompt, int(duration * self.frame_rate))
+        frames = int(duration * self.frame_rate)
+        if codes_prompt is None:
+            known = self.encode_prompt(audio_prompt, frames)
+        else:
+            known = self._check_codes(codes_prompt, frames)
         if batch_size is not None and not (
             isinstance(batch_size, Integral) and batch_size > 0
         ):
@@ -1131,7 +1144,7 @@ class MusicGen(nn.Module):
         """Frames of the longest window, and from one's start to the next's."""
         longest = self.config.max_duration
         stride = options.extend_stride or 0.6 * longest
-        return int(longest * self.frame_rate), int(stride * self.frame_rate + 1e-6)
+        return int(longest * self.frame_rate), int(stride * self.frame_rate)
 
     def _prepare(self, prompts: list[str], options: Options, frames: int) -> Run:
         """The decoder under the prompts, for windows of up to `frames` frames."""
@@ -1170,8 +1183,8 @@ class MusicGen(nn.Module):
         longest = frames * self.config.audio_encoder.hop_length
         if len(audio) > longest - self.config.audio_encoder.hop_length:
             raise ValueError(
-                f"audio_prompt must be shorter than the duration, "
-                f"{longest / self.sampling_rate:g} s, but has "
+                f"audio_prompt must be a frame shorter than the duration of "
+                f"{longest / self.sampling_rate:g} s or more, but has "
                 f"{len(audio) / self.sampling_rate:g} s."
             )
         if mx.abs(audio).max() < 1e-4:
@@ -1180,6 +1193,21 @@ class MusicGen(nn.Module):
         audio = mx.broadcast_to(audio, (len(audio), C))
         ((codes, _),) = self.audio_encoder.encode(audio.T[..., None])  # (C, T, K / C)
         return codes.transpose(1, 2, 0).reshape(1, -1, K).astype(mx.uint32)
+
+    def _check_codes(self, codes: mx.array, frames: int) -> mx.array:
+        config = self.config.decoder
+        _, T, K = codes.shape
+        if K != config.num_codebooks or codes.max().item() >= config.vocab_size:
+            raise ValueError(
+                f"The codes must be of {config.num_codebooks} codebooks with "
+                f"{config.vocab_size} entries, as this model's are; they are not."
+            )
+        if T >= frames:
+            raise ValueError(
+                f"The codes are {T / self.frame_rate:g} s long already; the duration "
+                f"must be more, got {frames / self.frame_rate:g} s."
+            )
+        return codes
 
     def _make_room(self, size: int) -> None:
         """Free T5 where `size` bytes, or what decoding takes, do not fit beside it."""
@@ -1198,21 +1226,23 @@ class MusicGen(nn.Module):
         """
         if self.text_encoder is None:
             self.text_encoder = self._load_text_encoder()
+        count = len(prompts)
         if with_null and negative_prompt:
             prompts = [*prompts, negative_prompt]
         longest = self.config.text_encoder.n_positions
         ids = [self.tokenizer.encode(prompt) for prompt in prompts]
         for i, row in enumerate(ids):
             if len(row) > longest:
+                which = f"Prompt {i + 1}" if i < count else "The negative prompt"
                 warnings.warn(
-                    f"Prompt {i + 1} has {len(row)} tokens; T5 takes {longest}, "
-                    "so the rest is left out."
+                    f"{which} has {len(row)} tokens; T5 takes {longest}, so the rest "
+                    "is left out."
                 )
                 ids[i] = row[: longest - 1] + row[-1:]
         text, mask = self.text_encoder.encode(ids)
         mask = mask & mx.array([prompt != "" for prompt in prompts])[:, None]
         if with_null and negative_prompt:
-            rows = (len(prompts) - 1, *text.shape[1:])
+            rows = (count, *text.shape[1:])
             text = mx.concatenate([text[:-1], mx.broadcast_to(text[-1:], rows)])
             mask = mx.concatenate([mask[:-1], mx.broadcast_to(mask[-1:], rows[:2])])
         elif with_null:
@@ -1265,6 +1295,9 @@ class MusicGen(nn.Module):
             model, stored = load_audiocraft(folder)
         else:
             model, stored = load_transformers(folder)
+        model.name = str(path_or_repo)
+        if folder.parent.name == "snapshots":  # of the Hub's cache
+            model.revision = folder.name
         if dtype is None:
             dtype = stored if mx.default_device() == mx.gpu else mx.float32
         model.decoder.set_dtype(dtype)
@@ -1335,7 +1368,10 @@ def row_seeds(seed: int | list[int] | None, rows: int) -> list[int]:
     if isinstance(seed, Integral):
         seed = [int(seed) + row for row in range(rows)]
     seeds = list(seed) if isinstance(seed, list | tuple) else []
-    whole = all(isinstance(s, Integral) and 0 <= s < 2**64 for s in seeds)
+    whole = all(
+        isinstance(s, Integral) and type(s) is not bool and 0 <= s < 2**64
+        for s in seeds
+    )
     if len(seeds) != rows or not whole:
         raise ValueError(
             f"seed must be a number from 0 to 2**64 - 1, or {rows} of them, got {seed}."

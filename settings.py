@@ -1,0 +1,112 @@
+"""What made a take: its settings in the sound file's own comment, its codes in a file.
+
+    python settings.py take.wav
+
+prints the settings of a file that `generate.py` wrote, or of codes that it saved.
+Stands alone.
+"""
+
+import json
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import soundfile
+from safetensors import SafetensorError, safe_open
+
+VERSION = 1  # of the codes file and the settings
+
+
+def to_comment(settings: dict[str, Any]) -> str:
+    """Settings as a line of JSON, in ASCII, which every container keeps."""
+    return json.dumps({"musicgen": VERSION} | settings)
+
+
+def from_comment(comment: str, path: Path) -> dict[str, Any]:
+    """The settings in a comment. Raises ValueError naming the file without any."""
+    try:
+        settings = json.loads(comment.rstrip("\0"))
+        version = settings.pop("musicgen")
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        raise ValueError(f"{path} holds no settings of a take.") from None
+    if type(version) is not int or version > VERSION:
+        raise ValueError(f"{path} is of a later version, {version}; this is {VERSION}.")
+    return settings
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Settings of a wav, flac, ogg or mp3 file, or a file of codes.
+
+    Raises FileNotFoundError, or ValueError for a file that holds none.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    if path.suffix == ".safetensors":
+        return load_codes(path)[1]
+    try:
+        with soundfile.SoundFile(path) as file:
+            comment = file.comment or wav_comment(path)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{path} is not a readable sound file: {error}") from error
+    return from_comment(comment, path)
+
+
+def wav_comment(path: Path) -> str:
+    """The comment of a wav file; libsndfile reads none beyond 2 KB."""
+    content = path.read_bytes()
+    place, parent = 12, b""
+    while content[:4] == b"RIFF" and place + 8 <= len(content):
+        name, size = struct.unpack_from("<4sI", content, place)
+        if name == b"LIST" and content[place + 8 : place + 12] == b"INFO":
+            place, parent = place + 12, b"INFO"
+            continue
+        if name == b"ICMT" and parent == b"INFO":
+            comment = content[place + 8 : place + 8 + size]
+            return comment.rstrip(b"\0").decode("utf-8", "replace")
+        place += 8 + size + size % 2
+    return ""
+
+
+def save_codes(path: str | Path, codes: mx.array, settings: dict[str, Any]) -> None:
+    """Write codes (1, T, K) and settings as safetensors; whole or not at all."""
+    path = Path(path)
+    part = path.with_name(f".{path.stem}.part.safetensors")
+    metadata = {"settings": to_comment(settings)}
+    try:
+        mx.save_safetensors(str(part), {"codes": codes.astype(mx.uint16)}, metadata)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_codes(path: str | Path) -> tuple[mx.array, dict[str, Any]]:
+    """Codes (1, T, K) and settings that `save_codes` wrote.
+
+    Raises FileNotFoundError, or ValueError for a file that is damaged or another.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        with safe_open(path, "numpy") as file:
+            comment = (file.metadata() or {}).get("settings", "")
+            codes = mx.load(str(path))["codes"]
+        mx.eval(codes)
+    except (KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged or holds no codes: {error}") from error
+    if codes.ndim != 3 or codes.shape[0] != 1 or codes.dtype != mx.uint16:
+        raise ValueError(f"{path} must hold codes (1, T, K), got {codes.shape}.")
+    return codes.astype(mx.uint32), from_comment(comment, path)
+
+
+if __name__ == "__main__":
+    try:
+        for name in sys.argv[1:]:
+            print(json.dumps(read_settings(name), indent=2))
+    except (OSError, ValueError) as error:
+        sys.exit(f"settings.py: error: {error}")
