@@ -19,6 +19,7 @@ import mlx.core as mx
 from huggingface_hub.utils import logging, tqdm
 
 import jobs
+import settings
 import stream
 from encodec import check_suffix
 from jobs import Job, Made
@@ -51,6 +52,9 @@ HELP = {
     "drop_prompt": "leave what is continued out of the output",
     "loudness": "LUFS to bring the output to, such as -14 (default: as it comes)",
     "peak": "dB of full scale to bring the output's peak to (default: as it comes)",
+    "save_codes": "file to keep the codes in: .safetensors",
+    "resume": "file of codes to go on from, to a longer --duration",
+    "again": "sound or codes whose settings to use, but for the flags given beside",
     "dtype": "of the decoder (default: float16 on a GPU, float32 on the CPU)",
     "q_bits": "quantize the decoder's layers while loading: 4 or 8 bits per weight",
     "tensor_parallel": "share one model among the processes of mlx.launch",
@@ -92,6 +96,9 @@ def make_parser() -> Parser:
     parser.add("drop_prompt", action="store_true")
     parser.add("loudness", type=float)
     parser.add("peak", type=float)
+    parser.add("save_codes", type=Path)
+    parser.add("resume", type=Path)
+    parser.add("again", type=Path)
     parser.add("dtype", choices=["float16", "bfloat16", "float32"])
     parser.add("q_bits", type=int, choices=[4, 8])
     parser.add("tensor_parallel", action="store_true")
@@ -100,6 +107,7 @@ def make_parser() -> Parser:
 
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser()
+    recall(parser)
     args = parser.parse_args()
     if args.output is None:
         args.output = f"{args.prompts.stem}.wav" if args.prompts else "out.wav"
@@ -112,6 +120,7 @@ def parse_arguments() -> argparse.Namespace:
                 raise ValueError(f"{name} must be from 1 to 10000, got {number}")
         if args.prompts is not None and args.takes != 1:
             raise ValueError("--takes goes with --prompt; in a file repeat the line")
+        check_codes(args)
         check_name(args.model)
         args.stream = args.stream or args.output == "-"
         if args.stream:
@@ -120,12 +129,40 @@ def parse_arguments() -> argparse.Namespace:
             check_suffix(args.output)
         if args.seed is not None:
             row_seeds(args.seed, rows=1)
-        settings = vars(args) | {"prompt": "", "seed": args.seed or 0}
-        jobs.make_job(settings).options.check(max_duration=math.inf)
+        values = vars(args) | {"prompt": "", "seed": args.seed or 0}
+        jobs.make_job(values).options.check(max_duration=math.inf)
         jobs.check_level(args.loudness, args.peak)
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def recall(parser: Parser) -> None:
+    """Make the settings of --again or --resume the defaults."""
+    args, _ = parser.parse_known_args()
+    source = args.again or args.resume
+    if source is None:
+        return
+    try:
+        told = settings.read_settings(source)
+    except (OSError, ValueError) as error:
+        report(f"error: {error}")
+        sys.exit(1)
+    told["prompt"] = None if args.prompt else [told.get("prompt", "")]
+    known = vars(args).keys() - {"output", "resume", "again"}
+    parser.set_defaults(**{k: v for k, v in told.items() if k in known})
+
+
+def check_codes(args: argparse.Namespace) -> None:
+    """Raise ValueError for what does not go with --save-codes and --resume."""
+    if args.save_codes is None and args.resume is None:
+        return
+    if args.prompts or len(args.prompt) > 1 or args.takes > 1 or args.output == "-":
+        raise ValueError("--save-codes and --resume go with one take")
+    if args.stream or args.tensor_parallel:
+        raise ValueError("--save-codes and --resume go without --stream and the like")
+    if args.save_codes and args.save_codes.suffix != ".safetensors":
+        raise ValueError(f"--save-codes must end in .safetensors: {args.save_codes}")
 
 
 def check_stream(args: argparse.Namespace) -> None:
@@ -149,10 +186,9 @@ def agreed_seed(group: mx.distributed.Group) -> int:
 
 
 def make_jobs(args: argparse.Namespace) -> list[Job]:
-    settings = vars(args)
     if args.prompts is not None:
-        return jobs.plan_file(args.prompts, settings)
-    return jobs.plan(args.prompt, settings, args.takes)
+        return jobs.plan_file(args.prompts, vars(args))
+    return jobs.plan(args.prompt, vars(args), args.takes)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -194,10 +230,32 @@ def make(
         )
         if args.stream:
             return play(model, wanted[0], args.chunk)
-        failures = make_with_bar(model, wanted, args, together)
+        known = known_codes(args, model)
+        failures = make_with_bar(model, wanted, args, together, known)
     if not silent:
         tell_failures(failures, args)
     return 1 if failures else 0
+
+
+def known_codes(args: argparse.Namespace, model: MusicGen) -> mx.array | None:
+    """The codes to go on from, less the last two frames: where a take ends, its later
+    codebooks saw blanks instead of what comes now. Raises ValueError for codes of
+    another model, or as long as the take is to be."""
+    if args.resume is None:
+        return None
+    codes, told = settings.load_codes(args.resume)
+    if told.get("model") != args.model:
+        raise ValueError(
+            f"{args.resume} holds codes of {told.get('model')}, not of {args.model}."
+        )
+    seconds = codes.shape[1] / model.frame_rate
+    if codes.shape[1] >= int(args.duration * model.frame_rate):
+        raise ValueError(
+            f"{args.resume} is {seconds:g} s long already; --duration must be more, "
+            f"got {args.duration:g}."
+        )
+    unsure = max(max(model.config.decoder.delays) - 1, 0)
+    return codes[:, : codes.shape[1] - unsure]
 
 
 def tell_failures(
@@ -217,6 +275,7 @@ def make_with_bar(
     wanted: list[Job],
     args: argparse.Namespace,
     together: mx.distributed.Group | None,
+    known: mx.array | None,
 ) -> list[tuple[Job, Exception]]:
     """Run the jobs, showing how far they are; returns those that failed."""
     most = jobs.BATCH_OF_FILE if args.prompts else len(wanted)
@@ -232,7 +291,8 @@ def make_with_bar(
             tqdm.write(describe(made), file=sys.stdout)
 
         size = args.batch_size or most
-        return jobs.run(model, wanted, size, progress, finished, together)
+        codes = (known, args.save_codes)
+        return jobs.run(model, wanted, size, progress, finished, together, *codes)
 
 
 def play(model: MusicGen, job: Job, chunk: float) -> int:

@@ -2580,7 +2580,7 @@ class TestJobs(Test):
             return mx.zeros((len(batch), 5, 8), mx.uint32)
 
         with patch.object(model, "rows_that_fit", lambda o: round(1 / o.duration)):
-            with patch("jobs.generate", generate_rows):
+            with patch("jobs.generate", generate_rows), patch("jobs.save"):
                 jobs.run(model, jobs.plan_file(path, own), 8)
                 self.assertEqual(sizes, [1, 2, 2])
                 jobs.run(model, jobs.plan_file(path, own), 1)
@@ -2658,6 +2658,61 @@ class TestSettings(Test):
         self.assertSame(found, codes)
         self.assertEqual((told, settings.read_settings(path)), (self.wanted,) * 2)
         self.assertEqual([p.name for p in self.folder.iterdir()], ["x.safetensors"])
+
+    model = str(REFERENCE / "stereo-audiocraft")
+    run_script = TestCommandLine.run_script
+
+    def make(self, name: str, *more: str) -> np.ndarray:
+        """The samples of a file that the script makes with the flags."""
+        output = self.folder / name
+        status, _, err = self.run_script("--output", output, *more)
+        self.assertEqual(status, 0, err)
+        return soundfile.read(output)[0]
+
+    def test_again(self):
+        first = ["-p", "drums", "--model", self.model, "--duration", "0.3"]
+        first += ["--temp", "0.7", "--top-k", "20", "--negative-prompt", "piano"]
+        for suffix in (".wav", ".flac"):
+            take = self.make(f"first{suffix}", *first)
+            source = self.folder / f"first{suffix}"
+            again = self.make(f"again{suffix}", "--again", source)
+            self.assertSame(again, take)
+            longer = self.make("longer.wav", "--again", source, "--duration", "0.4")
+            self.assertEqual(longer.shape, (12800, 2))
+            other = self.make("other.wav", "--again", source, "-p", "piano")
+            self.assertNotEqual(other.tolist(), take.tolist())
+            told = settings.read_settings(self.folder / "other.wav")
+            self.assertEqual((told["prompt"], told["temp"]), ("piano", 0.7))
+        save_audio(self.folder / "bare.wav", mx.zeros((9, 1)), 32000)
+        status, _, err = self.run_script("--again", self.folder / "bare.wav")
+        self.assertEqual(status, 1)
+        self.assertRegex(err, "^generate.py: error: .*bare.wav holds no settings.*\n$")
+
+    def test_resume(self):
+        path, longer = (self.folder / f"{n}.safetensors" for n in ("codes", "longer"))
+        flags = ["-p", "drums", "--model", self.model, "--seed", "9"]
+        whole = self.make("whole.wav", *flags, "--duration", "0.8", "--peak", "-3")
+        self.make("short.wav", *flags, "--duration", "0.3", "--save-codes", path)
+        self.assertEqual(settings.load_codes(path)[0].shape, (1, 15, 8))
+        more = ["--duration", "0.8", "--peak", "-3", "--save-codes", longer]
+        resumed = self.make("resumed.wav", "--resume", path, *more)
+        self.assertSame(resumed, whole)
+        self.assertEqual(settings.load_codes(longer)[0].shape, (1, 40, 8))
+        output = self.folder / "none.wav"
+        for flags, pattern in (
+            (["--duration", "0.2"], "0.3 s long already"),
+            (["--model", str(REFERENCE / "mono-audiocraft")], "holds codes of"),
+        ):
+            status, _, err = self.run_script(
+                "--resume", path, "--output", output, *flags
+            )
+            self.assertEqual(status, 1)
+            self.assertRegex(err, f"generate.py: error: .*{pattern}.*\n$")
+            self.assertFalse(output.exists())
+        for flags in (["--takes", "2"], ["--stream"], ["--save-codes", "x.npz"]):
+            status, _, err = self.run_script("--resume", path, *flags)
+            self.assertEqual(status, 2)
+            self.assertRegex(err, "^generate.py: error: .*--save-codes.*\n$")
 
     def test_bad_files(self):
         sound, codes = self.folder / "x.wav", self.folder / "x.safetensors"
