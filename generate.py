@@ -179,6 +179,22 @@ def check_stream(args: argparse.Namespace) -> None:
         raise ValueError(f"--chunk must be 0.02 to the duration, got {args.chunk}")
 
 
+class Stop:
+    """Whether Ctrl-C was pressed. A second one raises KeyboardInterrupt."""
+
+    def __init__(self):
+        self._asked = False
+        signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, *_) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def __call__(self) -> bool:
+        return self._asked
+
+
 def agreed_seed(group: mx.distributed.Group) -> int:
     """Any seed, the same in every process."""
     mine = secrets.randbits(31) if group.rank() == 0 else 0
@@ -228,10 +244,13 @@ def make(
             args.q_bits,
             group=together,
         )
+        stop = None if args.prompts or together else Stop()
         if args.stream:
-            return play(model, wanted[0], args.chunk)
+            return play(model, wanted[0], args.chunk, stop)
         known = known_codes(args, model)
-        failures = make_with_bar(model, wanted, args, together, known)
+        failures = make_with_bar(model, wanted, args, together, known, stop)
+        if stop and stop():
+            return tell_stop(args)
     if not silent:
         tell_failures(failures, args)
     return 1 if failures else 0
@@ -276,6 +295,7 @@ def make_with_bar(
     args: argparse.Namespace,
     together: mx.distributed.Group | None,
     known: mx.array | None,
+    stop: Stop | None,
 ) -> list[tuple[Job, Exception]]:
     """Run the jobs, showing how far they are; returns those that failed."""
     most = jobs.BATCH_OF_FILE if args.prompts else len(wanted)
@@ -291,11 +311,22 @@ def make_with_bar(
             tqdm.write(describe(made), file=sys.stdout)
 
         size = args.batch_size or most
-        codes = (known, args.save_codes)
-        return jobs.run(model, wanted, size, progress, finished, together, *codes)
+        rest = (together, known, args.save_codes, stop)
+        return jobs.run(model, wanted, size, progress, finished, *rest)
 
 
-def play(model: MusicGen, job: Job, chunk: float) -> int:
+def tell_stop(args: argparse.Namespace) -> int:
+    """Say how to go on; returns the exit status."""
+    if args.save_codes is None:
+        report("stopped. With --save-codes, --resume could go on from here.")
+    else:
+        report(
+            f"stopped. To go on: --resume {args.save_codes} --duration {args.duration:g}"
+        )
+    return 130
+
+
+def play(model: MusicGen, job: Job, chunk: float, stop: Stop) -> int:
     """Stream one job; returns the exit status."""
     start = time.perf_counter()
     with tqdm(unit="step") as bar:
@@ -304,10 +335,10 @@ def play(model: MusicGen, job: Job, chunk: float) -> int:
             bar.total = steps
             bar.update()
 
-        seconds = stream.run(model, job, chunk, progress)
+        seconds = stream.run(model, job, chunk, progress, stop)
     made = Made(job, seconds, time.perf_counter() - start, 1)
     print(describe(made), file=sys.stderr if str(job.output) == "-" else sys.stdout)
-    return 0
+    return 130 if stop() else 0
 
 
 def describe(made: Made) -> str:

@@ -266,6 +266,7 @@ def generate(
     batch: list[Job],
     callback: Progress | None = None,
     known: mx.array | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> mx.array:
     """Codes (B, T, K) of jobs that run together, starting with `known` codes if any.
 
@@ -279,6 +280,7 @@ def generate(
             audio_prompt=sound.load(model) if sound and known is None else None,
             codes_prompt=known,
             callback=callback,
+            stop=stop,
             batch_size=len(batch),
             **{name: getattr(options, name) for name in OPTIONS},
         )
@@ -290,7 +292,7 @@ def generate(
     mx.clear_cache()
     half = len(batch) // 2
     halves = (batch[:half], batch[half:])
-    parts = [generate(model, part, callback, known) for part in halves]
+    parts = [generate(model, part, callback, known, stop) for part in halves]
     return mx.concatenate(parts)
 
 
@@ -360,12 +362,14 @@ def run(
     group: mx.distributed.Group | None = None,
     known: mx.array | None = None,
     save_codes: Path | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> list[Failure]:
     """Make every job; returns those that failed, with the reason.
 
     A job that fails leaves the others alone. Batches are of `batch_size` jobs, or
     what memory holds. `group` are the processes that share the model. `known` are
-    codes to start with, and `save_codes` is where those of the only job go.
+    codes to start with, and `save_codes` is where those of the only job go. Once
+    `stop` is true the batch ends there, is saved, and none follows.
     """
     failures = check(jobs, group)
     bad = [id(job) for job, _ in failures]
@@ -379,7 +383,7 @@ def run(
     for batch in batches([job for job in jobs if id(job) not in bad], size):
         start = time.perf_counter()
         try:
-            codes = generate(model, batch, callback, known)
+            codes = generate(model, batch, callback, known, stop)
             if group is not None and group.rank() > 0:
                 continue
             audio = decode(model, batch, codes)
@@ -396,6 +400,8 @@ def run(
             if finished:
                 length = len(samples) / model.sampling_rate
                 finished(Made(job, length, taken, len(batch)))
+        if stop and stop():
+            break
     return failures
 
 

@@ -968,6 +968,7 @@ class MusicGen(nn.Module):
         codes_prompt: mx.array | None = None,
         extend_stride: float | None = None,
         batch_size: int | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> mx.array:
         """Codes (B, T, K) for each prompt, T = int(duration * frame_rate).
 
@@ -988,6 +989,8 @@ class MusicGen(nn.Module):
                 lies between that and the window's end begins the next. None: 3/5
                 of the window, so 18 of 30.
             batch_size: rows to run at once; None: as many as memory holds.
+            stop: asked in each step; once it is true the take ends there. Raises
+                KeyboardInterrupt where not a frame is made.
 
         Raises ValueError for options out of range.
         """
@@ -1016,10 +1019,11 @@ class MusicGen(nn.Module):
             def report(step: int, steps: int, i: int = i) -> None:
                 callback(i * steps + step, len(batches) * steps)
 
-            pieces = self._codes(
-                prompts[rows], seeds[rows], known, options, callback and report
-            )
-            codes.append(mx.concatenate([p for p in pieces if p is not None], axis=1))
+            work = (prompts[rows], seeds[rows], known, options, callback and report)
+            pieces = [p for p in self._codes(*work, stop=stop) if p is not None]
+            if not pieces:
+                raise KeyboardInterrupt
+            codes.append(mx.concatenate(pieces, axis=1))
         return mx.concatenate(codes)
 
     def stream(
@@ -1031,6 +1035,7 @@ class MusicGen(nn.Module):
         seed: int | None = None,
         audio_prompt: mx.array | None = None,
         callback: Callable[[int, int], None] | None = None,
+        stop: Callable[[], bool] | None = None,
         **options,
     ) -> Iterator[mx.array]:
         """The samples that `generate` gives for one prompt, while they are made.
@@ -1049,7 +1054,7 @@ class MusicGen(nn.Module):
         known = self.encode_prompt(audio_prompt, int(duration * self.frame_rate))
         every = int(chunk * self.frame_rate)
         work = (check_prompts(prompt), row_seeds(seed, 1), known, options, callback)
-        return self._sound(self._codes(*work, every=every))
+        return self._sound(self._codes(*work, every=every, stop=stop))
 
     def _sound(self, codes: Iterator[mx.array | None]) -> Iterator[mx.array]:
         """Decode pieces of codes (1, T, K), handing each piece of sound out when some
@@ -1077,6 +1082,7 @@ class MusicGen(nn.Module):
         options: Options,
         callback: Callable[[int, int], None] | None,
         every: int | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> Iterator[mx.array | None]:
         """Codes in pieces (B, T, K), `known` (1, T', K) first.
 
@@ -1105,6 +1111,11 @@ class MusicGen(nn.Module):
                 sequence.append(tokens)
                 columns += tokens.shape[1]
                 ready = columns - max(delays)
+                if stop and stop():
+                    if ready > done:
+                        whole = mx.concatenate(sequence, axis=1)
+                        yield undelay(whole, delays)[:, done:]
+                    return
                 if ready == end - start or every and ready >= done + every:
                     whole = mx.concatenate(sequence, axis=1)
                     sequence = [whole]

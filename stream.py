@@ -81,11 +81,15 @@ def open_output(path: str) -> Iterator[BinaryIO]:
 
 
 def run(
-    model: MusicGen, job: Job, chunk: float, callback: Callable[[int, int], None]
+    model: MusicGen,
+    job: Job,
+    chunk: float,
+    callback: Callable[[int, int], None],
+    stop: Callable[[], bool] | None = None,
 ) -> float:
     """Write the job's samples as they come; returns how many seconds there are.
 
-    A reader that closes the pipe ends it.
+    A reader that closes the pipe ends it, and so does `stop`, once it is true.
     """
     sound = job.audio_prompt
     chunks = model.stream(
@@ -94,6 +98,7 @@ def run(
         seed=job.seed,
         audio_prompt=sound.load(model) if sound else None,
         callback=callback,
+        stop=stop,
         **{name: getattr(job.options, name) for name in OPTIONS},
     )
     with open_output(str(job.output)) as file:
