@@ -368,11 +368,18 @@ class Stack(nn.Module):
 
 
 @functools.cache
-def piece_streams(device: mx.Device) -> list[mx.Stream]:
-    """On the CPU two streams, for each is a thread, and the plain BLAS of MLX's Linux
-    wheel keeps to the thread that calls it; on a GPU the default one."""
+def second_stream(device: str) -> mx.Stream:
+    return mx.new_stream(mx.default_device())
+
+
+def parallel_streams() -> list[mx.Stream]:
+    """Streams for work that can be done side by side: on the CPU two, for each is a
+    thread, and the plain BLAS of MLX's Linux wheel keeps to the thread that calls it;
+    on a GPU the default one."""
+    device = mx.default_device()
     streams = [mx.default_stream(device)]
-    return streams + ([mx.new_stream(device)] if device == mx.cpu else [])
+    # by name: devices that are equal are different keys of a cache
+    return streams + ([second_stream(str(device))] if device == mx.cpu else [])
 
 
 def convolution_reach(
@@ -738,7 +745,7 @@ class DecodingStream:
 
 def make_upsampler(model: Encodec, frames: int = 100) -> Lookahead:
     """What follows the LSTM, `frames` frames at a time to save memory."""
-    streams = piece_streams(mx.default_device())
+    streams = parallel_streams()
     waiting, turn = [], itertools.cycle(streams)
 
     def apply(x: mx.array, window: slice, place: slice) -> mx.array:

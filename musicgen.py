@@ -31,7 +31,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from mlx.nn.layers.distributed import shard_linear
 from safetensors import SafetensorError, safe_open
 
-from encodec import Encodec, EncodecConfig
+from encodec import Encodec, EncodecConfig, parallel_streams
 from t5 import T5, T5Config, Tokenizer
 
 MODELS = {
@@ -844,13 +844,6 @@ def windows(frames: int, longest: int, stride: int) -> list[tuple[int, int]]:
     return [(start, min(start + longest, frames)) for start in starts]
 
 
-@functools.cache
-def row_streams(device: mx.Device) -> tuple[mx.Stream, mx.Stream]:
-    """Two streams, the default one and another. On the CPU each is a thread, and the
-    plain BLAS of MLX's Linux wheel keeps to the thread that calls it."""
-    return mx.default_stream(device), mx.new_stream(device)
-
-
 class Run:
     """The decoder under given texts, ready to step: what is prepared once.
 
@@ -867,9 +860,7 @@ class Run:
         on_cpu = mx.default_device() == mx.cpu
         self._cut = R // 2 if on_cpu and R > 1 and decoder.group is None else R
         self._parts = []
-        for part, stream in zip(
-            self._split(text, mask), row_streams(mx.default_device())
-        ):
+        for part, stream in zip(self._split(text, mask), parallel_streams()):
             with mx.stream(stream):
                 conditioning = decoder.condition(*part, steps)
             cache = decoder.make_cache(len(part[0]), steps)
