@@ -54,6 +54,7 @@ HELP = {
     "peak": "dB of full scale to bring the output's peak to (default: as it comes)",
     "save_codes": "file to keep the codes in: .safetensors",
     "resume": "file of codes to go on from, to a longer --duration",
+    "redecode": "file of codes to make the sound of again, without generating",
     "again": "sound or codes whose settings to use, but for the flags given beside",
     "dtype": "of the decoder (default: float16 on a GPU, float32 on the CPU)",
     "q_bits": "quantize the decoder's layers while loading: 4 or 8 bits per weight",
@@ -98,6 +99,7 @@ def make_parser() -> Parser:
     parser.add("peak", type=float)
     parser.add("save_codes", type=Path)
     parser.add("resume", type=Path)
+    parser.add("redecode", type=Path)
     parser.add("again", type=Path)
     parser.add("dtype", choices=["float16", "bfloat16", "float32"])
     parser.add("q_bits", type=int, choices=[4, 8])
@@ -140,7 +142,7 @@ def parse_arguments() -> argparse.Namespace:
 def recall(parser: Parser) -> None:
     """Make the settings of --again or --resume the defaults."""
     args, _ = parser.parse_known_args()
-    source = args.again or args.resume
+    source = args.again or args.resume or args.redecode
     if source is None:
         return
     try:
@@ -155,10 +157,10 @@ def recall(parser: Parser) -> None:
 
 def check_codes(args: argparse.Namespace) -> None:
     """Raise ValueError for what does not go with --save-codes and --resume."""
-    if args.save_codes is None and args.resume is None:
+    if not (args.save_codes or args.resume or args.redecode):
         return
     if args.prompts or len(args.prompt) > 1 or args.takes > 1 or args.output == "-":
-        raise ValueError("--save-codes and --resume go with one take")
+        raise ValueError("--save-codes, --resume and --redecode go with one take")
     if args.stream or args.tensor_parallel:
         raise ValueError("--save-codes and --resume go without --stream and the like")
     if args.save_codes and args.save_codes.suffix != ".safetensors":
@@ -247,6 +249,8 @@ def make(
         stop = None if args.prompts or together else Stop()
         if args.stream:
             return play(model, wanted[0], args.chunk, stop)
+        if args.redecode:
+            return redecode(model, wanted[0], args)
         known = known_codes(args, model)
         failures = make_with_bar(model, wanted, args, together, known, stop)
         if stop and stop():
@@ -256,17 +260,34 @@ def make(
     return 1 if failures else 0
 
 
+def codes_of(path: Path, name: str) -> mx.array:
+    """The codes in a file. Raises ValueError when they are not of the model."""
+    codes, told = settings.load_codes(path)
+    if told.get("model") != name:
+        raise ValueError(f"{path} holds codes of {told.get('model')}, not of {name}.")
+    return codes
+
+
+def redecode(model: MusicGen, job: Job, args: argparse.Namespace) -> int:
+    """Make the sound of saved codes; returns the exit status."""
+    start = time.perf_counter()
+    codes = codes_of(args.redecode, args.model)
+    model.check_codes(codes)
+    samples = jobs.decode(model, [job], codes)[0]
+    jobs.save(model, job, samples, codes, args.save_codes)
+    seconds = len(samples) / model.sampling_rate
+    print(describe(Made(job, seconds, time.perf_counter() - start, 1)))
+    return 0
+
+
 def known_codes(args: argparse.Namespace, model: MusicGen) -> mx.array | None:
     """The codes to go on from, less the last two frames: where a take ends, its later
     codebooks saw blanks instead of what comes now. Raises ValueError for codes of
     another model, or as long as the take is to be."""
     if args.resume is None:
         return None
-    codes, told = settings.load_codes(args.resume)
-    if told.get("model") != args.model:
-        raise ValueError(
-            f"{args.resume} holds codes of {told.get('model')}, not of {args.model}."
-        )
+    codes = codes_of(args.resume, args.model)
+    model.check_codes(codes)
     seconds = codes.shape[1] / model.frame_rate
     if codes.shape[1] >= int(args.duration * model.frame_rate):
         raise ValueError(

@@ -995,7 +995,7 @@ class MusicGen(nn.Module):
         if codes_prompt is None:
             known = self.encode_prompt(audio_prompt, frames)
         else:
-            known = self._check_codes(codes_prompt, frames)
+            known = self._check_known(codes_prompt, frames)
         if batch_size is not None and not (
             isinstance(batch_size, Integral) and batch_size > 0
         ):
@@ -1196,14 +1196,23 @@ class MusicGen(nn.Module):
         ((codes, _),) = self.audio_encoder.encode(audio.T[..., None])  # (C, T, K / C)
         return codes.transpose(1, 2, 0).reshape(1, -1, K).astype(mx.uint32)
 
-    def _check_codes(self, codes: mx.array, frames: int) -> mx.array:
+    def check_codes(self, codes: mx.array) -> None:
+        """Raise ValueError unless codes (B, T, K) can be this model's."""
         config = self.config.decoder
-        _, T, K = codes.shape
-        if K != config.num_codebooks or codes.max().item() >= config.vocab_size:
+        if (
+            codes.shape[2] != config.num_codebooks
+            or codes.size == 0
+            or codes.max().item() >= config.vocab_size
+        ):
             raise ValueError(
                 f"The codes must be of {config.num_codebooks} codebooks with "
                 f"{config.vocab_size} entries, as this model's are; they are not."
             )
+
+    def _check_known(self, codes: mx.array, frames: int) -> mx.array:
+        T = codes.shape[1]
+        if T > 0:
+            self.check_codes(codes)
         if T >= frames:
             raise ValueError(
                 f"The codes are {T / self.frame_rate:g} s long already; the duration "

@@ -2703,6 +2703,9 @@ class TestSettings(Test):
         resumed = self.make("resumed.wav", "--resume", path, *more)
         self.assertSame(resumed, whole)
         self.assertEqual(settings.load_codes(longer)[0].shape, (1, 40, 8))
+        level = ["--peak", "-3"]
+        again = self.make("redecoded.wav", "--redecode", longer, *level)
+        self.assertSame(again, whole)
         output = self.folder / "none.wav"
         for flags, pattern in (
             (["--duration", "0.2"], "0.3 s long already"),
