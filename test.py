@@ -2717,6 +2717,15 @@ class TestSettings(Test):
             self.assertEqual(status, 1)
             self.assertRegex(err, f"generate.py: error: .*{pattern}.*\n$")
             self.assertFalse(output.exists())
+        codes, told = settings.load_codes(path)
+        settings.save_codes(self.folder / "bad.safetensors", codes + 999, told)
+        for flag in ("--redecode", "--resume"):
+            more = ["--output", output, "--duration", "0.8"]
+            status, _, err = self.run_script(
+                flag, self.folder / "bad.safetensors", *more
+            )
+            self.assertEqual(status, 1)
+            self.assertRegex(err, "generate.py: error: The codes must be of 8.*\n$")
         for flags in (["--takes", "2"], ["--stream"], ["--save-codes", "x.npz"]):
             status, _, err = self.run_script("--resume", path, *flags)
             self.assertEqual(status, 2)
