@@ -200,7 +200,7 @@ class Stop:
 def agreed_seed(group: mx.distributed.Group) -> int:
     """Any seed, the same in every process."""
     mine = secrets.randbits(31) if group.rank() == 0 else 0
-    return mx.distributed.all_sum(mx.array(mine), group=group).item()
+    return jobs.agree([mine], group)[0]
 
 
 def make_jobs(args: argparse.Namespace) -> list[Job]:
@@ -236,10 +236,11 @@ def make(
     if not wanted:
         print("Nothing is left to make.")
         return 0
-    failures = []
-    if args.prompts is None:  # now, not after the minutes of loading
-        failures = jobs.check(wanted, together, args.output != "-")
-    if not failures:
+    # now, not after the minutes of loading
+    failures = jobs.check(wanted, together, args.output != "-")
+    bad = [id(job) for job, _ in failures]
+    good = [job for job in wanted if id(job) not in bad]
+    if good and (args.prompts or not failures):
         model = MusicGen.from_pretrained(
             args.model,
             getattr(mx, args.dtype) if args.dtype else None,
@@ -248,11 +249,11 @@ def make(
         )
         stop = None if args.prompts or together else Stop()
         if args.stream:
-            return play(model, wanted[0], args.chunk, stop)
+            return play(model, good[0], args.chunk, stop)
         if args.redecode:
-            return redecode(model, wanted[0], args)
+            return redecode(model, good[0], args)
         known = known_codes(args, model)
-        failures = make_with_bar(model, wanted, args, together, known, stop)
+        failures += make_with_bar(model, good, args, together, known, stop)
         if stop and stop():
             return tell_stop(args)
     if not silent:
@@ -260,20 +261,22 @@ def make(
     return 1 if failures else 0
 
 
-def codes_of(path: Path, name: str) -> mx.array:
+def codes_of(path: Path, model: MusicGen) -> mx.array:
     """The codes in a file. Raises ValueError when they are not of the model."""
     codes, told = settings.load_codes(path)
-    if told.get("model") != name:
-        raise ValueError(f"{path} holds codes of {told.get('model')}, not of {name}.")
+    if told.get("model") != model.name:
+        raise ValueError(
+            f"{path} holds codes of {told.get('model')}, not of {model.name}."
+        )
+    model.check_codes(codes)
     return codes
 
 
 def redecode(model: MusicGen, job: Job, args: argparse.Namespace) -> int:
     """Make the sound of saved codes; returns the exit status."""
     start = time.perf_counter()
-    codes = codes_of(args.redecode, args.model)
-    model.check_codes(codes)
-    samples = jobs.decode(model, [job], codes)[0]
+    codes = codes_of(args.redecode, model)
+    samples = jobs.decode(model, [job], codes, job.sound(model))[0]
     jobs.save(model, job, samples, codes, args.save_codes)
     seconds = len(samples) / model.sampling_rate
     print(describe(Made(job, seconds, time.perf_counter() - start, 1)))
@@ -286,8 +289,7 @@ def known_codes(args: argparse.Namespace, model: MusicGen) -> mx.array | None:
     another model, or as long as the take is to be."""
     if args.resume is None:
         return None
-    codes = codes_of(args.resume, args.model)
-    model.check_codes(codes)
+    codes = codes_of(args.resume, model)
     seconds = codes.shape[1] / model.frame_rate
     if codes.shape[1] >= int(args.duration * model.frame_rate):
         raise ValueError(

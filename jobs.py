@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,11 +97,11 @@ class Job:
 
     def runs_with(self, other: "Job") -> bool:
         """Whether both can be rows of one batch."""
-        mine, its = (self.options, self.audio_prompt), (
-            other.options,
-            other.audio_prompt,
-        )
-        return mine == its
+        return (self.options, self.audio_prompt) == (other.options, other.audio_prompt)
+
+    def sound(self, model: MusicGen) -> mx.array | None:
+        """Samples (N, C) of the audio prompt, if there is one."""
+        return self.audio_prompt and self.audio_prompt.load(model)
 
 
 def check_level(loudness: float | None, peak: float | None) -> None:
@@ -264,25 +264,26 @@ Progress = Callable[[int, int], None]
 def generate(
     model: MusicGen,
     batch: list[Job],
+    sound: mx.array | None = None,
     callback: Progress | None = None,
     known: mx.array | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> mx.array:
-    """Codes (B, T, K) of jobs that run together, starting with `known` codes if any.
+    """Codes (B, T, K) of jobs that run together, starting with `known` codes if any,
+    else with their audio prompt's `sound`.
 
     What does not fit into memory after all runs in halves.
     """
-    options, sound = batch[0].options, batch[0].audio_prompt
     try:
         codes = model.generate_codes(
             [job.prompt for job in batch],
             seed=[job.seed for job in batch],
-            audio_prompt=sound.load(model) if sound and known is None else None,
+            audio_prompt=sound,
             codes_prompt=known,
             callback=callback,
             stop=stop,
             batch_size=len(batch),
-            **{name: getattr(options, name) for name in OPTIONS},
+            **asdict(batch[0].options),
         )
         mx.eval(codes)
         return codes
@@ -292,23 +293,24 @@ def generate(
     mx.clear_cache()
     half = len(batch) // 2
     halves = (batch[:half], batch[half:])
-    parts = [generate(model, part, callback, known, stop) for part in halves]
+    parts = [generate(model, part, sound, callback, known, stop) for part in halves]
     return mx.concatenate(parts)
 
 
-def decode(model: MusicGen, batch: list[Job], codes: mx.array) -> mx.array:
-    """Audio (B, N, C) of codes, less the audio prompt where it is to be dropped."""
-    sound, audio = batch[0].audio_prompt, model.decode(codes)
-    if sound and sound.drop:
-        hop = model.config.audio_encoder.hop_length
-        audio = audio[:, math.ceil(len(sound.load(model)) / hop) * hop :]
+def decode(
+    model: MusicGen, batch: list[Job], codes: mx.array, sound: mx.array | None = None
+) -> mx.array:
+    """Audio (B, N, C) of codes, less the `sound` of an audio prompt to be dropped."""
+    audio = model.decode(codes)
+    if sound is not None and batch[0].audio_prompt.drop:
+        audio = model.without_prompt(audio, sound)
     mx.eval(audio)
     return audio
 
 
 def told(model: MusicGen, job: Job) -> dict[str, Any]:
     """All that makes the job's take again, for the file's comment."""
-    found = {name: getattr(job.options, name) for name in OPTIONS}
+    found = asdict(job.options)
     found |= dict(model=model.name, revision=model.revision, seed=job.seed)
     found |= dict(prompt=job.prompt, loudness=job.loudness, peak=job.peak)
     if job.audio_prompt:
@@ -364,15 +366,14 @@ def run(
     save_codes: Path | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> list[Failure]:
-    """Make every job; returns those that failed, with the reason.
+    """Make every job, checked before; returns those that failed, with the reason.
 
     A job that fails leaves the others alone. Batches are of `batch_size` jobs, or
     what memory holds. `group` are the processes that share the model. `known` are
     codes to start with, and `save_codes` is where those of the only job go. Once
     `stop` is true the batch ends there, is saved, and none follows.
     """
-    failures = check(jobs, group)
-    bad = [id(job) for job, _ in failures]
+    failures = []
 
     def size(job: Job) -> int:
         rows = min(batch_size, model.rows_that_fit(job.options))
@@ -380,13 +381,14 @@ def run(
             rows = mx.distributed.all_min(mx.array(rows), group=group).item()
         return rows
 
-    for batch in batches([job for job in jobs if id(job) not in bad], size):
+    for batch in batches(jobs, size):
         start = time.perf_counter()
         try:
-            codes = generate(model, batch, callback, known, stop)
+            sound = batch[0].sound(model)
+            codes = generate(model, batch, sound, callback, known, stop)
             if group is not None and group.rank() > 0:
                 continue
-            audio = decode(model, batch, codes)
+            audio = decode(model, batch, codes, sound)
         except (OSError, RuntimeError, ValueError) as error:
             failures += [(job, error) for job in batch]
             continue

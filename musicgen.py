@@ -31,7 +31,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from mlx.nn.layers.distributed import shard_linear
 from safetensors import SafetensorError, safe_open
 
-from encodec import Encodec, EncodecConfig, parallel_streams
+from encodec import Encodec, EncodecConfig, add, parallel_streams
 from t5 import T5, T5Config, Tokenizer
 
 MODELS = {
@@ -585,13 +585,6 @@ def rename(name: str) -> str:
     return name
 
 
-def add(weights: dict[str, mx.array], name: str, weight: mx.array) -> None:
-    """Put a tensor under a name. Raises ValueError when the name is taken."""
-    if name in weights:
-        raise ValueError(f"{name} is there twice, under two spellings")
-    weights[name] = weight
-
-
 def check_numbers(weights: dict[str, mx.array]) -> None:
     """Raise ValueError unless all are floats, or quantized and so with `scales`."""
     for name, weight in weights.items():
@@ -939,9 +932,13 @@ class MusicGen(nn.Module):
         codes = self.generate_codes(prompts, duration, *args, **options)
         audio = self.decode(codes)
         if drop_prompt and options.get("audio_prompt") is not None:
-            hop = self.config.audio_encoder.hop_length
-            audio = audio[:, math.ceil(len(options["audio_prompt"]) / hop) * hop :]
+            audio = self.without_prompt(audio, options["audio_prompt"])
         return audio
+
+    def without_prompt(self, audio: mx.array, prompt: mx.array) -> mx.array:
+        """Audio (B, N, C) less the whole frames that its audio prompt (N', C) took."""
+        hop = self.config.audio_encoder.hop_length
+        return audio[:, math.ceil(len(prompt) / hop) * hop :]
 
     def generate_codes(
         self,
@@ -985,17 +982,11 @@ class MusicGen(nn.Module):
 
         Raises ValueError for options out of range.
         """
-        prompts = check_prompts(prompts)
         options = Options(
             duration, temp, top_k, top_p, guidance_coef, negative_prompt, extend_stride
         )
-        options.check(self.config.max_duration, self.frame_rate)
-        seeds = row_seeds(seed, len(prompts))
-        frames = int(duration * self.frame_rate)
-        if codes_prompt is None:
-            known = self.encode_prompt(audio_prompt, frames)
-        else:
-            known = self._check_known(codes_prompt, frames)
+        prompts, seeds = self._check(prompts, seed, options)
+        known = self._known(audio_prompt, codes_prompt, options)
         if batch_size is not None and not (
             isinstance(batch_size, Integral) and batch_size > 0
         ):
@@ -1036,16 +1027,33 @@ class MusicGen(nn.Module):
         Takes the options of `generate_codes`. Raises ValueError for bad ones.
         """
         options = Options(duration, **options)
-        options.check(self.config.max_duration, self.frame_rate)
+        prompts, seeds = self._check(prompt, seed, options)
         if not 1 / self.frame_rate <= chunk <= duration:
             raise ValueError(
                 f"chunk must be from 1/{self.frame_rate} s to the duration, "
                 f"got {chunk}."
             )
-        known = self.encode_prompt(audio_prompt, int(duration * self.frame_rate))
+        known = self._known(audio_prompt, None, options)
         every = int(chunk * self.frame_rate)
-        work = (check_prompts(prompt), row_seeds(seed, 1), known, options, callback)
+        work = (prompts, seeds, known, options, callback)
         return self._sound(self._codes(*work, every=every, stop=stop))
+
+    def _check(
+        self, prompts: str | list[str], seed: int | list[int] | None, options: Options
+    ) -> tuple[list[str], list[int]]:
+        """A prompt and a seed for each row, after checking all that was asked for."""
+        prompts = check_prompts(prompts)
+        options.check(self.config.max_duration, self.frame_rate)
+        return prompts, row_seeds(seed, len(prompts))
+
+    def _known(
+        self, audio: mx.array | None, codes: mx.array | None, options: Options
+    ) -> mx.array:
+        """Codes (1, T, K) to start with: given, of a sound, or none."""
+        frames = int(options.duration * self.frame_rate)
+        if codes is None:
+            return self.encode_prompt(audio, frames)
+        return self._check_known(codes, frames)
 
     def _sound(self, codes: Iterator[mx.array | None]) -> Iterator[mx.array]:
         """Decode pieces of codes (1, T, K), handing each piece of sound out when some
@@ -1102,12 +1110,9 @@ class MusicGen(nn.Module):
                 sequence.append(tokens)
                 columns += tokens.shape[1]
                 ready = columns - max(delays)
-                if stop and stop():
-                    if ready > done:
-                        whole = mx.concatenate(sequence, axis=1)
-                        yield undelay(whole, delays)[:, done:]
-                    return
-                if ready == end - start or every and ready >= done + every:
+                stopped = stop is not None and stop()
+                enough = every and ready >= done + every or stopped and ready > done
+                if ready == end - start or enough:
                     whole = mx.concatenate(sequence, axis=1)
                     sequence = [whole]
                     known = undelay(whole, delays)
@@ -1115,6 +1120,8 @@ class MusicGen(nn.Module):
                     done = ready
                 else:
                     yield None
+                if stopped:
+                    return
             mx.eval(known)
 
     def _steps(

@@ -12,12 +12,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import BinaryIO
 
 import mlx.core as mx
 import numpy as np
 
-from jobs import OPTIONS, Job
+from jobs import Job
 from musicgen import MusicGen
 
 UNKNOWN = 0xFFFFFFFF  # the length that players take for "until the end"
@@ -91,15 +92,14 @@ def run(
 
     A reader that closes the pipe ends it, and so does `stop`, once it is true.
     """
-    sound = job.audio_prompt
     chunks = model.stream(
         job.prompt,
         chunk=chunk,
         seed=job.seed,
-        audio_prompt=sound.load(model) if sound else None,
+        audio_prompt=job.sound(model),
         callback=callback,
         stop=stop,
-        **{name: getattr(job.options, name) for name in OPTIONS},
+        **asdict(job.options),
     )
     with open_output(str(job.output)) as file:
         wav = WavStream(file, model.channels, model.sampling_rate)

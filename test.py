@@ -2488,10 +2488,10 @@ class TestJobs(Test):
         own = dict(self.settings, audio_prompt=str(path))
         whole = jobs.plan(["a"], own)
         rest = jobs.plan(["a"], own | dict(drop_prompt=True))
-        codes = jobs.generate(model, whole)
-        self.assertSame(
-            jobs.decode(model, rest, codes), jobs.decode(model, whole, codes)[:, 1920:]
-        )
+        sound = whole[0].sound(model)
+        codes = jobs.generate(model, whole, sound)
+        kept = jobs.decode(model, whole, codes, sound)
+        self.assertSame(jobs.decode(model, rest, codes, sound), kept[:, 1920:])
 
     def test_disk_that_fills_up(self):
         info = Mock(frames=8)
