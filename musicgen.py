@@ -218,25 +218,31 @@ def check_quantization(settings: dict[str, int]) -> None:
 
 
 class KVCache:
-    """Keys and values of one layer's past, in one buffer that is allocated once."""
+    """Keys and values of one layer's past, in one buffer that is allocated once.
 
-    def __init__(self, rows: int, heads: int, steps: int, width: int, dtype: mx.Dtype):
-        self._buffer = mx.zeros((2, rows, heads, steps, width), dtype)
+    N is the heads of all rows: each attends its own past alone.
+    """
+
+    def __init__(self, heads: int, steps: int, width: int, dtype: mx.Dtype):
+        self._buffer = mx.zeros((2, heads, steps, width), dtype)
         self.offset = 0
 
     def update(self, keys_values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append (2, R, H, S, d); returns all keys and all values (R, H, S', d)."""
-        end = self.offset + keys_values.shape[3]
-        self._buffer[:, :, :, self.offset : end] = keys_values
+        """Append (2, N, S, d); returns all keys and all values (1, N, S', d)."""
+        end = self.offset + keys_values.shape[2]
+        self._buffer[:, :, self.offset : end] = keys_values
         self.offset = end
-        return self._buffer[0, :, :, :end], self._buffer[1, :, :, :end]
+        return mx.split(self._buffer[:, :, :end], 2)
 
 
 class Conditioning(NamedTuple):
-    """What stays the same over a whole generation."""
+    """What stays the same over a whole generation.
 
-    memory: list[tuple[mx.array, mx.array]]  # text keys and values (R, H, L, d)
-    mask: mx.array | None  # (R, 1, 1, L), added to the scores; None: all attended
+    R' rows, the first, have a text to attend: all, or half of them.
+    """
+
+    memory: list[tuple[mx.array, mx.array]]  # text keys and values (R', H, L, d)
+    mask: mx.array | None  # (R', 1, 1, L), added to the scores; None: all attended
     positions: mx.array  # (S, D)
 
 
@@ -265,12 +271,22 @@ def project(
 def attend(
     queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None
 ) -> mx.array:
-    """Scaled dot-product attention, heads joined: (R, H, S, d) -> (R, S, D)."""
-    R, H, S, width = queries.shape
-    x = mx.fast.scaled_dot_product_attention(
-        queries, keys, values, scale=width**-0.5, mask=mask
+    """Scaled dot-product attention, on (R, H, S, d)."""
+    return mx.fast.scaled_dot_product_attention(
+        queries, keys, values, scale=queries.shape[-1] ** -0.5, mask=mask
     )
-    return x.swapaxes(1, 2).reshape(R, S, H * width)
+
+
+def attend_past(cache: KVCache, queries: mx.array, keys_values: mx.array) -> mx.array:
+    """Append keys and values to the cache, and attend all that is in it."""
+    mask = "causal" if queries.shape[2] > 1 else None
+    return attend(queries, *cache.update(keys_values), mask)
+
+
+def join_heads(x: mx.array, rows: int) -> mx.array:
+    """(R, H, S, d) or (1, R * H, S, d) -> (R, S, D)."""
+    S, width = x.shape[2:]
+    return x.reshape(rows, -1, S, width).swapaxes(1, 2).reshape(rows, S, -1)
 
 
 class SelfAttention(nn.Module):
@@ -289,13 +305,11 @@ class SelfAttention(nn.Module):
         self.out_proj = shard_linear(self.out_proj, "sharded-to-all", group=group)
 
     def queries_keys_values(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """(R, S, D) -> queries (R, H, S, d), keys and values (2, R, H, S, d)."""
+        """(R, S, D) -> queries (1, R * H, S, d), keys and values (2, R * H, S, d)."""
         R, S, _ = x.shape
-        y = project(self.in_proj, x)
-        q, kv = mx.split(y, [y.shape[-1] // 3], axis=-1)
-        q = q.reshape(R, S, self._heads, -1).swapaxes(1, 2)
-        kv = kv.reshape(R, S, 2, self._heads, -1)
-        return q, kv.transpose(2, 0, 3, 1, 4)  # (R, S, 2, H, d) -> (2, R, H, S, d)
+        y = project(self.in_proj, x).reshape(R, S, 3, self._heads, -1)
+        y = y.transpose(2, 0, 3, 1, 4)  # (3, R, H, S, d)
+        return mx.split(y.reshape(3, R * self._heads, S, -1), [1])
 
 
 class CrossAttention(nn.Module):
@@ -323,10 +337,9 @@ class CrossAttention(nn.Module):
     def keys_values(self, text: mx.array) -> tuple[mx.array, mx.array]:
         """Text states (R, L, D) -> keys and values (R, H, L, d)."""
         R, L, _ = text.shape
-        return tuple(
-            part.reshape(R, L, self._heads, -1).swapaxes(1, 2)
-            for part in mx.split(self.kv_proj(text), 2, axis=-1)
-        )
+        y = self.kv_proj(text)
+        y = y.reshape(R, L, 2 * self._heads, y.shape[-1] // (2 * self._heads))
+        return mx.split(y.swapaxes(1, 2), 2, axis=1)
 
 
 class Layer(nn.Module):
@@ -350,7 +363,7 @@ class Layer(nn.Module):
         self.linear2 = shard_linear(self.linear2, "sharded-to-all", group=group)
 
     def before(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Queries (R, H, S, d), keys and values (2, R, H, S, d) of x (R, S, D)."""
+        """Queries (1, R * H, S, d), keys and values (2, R * H, S, d) of x (R, S, D)."""
         return self.self_attn.queries_keys_values(self.norm1(x))
 
     def after(
@@ -361,18 +374,25 @@ class Layer(nn.Module):
         mask: mx.array | None,
     ) -> mx.array:
         """The layer's output (R, S, D), from what its self-attention gave."""
-        x = project(self.self_attn.out_proj, attended, x)
-        queries = self.cross_attention.queries(self.norm_cross(x))
-        attended = attend(queries, *memory, mask)
-        x = project(self.cross_attention.out_proj, attended, x)
+        x = project(self.self_attn.out_proj, join_heads(attended, len(x)), x)
+        x = self.add_text(x, memory, mask)
         hidden = nn.gelu(project(self.linear1, self.norm2(x)))
         return project(self.linear2, hidden, x)
 
-
-def attend_past(cache: KVCache, queries: mx.array, keys_values: mx.array) -> mx.array:
-    """Append keys and values to the cache, and attend all that is in it."""
-    mask = "causal" if queries.shape[2] > 1 else None
-    return attend(queries, *cache.update(keys_values), mask)
+    def add_text(
+        self,
+        x: mx.array,
+        memory: tuple[mx.array, mx.array],
+        mask: mx.array | None,
+    ) -> mx.array:
+        """Add to the rows that have a text what they find in it: (R, S, D)."""
+        rows = len(memory[0])
+        queries = self.cross_attention.queries(self.norm_cross(x[:rows]))
+        attended = join_heads(attend(queries, *memory, mask), rows)
+        found = project(self.cross_attention.out_proj, attended)
+        parts = x.reshape(-1, *found.shape)
+        has_text = mx.array([True] + [False] * (len(parts) - 1))[:, None, None, None]
+        return (parts + mx.where(has_text, found, 0)).reshape(x.shape)
 
 
 def sinusoids(steps: int, width: int) -> mx.array:
@@ -381,6 +401,15 @@ def sinusoids(steps: int, width: int) -> mx.array:
     period = 10000.0 ** (mx.arange(half) / (half - 1))
     phase = mx.arange(steps)[:, None] / period
     return mx.concatenate([mx.cos(phase), mx.sin(phase)], axis=-1)
+
+
+def rows_with_text(mask: mx.array) -> int:
+    """Half of the rows of (R, L) if the second half has no token to attend, else all."""
+    R = len(mask)
+    return R // 2 if R % 2 == 0 and not mask[R // 2 :].any().item() else R
+
+
+State = tuple[mx.array, mx.array, mx.array]  # x, queries, keys and values of a layer
 
 
 class Decoder(nn.Module):
@@ -410,9 +439,12 @@ class Decoder(nn.Module):
     def condition(self, text: mx.array, mask: mx.array, steps: int) -> Conditioning:
         """Prepare `steps` steps under the text states (R, L, width).
 
-        `mask` (R, L) is true for the tokens to attend. The others are zeroed;
-        a row without any attends nothing but zeros, which adds nothing.
+        `mask` (R, L) is true for the tokens to attend. The others are zeroed; a row
+        without any attends nothing but zeros, which adds nothing. Where all of the
+        second half are such, as null rows are, they are left out.
         """
+        rows = rows_with_text(mask)
+        text, mask = text[:rows], mask[:rows]
         text = self.output_proj(text.astype(self.dtype)) * mask[..., None]
         memory = [layer.cross_attention.keys_values(text) for layer in self.layers]
         attended = mask | ~mask.any(axis=1, keepdims=True)
@@ -438,7 +470,7 @@ class Decoder(nn.Module):
 
     def make_cache(self, rows: int, steps: int) -> list[KVCache]:
         """Empty caches for `rows` sequences of up to `steps` steps."""
-        sizes = (rows, self._cache_heads, steps, self._head_width)
+        sizes = (rows * self._cache_heads, steps, self._head_width)
         return [KVCache(*sizes, self.dtype) for _ in self.layers]
 
     def embed(self, tokens: mx.array) -> mx.array:
@@ -470,8 +502,9 @@ class Decoder(nn.Module):
 
     def compile(
         self, conditioning: Conditioning, cache: list[KVCache]
-    ) -> Callable[[mx.array], mx.array]:
-        """A faster `self` for single steps: tokens (R, 1, K) -> logits (R, 1, K, V).
+    ) -> tuple[Callable[[mx.array], State], Callable[[State], mx.array]]:
+        """A faster `self` for single steps, in two halves: tokens (R, 1, K) to what
+        the lower layers make of them, and that to logits (R, 1, K, V).
 
         All between two self-attentions is compiled, so that Python does not build
         its graph anew in every step; the attention's own shape grows.
@@ -494,15 +527,23 @@ class Decoder(nn.Module):
         def leave(x: mx.array, attended: mx.array):
             return self.logits(layers[-1].after(x, attended, memory[-1], mask))
 
-        segments = [between(i) for i in range(len(layers) - 1)]
+        blocks = [(cache[i], between(i)) for i in range(len(layers) - 1)]
+        half = len(blocks) // 2
 
-        def step(tokens: mx.array) -> mx.array:
-            x, *qkv = enter(tokens, positions[cache[0].offset])
-            for past, segment in zip(cache, segments):
-                x, *qkv = segment(x, attend_past(past, *qkv))
+        def climb(state: State, blocks: list) -> State:
+            for past, block in blocks:
+                x, *qkv = state
+                state = block(x, attend_past(past, *qkv))
+            return state
+
+        def lower(tokens: mx.array) -> State:
+            return climb(enter(tokens, positions[cache[0].offset]), blocks[:half])
+
+        def upper(state: State) -> mx.array:
+            x, *qkv = climb(state, blocks[half:])
             return leave(x, attend_past(cache[-1], *qkv))
 
-        return step
+        return lower, upper
 
     def quantize(self, bits: int, group_size: int = 64) -> None:
         """Store the layers' matrices in `bits` bits, with a scale for each group.
@@ -837,6 +878,16 @@ def windows(frames: int, longest: int, stride: int) -> list[tuple[int, int]]:
     return [(start, min(start + longest, frames)) for start in starts]
 
 
+class Part(NamedTuple):
+    """Some rows of a run."""
+
+    stream: mx.Stream
+    conditioning: Conditioning
+    cache: list[KVCache]
+    lower: Callable[[mx.array], State]
+    upper: Callable[[State], mx.array]
+
+
 class Run:
     """The decoder under given texts, ready to step: what is prepared once.
 
@@ -853,12 +904,13 @@ class Run:
         on_cpu = mx.default_device() == mx.cpu
         self._cut = R // 2 if on_cpu and R > 1 and decoder.group is None else R
         self._parts = []
-        for part, stream in zip(self._split(text, mask), parallel_streams()):
+        self._halfway: list[State] = []  # of the step before
+        for (text, mask), stream in zip(self._split(text, mask), parallel_streams()):
             with mx.stream(stream):
-                conditioning = decoder.condition(*part, steps)
-            cache = decoder.make_cache(len(part[0]), steps)
-            step = decoder.compile(conditioning, cache)
-            self._parts.append((stream, conditioning, cache, step))
+                conditioning = decoder.condition(text, mask, steps)
+            cache = decoder.make_cache(len(text), steps)
+            halves = decoder.compile(conditioning, cache)
+            self._parts.append(Part(stream, conditioning, cache, *halves))
 
     def _split(self, *arrays: mx.array) -> list[tuple[mx.array, ...]]:
         parts = [tuple(x[: self._cut] for x in arrays)]
@@ -868,22 +920,42 @@ class Run:
 
     def rewind(self) -> None:
         """Forget all steps; the buffers are used again."""
-        for _, _, cache, _ in self._parts:
-            for layer in cache:
+        for part in self._parts:
+            for layer in part.cache:
                 layer.offset = 0
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """Logits (R, 1, K, V) of what follows the tokens (B, S, K)."""
-        tokens, logits = mx.concatenate([tokens] * self._copies), []
-        for (tokens,), part in zip(self._split(tokens), self._parts):
-            stream, conditioning, cache, step = part
-            with mx.stream(stream):
-                if tokens.shape[1] == 1:
-                    logits.append(step(tokens))
-                else:
-                    x = self._decoder.hidden(tokens, conditioning, cache)
-                    logits.append(self._decoder.logits(x[:, -1:]))
-        return mx.concatenate(logits)
+        rows = [x for x, in self._split(mx.concatenate([tokens] * self._copies))]
+        if tokens.shape[1] > 1:
+            return mx.concatenate(self._on_streams(self._prefill, rows))
+        states = self._on_streams(lambda part, x: part.lower(x), rows)
+        self._keep_pace(tokens, states)
+        return mx.concatenate(
+            self._on_streams(lambda part, state: part.upper(state), states)
+        )
+
+    def _on_streams(self, compute: Callable, values: list) -> list:
+        results = []
+        for part, value in zip(self._parts, values):
+            with mx.stream(part.stream):
+                results.append(compute(part, value))
+        return results
+
+    def _prefill(self, part: Part, tokens: mx.array) -> mx.array:
+        x = self._decoder.hidden(tokens, part.conditioning, part.cache)
+        return self._decoder.logits(x[:, -1:])
+
+    def _keep_pace(self, tokens: mx.array, states: list[State]) -> None:
+        """Start on the lower layers, when the step before is through with them.
+
+        MLX writes into a cache only once all that reads it is done, and copies the
+        whole of it otherwise. So half a step is under way while the other is built.
+        """
+        mx.eval(self._halfway)
+        mx.async_eval(states)
+        mx.eval(tokens)
+        self._halfway = states
 
 
 class MusicGen(nn.Module):

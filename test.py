@@ -30,6 +30,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import Mock, patch
 
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 products are to be exact
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -633,10 +635,10 @@ class TestDecoder(Test):
         for dtype, tolerance in tolerances.items():
             decoder, conditioning, tokens = random_decoder(dtype)
             cache = decoder.make_cache(2, 9)
-            step = decoder.compile(conditioning, decoder.make_cache(2, 9))
+            lower, upper = decoder.compile(conditioning, decoder.make_cache(2, 9))
             for i in range(9):
                 plain = decoder(tokens[:, i : i + 1], conditioning, cache)
-                fast = step(tokens[:, i : i + 1])
+                fast = upper(lower(tokens[:, i : i + 1]))
                 self.assertClose(
                     fast.astype(mx.float32), plain.astype(mx.float32), tolerance
                 )
@@ -661,7 +663,7 @@ class TestDecoder(Test):
             decoder, conditioning, tokens = random_decoder(dtype)
             cache = decoder.make_cache(2, 9)
             logits = decoder(tokens, conditioning, cache)
-            late = cache[-1].update(mx.zeros((2, 2, 2, 0, 8), dtype))
+            late = cache[-1].update(mx.zeros((2, 4, 0, 8), dtype))
             memory, mask, positions = conditioning
             for array in (logits, *late, *memory[-1], mask, positions):
                 self.assertEqual(array.dtype, dtype)
