@@ -280,37 +280,43 @@ class ConvTranspose1d(nn.Module):
         return x[:, self._trim_left : x.shape[1] - self._trim_right]
 
 
-@mx.compile
-def lstm_cell(gates: mx.array, cell: mx.array) -> tuple[mx.array, mx.array]:
-    """Next hidden and cell state (B, D) from the gates (B, 4 D): in, forget, new, out."""
-    i, f, g, o = mx.split(gates, 4, axis=-1)
-    cell = mx.sigmoid(f) * cell + mx.sigmoid(i) * mx.tanh(g)
-    return mx.sigmoid(o) * mx.tanh(cell), cell
-
-
 LSTMState = tuple[mx.array, mx.array]  # hidden and cell (B, D)
 
 
-class LSTMLayer(nn.LSTM):
-    """MLX's LSTM in two operations a step, one of them a compiled kernel.
+@mx.compile
+def lstm_steps(
+    inputs: mx.array, recurrent: mx.array, hidden: mx.array, cell: mx.array
+) -> tuple[mx.array, LSTMState]:
+    """Hidden states (B, T, D) after what comes in, (B, T, 4 D) for the gates in,
+    forget, new and out, by the matrix (4 D, D); and the state after the last."""
+    steps = []
+    for x in mx.unstack(inputs, axis=1):
+        i, f, g, o = mx.split(x + hidden @ recurrent.T, 4, axis=-1)
+        cell = mx.sigmoid(f) * cell + mx.sigmoid(i) * mx.tanh(g)
+        hidden = mx.sigmoid(o) * mx.tanh(cell)
+        steps.append(hidden)
+    return mx.stack(steps, axis=1), (hidden, cell)
 
-    `nn.LSTM` takes twelve. On a GPU their number decides, for each is tiny.
+
+class LSTMLayer(nn.LSTM):
+    """MLX's LSTM with ten steps compiled together.
+
+    `nn.LSTM` takes twelve operations a step. On a GPU their number decides, for each
+    is tiny.
     """
 
     def __call__(
         self, x: mx.array, state: LSTMState | None = None
     ) -> tuple[mx.array, LSTMState]:
         """Hidden states (B, T, D) of x (B, T, D), and the state after the last."""
-        B, T, _ = x.shape
         inputs = mx.addmm(self.bias, x, self.Wx.T)
-        zeros = mx.zeros((B, self.hidden_size), x.dtype)
-        hidden, cell = state or (zeros, zeros)
-        steps = []
-        for t in range(T):
-            gates = mx.addmm(inputs[:, t], hidden, self.Wh.T)
-            hidden, cell = lstm_cell(gates, cell)
-            steps.append(hidden)
-        return mx.stack(steps, axis=1), (hidden, cell)
+        zeros = mx.zeros((len(x), self.hidden_size), x.dtype)
+        state, pieces = state or (zeros, zeros), []
+        for start in range(0, x.shape[1], 10):
+            piece = inputs[:, start : start + 10]
+            piece, state = lstm_steps(piece, self.Wh, *state)
+            pieces.append(piece)
+        return mx.concatenate(pieces, axis=1), state
 
 
 class LSTM(nn.Module):
@@ -737,14 +743,16 @@ class DecodingStream:
             x, self._states = self._model.decoder.layers[1].advance(x, self._states)
             mx.async_eval(x)  # or pieces side by side would wait for each other
         if not self._upsample:
-            pairs = range(math.ceil(len(x) / 2))
-            self._upsample = [make_upsampler(self._model) for _ in pairs]
+            self._upsample = [
+                make_upsampler(self._model, min(len(x) - i, 2))
+                for i in range(0, len(x), 2)
+            ]
         rows = [up(x[2 * i : 2 * i + 2], last) for i, up in enumerate(self._upsample)]
         return mx.concatenate(rows)
 
 
-def make_upsampler(model: Encodec, frames: int = 100) -> Lookahead:
-    """What follows the LSTM, `frames` frames at a time to save memory."""
+def make_upsampler(model: Encodec, rows: int, frames: int = 200) -> Lookahead:
+    """What follows the LSTM, for `frames` frames of all rows at a time, to save memory."""
     streams = parallel_streams()
     waiting, turn = [], itertools.cycle(streams)
 
@@ -760,7 +768,7 @@ def make_upsampler(model: Encodec, frames: int = 100) -> Lookahead:
             waiting.clear()
         return piece
 
-    frames = math.ceil(frames / len(streams))
+    frames = math.ceil(frames / (rows * len(streams)))
     reach = upsampling_reach(model.config)
     return Lookahead(apply, model.config.hop_length, *reach, frames, model.channels)
 

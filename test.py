@@ -73,6 +73,11 @@ def last(array: mx.array) -> mx.array:
     return array.swapaxes(1, 2)
 
 
+def exact(name: str) -> MusicGen:
+    """A model of the reference in float32, which is not every device's own choice."""
+    return MusicGen.from_pretrained(REFERENCE / name, mx.float32)
+
+
 class Test(unittest.TestCase):
     def setUp(self):
         self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
@@ -371,7 +376,7 @@ class TestEncodec(Test):
             for layer in model.decoder.layers[2:]:
                 whole = layer(whole)
             for frames in (1, 3, 4, 22, 100):
-                upsample = encodec.make_upsampler(model, frames)
+                upsample = encodec.make_upsampler(model, 2, 2 * frames)
                 self.assertClose(upsample(x, last=True), whole, 1e-5)
 
     def test_reach_is_exact(self):
@@ -608,7 +613,7 @@ class TestDecoder(Test):
     def test_text_states_and_logits(self):
         for name in TRANSFORMERS + AUDIOCRAFT:
             with self.subTest(name):
-                model, want = MusicGen.from_pretrained(REFERENCE / name), expected(name)
+                model, want = exact(name), expected(name)
                 decoder, mask = model.decoder, want["text_mask"] == 1
                 text = model.text_encoder(want["text_ids"], mask)
                 states = decoder.output_proj(text) * mask[..., None]
@@ -654,8 +659,10 @@ class TestDecoder(Test):
                 self.assertClose(both, plain + residual, 1e-6)
 
     def test_operations_per_layer(self):
-        # Each costs the host some microseconds, whatever its size.
-        counts = [operations_per_step(layers) for layers in (2, 3)]
+        # Each costs the host some microseconds, whatever its size. On CUDA adding
+        # to the residual is apart, see MAX_COLUMNS: two more.
+        with patch("musicgen.MAX_COLUMNS", 0):
+            counts = [operations_per_step(layers) for layers in (2, 3)]
         self.assertLessEqual(counts[1] - counts[0], 14)
 
     def test_one_dtype(self):
@@ -807,7 +814,7 @@ class TestSampling(Test):
 class TestGenerate(Test):
     def test_greedy_codes(self):
         for name in TRANSFORMERS + AUDIOCRAFT:
-            model, want = MusicGen.from_pretrained(REFERENCE / name), expected(name)
+            model, want = exact(name), expected(name)
             prompts = EXPECTED[name]["prompts"]
             duration = EXPECTED[name]["frames"] / model.frame_rate
             for guidance in (1, 3, 4.5):
@@ -822,12 +829,12 @@ class TestGenerate(Test):
 
     def test_audio(self):
         for name in TRANSFORMERS + AUDIOCRAFT:
-            model, want = MusicGen.from_pretrained(REFERENCE / name), expected(name)
+            model, want = exact(name), expected(name)
             codes = want["batch_g3_codes"][:1]
             self.assertClose(last(model.decode(last(codes))), want["one_g3_audio"])
 
     def test_take_is_the_same_alone_and_in_a_batch(self):
-        model = MusicGen.from_pretrained(REFERENCE / "stereo-audiocraft")
+        model = exact("stereo-audiocraft")
         prompts = [
             "slow piano",
             "",
@@ -843,7 +850,7 @@ class TestGenerate(Test):
         self.assertNotEqual(batch[0].tolist(), batch[3].tolist())
 
     def test_no_guidance_by_the_text_is_the_null_rows(self):
-        model = MusicGen.from_pretrained(REFERENCE / "mono-audiocraft")
+        model = exact("mono-audiocraft")
         null = model.generate_codes("", duration=0.3, temp=0, guidance_coef=1)
         guided = model.generate_codes("drums", duration=0.3, temp=0, guidance_coef=0)
         self.assertSame(guided, null)
@@ -854,7 +861,7 @@ class TestGenerate(Test):
 
     def test_text_encoder_is_freed_where_memory_is_short(self):
         for name in ("mono-transformers", "stereo-audiocraft"):
-            model = MusicGen.from_pretrained(REFERENCE / name)
+            model = exact(name)
             codes = model.generate_codes("drums", duration=0.1, seed=1)
             self.assertIsNotNone(model.text_encoder)
             with patch("musicgen.mx.get_memory_limit", return_value=10**6):
@@ -874,7 +881,7 @@ class TestGenerate(Test):
         self.assertClose(columns, rows, 1e-5)
 
     def test_every_step_draws_anew(self):
-        model = MusicGen.from_pretrained(REFERENCE / "mono-audiocraft")
+        model = exact("mono-audiocraft")
         model.decoder.linears.weight *= 0  # all codes equally likely
         codes = np.array(model.generate_codes("a", duration=1.0, top_k=64, seed=0))
         for k in range(4):
@@ -890,23 +897,23 @@ class TestGenerate(Test):
                     self.assertEqual(dtypes, {mx.float32})
 
     def test_shapes(self):
-        model = MusicGen.from_pretrained(REFERENCE / "stereo-transformers")
+        model = exact("stereo-transformers")
         audio = model.generate(["a", "b"], duration=0.239, seed=0)
         self.assertEqual(audio.shape, (2, 11 * 640, 2))
         self.assertEqual(audio.dtype, mx.float32)
         self.assertEqual(model.generate_codes("a", duration=0.02).shape, (1, 1, 8))
 
     def test_half_precision(self):
-        exact = MusicGen.from_pretrained(REFERENCE / "mono-transformers")
+        single = exact("mono-transformers")
         for dtype in (mx.float16, mx.bfloat16):
             model = MusicGen.from_pretrained(REFERENCE / "mono-transformers", dtype)
             self.assertEqual(model.decoder.dtype, dtype)
             codes = model.generate_codes("drums", duration=0.1, temp=0)
-            want = exact.generate_codes("drums", duration=0.1, temp=0)
+            want = single.generate_codes("drums", duration=0.1, temp=0)
             self.assertSame(codes[:, 0], want[:, 0])
 
     def test_long_prompt_is_cut_with_a_warning(self):
-        model = MusicGen.from_pretrained(REFERENCE / "mono-transformers")
+        model = exact("mono-transformers")
         prompt = "drums " * 600
         ids = model.tokenizer.encode(prompt)[:511] + [1]
         with self.assertWarnsRegex(UserWarning, "T5 takes 512"):
@@ -915,7 +922,7 @@ class TestGenerate(Test):
         self.assertTrue(mask.all().item())
 
     def test_bad_options(self):
-        model = MusicGen.from_pretrained(REFERENCE / "mono-transformers")
+        model = exact("mono-transformers")
         for name, values in {
             "duration": (0, -1, math.nan, 0.01, math.inf, 10**400),
             "temp": (-0.1, math.nan, "1", None, 1e-39),
@@ -939,7 +946,7 @@ class TestLongAudio(Test):
     """Windows that slide, and codes that continue an audio prompt."""
 
     def load(self, name: str) -> MusicGen:
-        model = MusicGen.from_pretrained(REFERENCE / name)
+        model = exact(name)
         model.config.max_duration = 15 / 50
         return model
 
@@ -1069,8 +1076,10 @@ class TestLongAudio(Test):
             return prepare(prompts, *rest)
 
         row = 2 * model.decoder.cache_bytes(10)
-        room = mx.get_active_memory() + musicgen.DECODING_MEMORY + 2.5 * row
-        with patch("musicgen.memory_size", return_value=room):
+        room = musicgen.DECODING_MEMORY + 2.5 * row
+        with patch("musicgen.memory_size", return_value=room), patch(
+            "mlx.core.get_active_memory", return_value=0
+        ):
             with patch.object(model, "_prepare", count):
                 model.generate_codes(["a"] * 5, duration=0.2)
         self.assertEqual(batches, [2, 2, 1])
@@ -1139,7 +1148,7 @@ class TestStream(Test):
     def test_is_what_generate_gives(self):
         sound = mx.array(np.random.default_rng(0).normal(size=(1000, 1)), mx.float32)
         for name in TRANSFORMERS + AUDIOCRAFT:
-            model = MusicGen.from_pretrained(REFERENCE / name)
+            model = exact(name)
             model.config.max_duration = 15 / 50
             for duration in (0.02, 0.2, 0.9):
                 options = dict(duration=duration, seed=3, negative_prompt="piano")
@@ -1154,7 +1163,7 @@ class TestStream(Test):
                     self.assertClose(mx.concatenate(pieces), whole, 1e-5)
 
     def test_comes_while_it_is_made(self):
-        model = MusicGen.from_pretrained(REFERENCE / "mono-audiocraft")
+        model = exact("mono-audiocraft")
         steps = []
         stream = model.stream(
             "drums", duration=1.0, chunk=0.2, callback=lambda *step: steps.append(step)
@@ -1170,7 +1179,7 @@ class TestStream(Test):
         self.assertEqual(len(steps), 53)
 
     def test_bad_options(self):
-        model = MusicGen.from_pretrained(REFERENCE / "mono-audiocraft")
+        model = exact("mono-audiocraft")
         for options, pattern in (
             (dict(chunk=0), "chunk must"),
             (dict(chunk=9), "chunk must"),
@@ -1550,7 +1559,7 @@ class TestLoading(Test):
         with patch.object(convert, "read_yaml", return_value=settings):
             with patch.object(T5, "from_pretrained", side_effect=OSError) as load:
                 with self.assertRaises(OSError):
-                    MusicGen.from_pretrained(REFERENCE / "mono-audiocraft")
+                    exact("mono-audiocraft")
         load.assert_called_once_with("someone/other-t5")
 
     def test_what_is_fetched_of_the_transformers_layout(self):
@@ -1603,7 +1612,7 @@ class TestLoading(Test):
             "dataset.segment_duration": "12",
         }
         with patch.object(convert, "read_yaml", return_value=settings):
-            model = MusicGen.from_pretrained(REFERENCE / "mono-audiocraft")
+            model = exact("mono-audiocraft")
         self.assertEqual(model.config.decoder.delays, (0, 2, 4, 6))
         self.assertEqual(model.config.decoder.num_attention_heads, 4)
         self.assertEqual(model.config.max_duration, 12)
@@ -2010,7 +2019,9 @@ class TestConvert(Test):
                 sorted(path.name for path in target.iterdir()),
                 ["config.json", "model.safetensors", "spiece.model"],
             )
-            before, after = (MusicGen.from_pretrained(p) for p in (source, target))
+            before, after = (
+                MusicGen.from_pretrained(p, mx.float32) for p in (source, target)
+            )
             options = dict(prompts=["drums", "piano"], duration=0.2, seed=3)
             audio = before.generate(**options)
             self.assertSame(audio, after.generate(**options))
@@ -2050,7 +2061,7 @@ class TestConvert(Test):
                 "32",
             )
             stored = MusicGen.from_pretrained(target)
-            loaded = MusicGen.from_pretrained(source, q_bits=bits, q_group_size=32)
+            loaded = MusicGen.from_pretrained(source, mx.float32, bits, 32)
             self.assertEqual(stored.config.quantization["bits"], bits)
             for model in (stored, loaded):
                 linear = model.decoder.layers[0].linear1
@@ -2335,15 +2346,15 @@ class TestCommandLine(Test):
 
     def test_takes_are_numbered(self):
         arguments = ["-p", "drums", "-p", "piano", "--takes", "2", "--seed", "5"]
-        arguments += ["--duration", "0.1", "--output", self.folder / "out.flac"]
-        status, out, err = self.run_script(*arguments, "--model", self.model)
+        arguments += ["--output", self.folder / "out.flac"]
+        common = ["--duration", "0.1", "--dtype", "float32", "--model", self.model]
+        status, out, err = self.run_script(*arguments, *common)
         self.assertEqual(status, 0, err)
         names = [f"out-{i}.flac" for i in range(1, 5)]
         self.assertEqual(sorted(p.name for p in self.folder.iterdir()), names)
         self.assertEqual(out.count("\n"), 4)
-        alone = ["-p", "piano", "--seed", "8", "--duration", "0.1"]
-        alone += ["--output", self.folder / "alone.flac", "--model", self.model]
-        self.run_script(*alone)
+        alone = ["-p", "piano", "--seed", "8"]
+        self.run_script(*alone, "--output", self.folder / "alone.flac", *common)
         same = [self.folder / name for name in ("out-4.flac", "alone.flac")]
         self.assertSame(*(soundfile.read(path)[0] for path in same))
 
@@ -2361,7 +2372,7 @@ class TestJobs(Test):
     def script(self, path: Path, *more: str) -> tuple[int, str, str]:
         arguments = ["--prompts", path, "--output", self.folder / "out.wav"]
         arguments += ["--duration", "0.1", "--seed", "3", "--model", self.model]
-        return self.run_script(*arguments, *more)
+        return self.run_script(*arguments, "--dtype", "float32", *more)
 
     def found(self) -> list[str]:
         return sorted(path.name for path in self.folder.glob("*.wav"))
@@ -2983,6 +2994,8 @@ class TestDistributed(Test):
         super().setUp()
         if not mx.distributed.is_available("ring"):
             skip(self, "MLX was built without its ring backend")
+        if not Path(sys.executable).with_name("mlx.launch").exists():
+            skip(self, "mlx.launch does not lie beside this Python")
 
     def launch(self, *arguments: str, name: str, port: int) -> str:
         """What two processes print; their files are NAME-1.wav and so on."""
