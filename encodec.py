@@ -291,7 +291,9 @@ def lstm_steps(
     forget, new and out, by the matrix (4 D, D); and the state after the last."""
     steps = []
     for x in mx.unstack(inputs, axis=1):
-        i, f, g, o = mx.split(x + hidden @ recurrent.T, 4, axis=-1)
+        # sums of parts, not parts of a sum, so that all but the product is one kernel
+        gates = zip(mx.split(x, 4, -1), mx.split(hidden @ recurrent.T, 4, -1))
+        i, f, g, o = (a + b for a, b in gates)
         cell = mx.sigmoid(f) * cell + mx.sigmoid(i) * mx.tanh(g)
         hidden = mx.sigmoid(o) * mx.tanh(cell)
         steps.append(hidden)

@@ -247,9 +247,10 @@ class Conditioning(NamedTuple):
 
 
 # cublasLt, which MLX's CUDA build asks for a product with several rows, costs the
-# host 16 to 26 microseconds a call; the same product as matrix times columns is one
-# kernel of 8 to 13. Beyond a few rows reading the matrix again for each loses that.
-MAX_COLUMNS = 8 if mx.cuda.is_available() else 0
+# host 12 to 18 microseconds a call; the same product as matrix times columns is one
+# kernel of 4 to 6. It reads the matrix again for each row, so where that is much, no.
+MAX_COLUMNS = 16 if mx.cuda.is_available() else 0
+MAX_READ = 2**26  # numbers, for all rows together
 
 
 def project(
@@ -259,7 +260,7 @@ def project(
     R, S, _ = x.shape
     if not isinstance(layer, nn.Linear):  # quantized, or shared among processes
         y = layer(x)
-    elif S == 1 < R <= MAX_COLUMNS:
+    elif S == 1 < R <= MAX_COLUMNS and R * layer.weight.size <= MAX_READ:
         y = (layer.weight @ x.swapaxes(1, 2)).swapaxes(1, 2)
     elif residual is None:
         return layer(x)

@@ -1055,6 +1055,8 @@ class TestLongAudio(Test):
         self.assertNotEqual(alone.tolist(), plain.tolist())
 
     def test_memory_is_flat(self):
+        if mx.default_device() != mx.cpu:
+            skip(self, "a GPU's memory comes in blocks larger than these caches")
         model = self.load("mono-audiocraft")
         peaks = {2: [], 10: []}
         for windows in (2, 10) * 3:  # the least of three: evaluation may lag behind
@@ -2356,7 +2358,8 @@ class TestCommandLine(Test):
         alone = ["-p", "piano", "--seed", "8"]
         self.run_script(*alone, "--output", self.folder / "alone.flac", *common)
         same = [self.folder / name for name in ("out-4.flac", "alone.flac")]
-        self.assertSame(*(soundfile.read(path)[0] for path in same))
+        sounds = [mx.array(soundfile.read(path)[0]) for path in same]
+        self.assertClose(*sounds, 1e-4)  # a GPU rounds otherwise in a batch
 
 
 class TestJobs(Test):
@@ -2540,7 +2543,9 @@ class TestJobs(Test):
         kept = (self.folder / "out-1.wav").stat().st_mtime_ns
         status, out, _ = self.script(path)
         self.assertEqual((status, out.count("\n")), (0, 1))
-        self.assertEqual(self.contents(), whole)
+        if mx.default_device() == mx.cpu:  # a GPU rounds otherwise in a batch
+            self.assertEqual(self.contents(), whole)
+        self.assertEqual(self.found(), sorted(whole))
         self.assertEqual((self.folder / "out-1.wav").stat().st_mtime_ns, kept)
         status, out, _ = self.script(path)
         self.assertEqual((status, out), (0, "Nothing is left to make.\n"))
