@@ -1013,27 +1013,37 @@ def resample(audio: np.ndarray, source: int, target: int) -> np.ndarray:
     return output
 
 
-SUBTYPES = {
-    ".wav": "PCM_16",
-    ".flac": "PCM_16",
-    ".ogg": "VORBIS",
-    ".mp3": "MPEG_LAYER_III",
+SUBTYPES = {  # the first is the default
+    ".wav": ("PCM_16", "PCM_24", "FLOAT"),
+    ".flac": ("PCM_16", "PCM_24"),
+    ".ogg": ("VORBIS",),
+    ".mp3": ("MPEG_LAYER_III",),
 }
 
 
-def check_suffix(path: str | Path) -> None:
-    """Raise ValueError for an extension that `save_audio` does not know."""
+def choose_subtype(path: str | Path, subtype: str | None = None) -> str:
+    """How the samples lie in a file of this name: as asked for, or its default.
+
+    Raises ValueError for an extension that `save_audio` does not know, or a subtype
+    that it does not have.
+    """
     suffix = Path(path).suffix
-    if suffix.lower() not in SUBTYPES:
+    known = SUBTYPES.get(suffix.lower())
+    if known is None:
         raise ValueError(
             f"{path} must end in one of {', '.join(SUBTYPES)}, got '{suffix}'."
         )
+    if subtype is not None and subtype not in known:
+        raise ValueError(
+            f"subtype of a {suffix} must be {' or '.join(known)}, got {subtype!r}."
+        )
+    return subtype or known[0]
 
 
-def check_audio_path(path: str | Path) -> Path:
+def check_audio_path(path: str | Path, subtype: str | None = None) -> Path:
     """Raise OSError unless a file can be written at `path`, ValueError for an
-    extension that `save_audio` does not know."""
-    check_suffix(path)
+    extension or subtype that `save_audio` does not know."""
+    choose_subtype(path, subtype)
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"The folder {path.parent} of {path.name} must exist.")
@@ -1051,17 +1061,34 @@ def check_audio_path(path: str | Path) -> Path:
     return path
 
 
+def to_int16(audio: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Float samples (N, C) in 16 bits, beyond 1 clipped.
+
+    With triangular dither of a step to both sides, so that what is quieter than a
+    step is heard in a constant hiss and not as distortion.
+    """
+    noise = random.random((*audio.shape, 2), np.float32)
+    steps = np.rint(audio * 32767 + noise[..., 0] - noise[..., 1])
+    return np.clip(steps, -32768, 32767).astype(np.int16)
+
+
 def save_audio(
-    path: str | Path, audio: mx.array, sampling_rate: int, comment: str = ""
+    path: str | Path,
+    audio: mx.array,
+    sampling_rate: int,
+    comment: str = "",
+    subtype: str | None = None,
 ) -> None:
     """Write (N, C) or (N,) float samples; the extension names the format.
 
-    wav and flac (16 bit), ogg and mp3. Samples beyond 1 would clip: then the
-    whole is scaled down to a peak of 1, with a warning. Raises ValueError for
-    another shape, NaN or an unknown extension, OSError where nothing can be
-    written. The file appears under its name only when it is whole.
+    wav and flac (16 bit with dither; `subtype` "PCM_24", or of wav "FLOAT"), ogg
+    and mp3. Samples beyond 1 would clip: then, but in FLOAT, the whole is scaled
+    down to a peak of 1, with a warning. Raises ValueError for another shape, NaN,
+    an unknown extension or subtype, OSError where nothing can be written. The file
+    appears under its name only when it is whole.
     """
-    path = check_audio_path(path)
+    path = check_audio_path(path, subtype)
+    subtype = choose_subtype(path, subtype)
     audio = np.asarray(audio, dtype=np.float32)
     audio = audio[:, None] if audio.ndim == 1 else audio
     if audio.ndim != 2 or not 1 <= audio.shape[1] <= 8:
@@ -1074,20 +1101,22 @@ def save_audio(
     peak = np.abs(audio).max(initial=0)
     if not np.isfinite(peak):
         raise ValueError(f"The audio for {path} must be finite, but it holds NaN.")
-    if peak > 1:
+    if peak > 1 and subtype != "FLOAT":
         warnings.warn(f"{path} was scaled down: its peak of {peak:.2f} would clip.")
         audio = audio / peak
     target = path.resolve()  # of a link
     digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
     part = target.with_name(f".{digest}.part{target.suffix}")
-    settings = dict(channels=audio.shape[1], subtype=SUBTYPES[path.suffix.lower()])
+    settings = dict(channels=audio.shape[1], subtype=subtype)
+    random = np.random.default_rng(0)  # the same file of the same samples
     try:
         with soundfile.SoundFile(part, "w", sampling_rate, **settings) as file:
             if comment:
                 file.comment = comment
             # libsndfile's Vorbis encoder crashes on minutes in one call
             for start in range(0, len(audio), 65536):
-                file.write(audio[start : start + 65536])
+                block = audio[start : start + 65536]
+                file.write(to_int16(block, random) if subtype == "PCM_16" else block)
         if soundfile.info(part).frames < len(audio):  # not every format says so
             raise OSError("the disk is full")
         part.replace(target)
@@ -1135,7 +1164,7 @@ def main() -> None:
     warnings.showwarning = warn
     logging.set_verbosity_error()  # the Hub's retries; the end result is reported
     try:
-        check_suffix(args.target)
+        choose_subtype(args.target)
         if args.bandwidth is not None and not args.bandwidth > 0:
             raise ValueError(f"bandwidth must be above 0, got {args.bandwidth}")
     except ValueError as error:

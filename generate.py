@@ -21,7 +21,7 @@ from huggingface_hub.utils import logging, tqdm
 import jobs
 import settings
 import stream
-from encodec import check_suffix
+from encodec import choose_subtype
 from jobs import Job, Made
 from musicgen import MODELS, MusicGen, check_name, row_seeds
 
@@ -52,6 +52,7 @@ HELP = {
     "drop_prompt": "leave what is continued out of the output",
     "loudness": "LUFS to bring the output to, such as -14 (default: as it comes)",
     "peak": "dB of full scale to bring the output's peak to (default: as it comes)",
+    "subtype": "pcm_16 with dither (default), pcm_24 (wav, flac) or float (wav)",
     "save_codes": "file to keep the codes in: .safetensors",
     "resume": "file of codes to go on from, to a longer --duration",
     "redecode": "file of codes to make the sound of again, without generating",
@@ -97,6 +98,7 @@ def make_parser() -> Parser:
     parser.add("drop_prompt", action="store_true")
     parser.add("loudness", type=float)
     parser.add("peak", type=float)
+    parser.add("subtype", type=str.upper)
     parser.add("save_codes", type=Path)
     parser.add("resume", type=Path)
     parser.add("redecode", type=Path)
@@ -128,7 +130,7 @@ def parse_arguments() -> argparse.Namespace:
         if args.stream:
             check_stream(args)
         else:
-            check_suffix(args.output)
+            choose_subtype(args.output, args.subtype)
         if args.seed is not None:
             row_seeds(args.seed, rows=1)
         values = vars(args) | {"prompt": "", "seed": args.seed or 0}
@@ -159,10 +161,12 @@ def check_codes(args: argparse.Namespace) -> None:
     """Raise ValueError for what does not go with --save-codes and --resume."""
     if not (args.save_codes or args.resume or args.redecode):
         return
-    if args.prompts or len(args.prompt) > 1 or args.takes > 1 or args.output == "-":
+    if args.prompts or len(args.prompt) > 1 or args.takes > 1:
         raise ValueError("--save-codes, --resume and --redecode go with one take")
-    if args.stream or args.tensor_parallel:
-        raise ValueError("--save-codes and --resume go without --stream and the like")
+    if args.tensor_parallel:
+        raise ValueError("--save-codes and --resume go without --tensor-parallel")
+    if args.redecode and (args.stream or args.output == "-"):
+        raise ValueError("--redecode has the whole at once, so not --stream")
     if args.save_codes and args.save_codes.suffix != ".safetensors":
         raise ValueError(f"--save-codes must end in .safetensors: {args.save_codes}")
 
@@ -177,15 +181,20 @@ def check_stream(args: argparse.Namespace) -> None:
         raise ValueError(f"--stream writes .wav or -, got --output {args.output}")
     if args.loudness is not None or args.peak is not None:
         raise ValueError("--loudness and --peak need the whole, so not --stream")
-    if not 0.02 <= args.chunk <= args.duration:
-        raise ValueError(f"--chunk must be 0.02 to the duration, got {args.chunk}")
+    if args.subtype not in (None, "PCM_16"):
+        raise ValueError(f"--stream writes pcm_16, not --subtype {args.subtype}")
+    if not 0.02 <= args.chunk < 1e6:
+        raise ValueError(f"--chunk must be at least 0.02 seconds, got {args.chunk}")
 
 
 class Stop:
-    """Whether Ctrl-C was pressed. A second one raises KeyboardInterrupt."""
+    """Whether Ctrl-C was pressed. A second one raises KeyboardInterrupt.
+
+    It is `heeded` once somebody was told so.
+    """
 
     def __init__(self):
-        self._asked = False
+        self._asked = self.heeded = False
         signal.signal(signal.SIGINT, self._ask)
 
     def _ask(self, *_) -> None:
@@ -194,6 +203,7 @@ class Stop:
         self._asked = True
 
     def __call__(self) -> bool:
+        self.heeded = self._asked
         return self._asked
 
 
@@ -248,13 +258,14 @@ def make(
             group=together,
         )
         stop = None if args.prompts or together else Stop()
-        if args.stream:
-            return play(model, good[0], args.chunk, stop)
         if args.redecode:
             return redecode(model, good[0], args)
         known = known_codes(args, model)
-        failures += make_with_bar(model, good, args, together, known, stop)
-        if stop and stop():
+        if args.stream:
+            play(model, good[0], args, known, stop)
+        else:
+            failures += make_with_bar(model, good, args, together, known, stop)
+        if stop and stop.heeded:
             return tell_stop(args)
     if not silent:
         tell_failures(failures, args)
@@ -349,8 +360,14 @@ def tell_stop(args: argparse.Namespace) -> int:
     return 130
 
 
-def play(model: MusicGen, job: Job, chunk: float, stop: Stop) -> int:
-    """Stream one job; returns the exit status."""
+def play(
+    model: MusicGen,
+    job: Job,
+    args: argparse.Namespace,
+    known: mx.array | None,
+    stop: Stop,
+) -> None:
+    """Stream one job, showing how far it is."""
     start = time.perf_counter()
     with tqdm(unit="step") as bar:
 
@@ -358,10 +375,10 @@ def play(model: MusicGen, job: Job, chunk: float, stop: Stop) -> int:
             bar.total = steps
             bar.update()
 
-        seconds = stream.run(model, job, chunk, progress, stop)
+        rest = (stop, known, args.save_codes)
+        seconds = stream.run(model, job, args.chunk, progress, *rest)
     made = Made(job, seconds, time.perf_counter() - start, 1)
     print(describe(made), file=sys.stderr if str(job.output) == "-" else sys.stdout)
-    return 130 if stop() else 0
 
 
 def describe(made: Made) -> str:

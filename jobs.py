@@ -64,6 +64,7 @@ class Job:
     audio_prompt: AudioPrompt | None = None
     loudness: float | None = None  # LUFS
     peak: float | None = None  # dB of full scale
+    subtype: str | None = None  # of the file's samples; None: the format's own
     line: int | None = None  # in the file of prompts
 
     def check(self, writes: bool = True) -> None:
@@ -77,7 +78,7 @@ class Job:
         self.options.check(max_duration=math.inf)
         check_level(self.loudness, self.peak)
         if writes:
-            check_audio_path(self.output)
+            check_audio_path(self.output, self.subtype)
         if self.audio_prompt and not Path(self.audio_prompt.path).is_file():
             raise FileNotFoundError(f"There is no sound file {self.audio_prompt.path}.")
 
@@ -116,7 +117,7 @@ def check_level(loudness: float | None, peak: float | None) -> None:
 
 OPTIONS = tuple(field.name for field in fields(Options))
 LEVELS = ("loudness", "peak")
-KEYS = ("prompt", "seed", "output", *OPTIONS, *LEVELS)
+KEYS = ("prompt", "seed", "output", *OPTIONS, *LEVELS, "subtype")
 AUDIO_KEYS = ("audio_prompt", "prompt_start", "prompt_length", "drop_prompt")
 ALIASES = {"guidance": "guidance_coef", "negative": "negative_prompt"}
 
@@ -146,7 +147,8 @@ def make_job(values: dict[str, Any], line: int | None = None) -> Job:
     output = Path(str(values["output"]))
     levels = [values.get(key) for key in LEVELS]
     own = (values["prompt"], values["seed"], output)
-    return Job(*own, options, sound, *levels, line)
+    subtype = values.get("subtype") and str(values["subtype"]).upper()
+    return Job(*own, options, sound, *levels, subtype, line)
 
 
 def numbered(output: str, index: int, count: int) -> str:
@@ -313,6 +315,7 @@ def told(model: MusicGen, job: Job) -> dict[str, Any]:
     found = asdict(job.options)
     found |= dict(model=model.name, revision=model.revision, seed=job.seed)
     found |= dict(prompt=job.prompt, loudness=job.loudness, peak=job.peak)
+    found |= dict(subtype=job.subtype)
     if job.audio_prompt:
         found |= dict(zip(AUDIO_KEYS, job.audio_prompt))
     if model.config.quantization:
@@ -382,6 +385,8 @@ def run(
         return rows
 
     for batch in batches(jobs, size):
+        if stop and stop():
+            break
         start = time.perf_counter()
         try:
             sound = batch[0].sound(model)
@@ -402,8 +407,6 @@ def run(
             if finished:
                 length = len(samples) / model.sampling_rate
                 finished(Made(job, length, taken, len(batch)))
-        if stop and stop():
-            break
     return failures
 
 
@@ -419,4 +422,4 @@ def save(
     if save_codes:
         settings.save_codes(save_codes, codes, made_of)
     comment = settings.to_comment(made_of)
-    save_audio(job.output, job.level(samples, rate), rate, comment)
+    save_audio(job.output, job.level(samples, rate), rate, comment, job.subtype)

@@ -1089,27 +1089,29 @@ class MusicGen(nn.Module):
         chunk: float = 0.5,
         seed: int | None = None,
         audio_prompt: mx.array | None = None,
+        codes_prompt: mx.array | None = None,
         callback: Callable[[int, int], None] | None = None,
         stop: Callable[[], bool] | None = None,
+        on_codes: Callable[[mx.array], None] | None = None,
         **options,
     ) -> Iterator[mx.array]:
         """The samples that `generate` gives for one prompt, while they are made.
 
         Yields arrays (N, C) of about `chunk` seconds; a sample waits for the delay
         pattern and the codec's look-ahead, together 0.135 s in the 32 kHz codec.
-        Takes the options of `generate_codes`. Raises ValueError for bad ones.
+        `on_codes` is called with each piece of codes (1, T, K), before its sound
+        comes. Takes the options of `generate_codes`. Raises ValueError for bad ones.
         """
         options = Options(duration, **options)
         prompts, seeds = self._check(prompt, seed, options)
-        if not 1 / self.frame_rate <= chunk <= duration:
+        if not 1 / self.frame_rate <= chunk < 1e6:
             raise ValueError(
-                f"chunk must be from 1/{self.frame_rate} s to the duration, "
-                f"got {chunk}."
+                f"chunk must be at least 1/{self.frame_rate} s, got {chunk}."
             )
-        known = self._known(audio_prompt, None, options)
+        known = self._known(audio_prompt, codes_prompt, options)
         every = int(chunk * self.frame_rate)
         work = (prompts, seeds, known, options, callback)
-        return self._sound(self._codes(*work, every=every, stop=stop))
+        return self._sound(self._codes(*work, every=every, stop=stop), on_codes)
 
     def _check(
         self, prompts: str | list[str], seed: int | list[int] | None, options: Options
@@ -1128,7 +1130,11 @@ class MusicGen(nn.Module):
             return self.encode_prompt(audio, frames)
         return self._check_known(codes, frames)
 
-    def _sound(self, codes: Iterator[mx.array | None]) -> Iterator[mx.array]:
+    def _sound(
+        self,
+        codes: Iterator[mx.array | None],
+        on_codes: Callable[[mx.array], None] | None,
+    ) -> Iterator[mx.array]:
         """Decode pieces of codes (1, T, K), handing each piece of sound out when some
         steps more are under way, so that a GPU always has work."""
         decoding = self.audio_encoder.stream()
@@ -1139,6 +1145,8 @@ class MusicGen(nn.Module):
                 waiting.append(self._by_channel(decoding.push, piece)[0])
                 mx.async_eval(waiting)
                 steps = 0
+                if on_codes is not None:
+                    on_codes(piece)
             elif waiting and steps == STEPS_AHEAD:
                 yield from filled(waiting)
                 waiting.clear()
@@ -1183,9 +1191,10 @@ class MusicGen(nn.Module):
                 sequence.append(tokens)
                 columns += tokens.shape[1]
                 ready = columns - max(delays)
-                stopped = stop is not None and stop()
+                whole_window = ready == end - start
+                stopped = not whole_window and stop is not None and stop()
                 enough = every and ready >= done + every or stopped and ready > done
-                if ready == end - start or enough:
+                if whole_window or enough:
                     whole = mx.concatenate(sequence, axis=1)
                     sequence = [whole]
                     known = undelay(whole, delays)

@@ -581,6 +581,43 @@ class TestAudioFiles(Test):
         with self.assertRaisesRegex(ValueError, "has 2 channels, but 4"):
             load_audio(path, 32000, 4)
 
+    def test_dither(self):
+        quiet = np.full((40_000, 2), 0.3 / 32767, np.float32)  # less than half a step
+        found = encodec.to_int16(quiet, np.random.default_rng(1))
+        self.assertEqual(found.dtype, np.int16)
+        self.assertLess(np.abs(found.mean(axis=0) - 0.3).max(), 0.02)  # it is heard
+        # and what is added is the same noise, however loud the sound
+        for level in (0.0, 0.5, 0.77):
+            audio = np.full((40_000, 1), level / 32767, np.float32)
+            error = encodec.to_int16(audio, np.random.default_rng(2)) - level
+            self.assertLess(abs(error.var() - 0.25), 0.01)
+        ends = encodec.to_int16(np.array([[1.5], [-1.5]]), np.random.default_rng(3))
+        self.assertEqual(ends.tolist(), [[32767], [-32768]])
+        random, noise = np.random.default_rng(0), np.random.default_rng(0)
+        parts = [encodec.to_int16(quiet[a:b], random) for a, b in ((0, 7), (7, 99))]
+        self.assertSame(np.concatenate(parts), encodec.to_int16(quiet[:99], noise))
+
+    def test_subtypes(self):
+        audio = np.random.default_rng(0).uniform(-1.5, 1.5, (999, 2))
+        for name, subtype, error in (
+            ("x.wav", "PCM_16", 1 / 32767),
+            ("x.wav", "PCM_24", 1 / 2**23),
+            ("x.flac", "PCM_24", 1 / 2**23),
+        ):
+            path, peak = self.folder / name, np.abs(audio).max()
+            with self.assertWarnsRegex(UserWarning, "scaled down"):
+                save_audio(path, audio, 32000, "told", subtype)
+            self.assertEqual(soundfile.info(path).subtype, subtype)
+            found = soundfile.read(path)[0]
+            self.assertLess(np.abs(found - audio / peak).max(), 2.5 * error)
+            self.assertEqual(soundfile.SoundFile(path).comment, "told")
+        path = self.folder / "x.wav"
+        save_audio(path, audio, 32000, subtype="FLOAT")  # as it is, without a warning
+        self.assertLess(np.abs(soundfile.read(path)[0] - audio).max(), 1e-6)
+        for name, subtype in (("x.flac", "FLOAT"), ("x.mp3", "PCM_16"), ("x.wav", "x")):
+            with self.assertRaisesRegex(ValueError, f"subtype of a .*{subtype}"):
+                save_audio(self.folder / name, audio, 32000, subtype=subtype)
+
     def test_never_clips_silently(self):
         path = self.folder / "loud.wav"
         with self.assertWarnsRegex(UserWarning, "scaled down: its peak of 4.00"):
@@ -1184,7 +1221,7 @@ class TestStream(Test):
         model = exact("mono-audiocraft")
         for options, pattern in (
             (dict(chunk=0), "chunk must"),
-            (dict(chunk=9), "chunk must"),
+            (dict(chunk=math.inf), "chunk must"),
             (dict(chunk=math.nan), "chunk must"),
             (dict(temp=-1), "temp must"),
             (dict(seed=-1), "seed must"),
@@ -2744,10 +2781,13 @@ class TestSettings(Test):
             )
             self.assertEqual(status, 1)
             self.assertRegex(err, "generate.py: error: The codes must be of 8.*\n$")
-        for flags in (["--takes", "2"], ["--stream"], ["--save-codes", "x.npz"]):
+        for flags in (["--takes", "2"], ["--save-codes", "x.npz"]):
             status, _, err = self.run_script("--resume", path, *flags)
             self.assertEqual(status, 2)
             self.assertRegex(err, "^generate.py: error: .*--save-codes.*\n$")
+        status, _, err = self.run_script("--redecode", path, "--stream")
+        self.assertEqual(status, 2)
+        self.assertRegex(err, "^generate.py: error: --redecode has the whole.*\n$")
 
     def test_bad_files(self):
         sound, codes = self.folder / "x.wav", self.folder / "x.safetensors"
@@ -2876,8 +2916,12 @@ class TestStreamedFile(Test):
         self.assertEqual(rate, 32000)
         self.assertClose(mx.array(audio), mx.array(self.samples()), 1e-4)
         piped = subprocess.run(self.command("-"), capture_output=True)
-        self.assertEqual(piped.stdout[44:], path.read_bytes()[44:])
-        self.assertEqual(soundfile.info(io.BytesIO(piped.stdout)).frames, 32000)
+        sounds = (soundfile.read(f)[0] for f in (io.BytesIO(piped.stdout), path))
+        self.assertSame(*sounds)
+        again = self.folder / "again.wav"
+        self.run_script("--again", path, "--stream", "--output", again)
+        self.assertEqual(*(settings.read_settings(p) for p in (path, again)))
+        self.assertClose(mx.array(soundfile.read(again)[0]), mx.array(audio), 1e-4)
         self.assertIn(b"-: 1.00 s of audio", piped.stderr)
 
     def test_closed_pipe_ends_the_run(self):
@@ -2891,28 +2935,49 @@ class TestStreamedFile(Test):
         self.assertEqual(process.wait(), 0, message)
         self.assertNotIn("Traceback", message)
 
-    def test_killed_file_holds_what_was_made(self):
-        rng = np.random.default_rng(0)
-        whole = self.folder / "whole.wav"
-        subprocess.run(self.command(str(whole), "20"), capture_output=True, check=True)
-        wanted = whole.read_bytes()[44:]
-        for signal in ("SIGKILL", "SIGTERM"):
-            path = self.folder / f"{signal}.wav"
-            command = self.command(str(path), "20")
-            process = subprocess.Popen(
-                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    def kill(self, signal: str, wait: float) -> int:
+        """Exit status of a run of 60 s that gets a signal on its way."""
+        path, codes = self.folder / f"{signal}.wav", self.folder / signal
+        command = self.command(str(path), "60")
+        process = subprocess.Popen(
+            [*command, "--save-codes", f"{codes}.safetensors"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while not path.exists() or path.stat().st_size < 100_000:
+            self.assertIsNone(process.poll())
+            time.sleep(0.01)
+        time.sleep(wait)
+        process.send_signal(getattr(signals, signal))
+        return process.wait()
+
+    def test_killed_and_resumed(self):
+        model = MusicGen.from_pretrained(self.model)
+        codes = model.generate_codes("drums", duration=60, seed=3)
+        sound = np.clip(np.array(model.decode(codes)[0]), -1, 1)
+        rng = np.random.default_rng()
+        for signal, status in (("SIGKILL", -9), ("SIGTERM", 143), ("SIGINT", 130)):
+            self.assertEqual(self.kill(signal, rng.uniform(0, 0.5)), status)
+            path, kept = (
+                self.folder / f"{signal}{end}" for end in (".wav", ".safetensors")
             )
-            while not path.exists() or path.stat().st_size < 100_000:
-                self.assertIsNone(process.poll())
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0, 0.3))
-            process.send_signal(getattr(signals, signal))
-            process.wait()
-            frames = soundfile.info(path).frames
-            self.assertGreater(frames, 0.5 * 32000)
-            made = path.read_bytes()[44:]
-            self.assertLessEqual(4 * frames, len(made))  # a header never tells more
-            self.assertEqual(made, wanted[: len(made)])
+            made, _ = soundfile.read(path)
+            self.assertGreater(len(made), 0.5 * 32000)
+            self.assertLess(len(made), 60 * 32000)
+            self.assertLessEqual(4 * len(made), path.stat().st_size - 44)
+            sure = len(made) - (4 * 640 if signal == "SIGINT" else 0)  # else an end
+            self.assertClose(mx.array(made[:sure]), mx.array(sound[:sure]), 1e-4)
+            frames = settings.load_codes(kept)[0].shape[1]
+            self.assertGreaterEqual(640 * frames, len(made))
+            longer, whole = self.folder / "x.safetensors", self.folder / "whole.wav"
+            command = ["--resume", kept, "--duration", "60", "--save-codes", longer]
+            command += ["--stream", "--chunk", "3", "--output", whole]
+            self.assertEqual(self.run_script(*command)[0], 0)
+            self.assertSame(settings.load_codes(longer)[0], codes)
+            resumed, _ = soundfile.read(whole)
+            self.assertClose(mx.array(resumed), mx.array(sound), 1e-4)
+        left = [path.name for path in self.folder.iterdir() if "part" in path.name]
+        self.assertEqual(left, [])
 
     def stopped(self, *more: str, times: int = 1) -> tuple[int, str]:
         """Exit status and messages of a run that is interrupted on its way."""
@@ -2958,6 +3023,20 @@ class TestStreamedFile(Test):
         self.assertEqual(status, 130, told)
         self.assertGreater(soundfile.info(self.folder / "stopped.wav").frames, 640)
 
+    def test_stop_while_decoding_changes_nothing(self):
+        decode, flags = jobs.decode, ["--output", self.folder / "x.wav"]
+
+        def press(*arguments):
+            os.kill(os.getpid(), signals.SIGINT)
+            return decode(*arguments)
+
+        with patch("jobs.decode", press):
+            flags += ["-p", "drums", "--duration", "0.2", "--model", self.model]
+            status, out, err = self.run_script(*flags)
+        signals.signal(signals.SIGINT, signals.default_int_handler)
+        self.assertEqual(status, 0, err)
+        self.assertIn("x.wav: 0.20 s of audio", out)
+
     def test_stop_at_once(self):
         status, told = self.stopped(times=2)
         self.assertEqual(status, 130, told)
@@ -2983,6 +3062,7 @@ class TestStreamedFile(Test):
             (["--takes", "2"], "--stream makes one take"),
             (["--chunk", "0"], "--chunk must"),
             (["--chunk", "nan"], "--chunk must"),
+            (["--subtype", "float"], "--stream writes pcm_16"),
         ):
             command = ["-p", "a", "--stream", "--model", self.model, *arguments]
             status, _, err = self.run_script(*command)
