@@ -2936,9 +2936,9 @@ class TestStreamedFile(Test):
         self.assertNotIn("Traceback", message)
 
     def kill(self, signal: str, wait: float) -> int:
-        """Exit status of a run of 60 s that gets a signal on its way."""
+        """Exit status of a run of 35 s that gets a signal on its way."""
         path, codes = self.folder / f"{signal}.wav", self.folder / signal
-        command = self.command(str(path), "60")
+        command = self.command(str(path), "35")
         process = subprocess.Popen(
             [*command, "--save-codes", f"{codes}.safetensors"],
             stdout=subprocess.DEVNULL,
@@ -2953,7 +2953,7 @@ class TestStreamedFile(Test):
 
     def test_killed_and_resumed(self):
         model = MusicGen.from_pretrained(self.model)
-        codes = model.generate_codes("drums", duration=60, seed=3)
+        codes = model.generate_codes("drums", duration=35, seed=3)
         sound = np.clip(np.array(model.decode(codes)[0]), -1, 1)
         rng = np.random.default_rng()
         for signal, status in (("SIGKILL", -9), ("SIGTERM", 143), ("SIGINT", 130)):
@@ -2963,14 +2963,14 @@ class TestStreamedFile(Test):
             )
             made, _ = soundfile.read(path)
             self.assertGreater(len(made), 0.5 * 32000)
-            self.assertLess(len(made), 60 * 32000)
+            self.assertLess(len(made), 35 * 32000)
             self.assertLessEqual(4 * len(made), path.stat().st_size - 44)
             sure = len(made) - (4 * 640 if signal == "SIGINT" else 0)  # else an end
             self.assertClose(mx.array(made[:sure]), mx.array(sound[:sure]), 1e-4)
             frames = settings.load_codes(kept)[0].shape[1]
             self.assertGreaterEqual(640 * frames, len(made))
             longer, whole = self.folder / "x.safetensors", self.folder / "whole.wav"
-            command = ["--resume", kept, "--duration", "60", "--save-codes", longer]
+            command = ["--resume", kept, "--duration", "35", "--save-codes", longer]
             command += ["--stream", "--chunk", "3", "--output", whole]
             self.assertEqual(self.run_script(*command)[0], 0)
             self.assertSame(settings.load_codes(longer)[0], codes)
