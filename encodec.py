@@ -1044,6 +1044,12 @@ def check_audio_path(path: str | Path, subtype: str | None = None) -> Path:
     """Raise OSError unless a file can be written at `path`, ValueError for an
     extension or subtype that `save_audio` does not know."""
     choose_subtype(path, subtype)
+    check_writable(path)
+    return Path(path)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise OSError unless a file can be written at `path`."""
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"The folder {path.parent} of {path.name} must exist.")
@@ -1058,7 +1064,6 @@ def check_audio_path(path: str | Path, subtype: str | None = None) -> Path:
         raise PermissionError(
             f"{path} cannot be written; choose another place: {error}"
         ) from error
-    return path
 
 
 def to_int16(audio: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -1068,8 +1073,8 @@ def to_int16(audio: np.ndarray, random: np.random.Generator) -> np.ndarray:
     step is heard in a constant hiss and not as distortion.
     """
     noise = random.random((*audio.shape, 2), np.float32)
-    steps = np.rint(audio * 32767 + noise[..., 0] - noise[..., 1])
-    return np.clip(steps, -32768, 32767).astype(np.int16)
+    steps = np.clip(audio, -1, 1) * 32766 + noise[..., 0] - noise[..., 1]
+    return np.rint(steps).astype(np.int16)
 
 
 def save_audio(
@@ -1113,6 +1118,8 @@ def save_audio(
         with soundfile.SoundFile(part, "w", sampling_rate, **settings) as file:
             if comment:
                 file.comment = comment
+                if path.suffix.lower() == ".wav" and len(comment) > 50_000:
+                    warnings.warn(f"{path} takes no comment as long as its settings.")
             # libsndfile's Vorbis encoder crashes on minutes in one call
             for start in range(0, len(audio), 65536):
                 block = audio[start : start + 65536]

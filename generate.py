@@ -9,6 +9,7 @@ in jobs.py for several takes.
 import argparse
 import math
 import secrets
+import shlex
 import signal
 import sys
 import time
@@ -21,7 +22,7 @@ from huggingface_hub.utils import logging, tqdm
 import jobs
 import settings
 import stream
-from encodec import choose_subtype
+from encodec import check_writable, choose_subtype
 from jobs import Job, Made
 from musicgen import MODELS, MusicGen, check_name, row_seeds
 
@@ -111,50 +112,78 @@ def make_parser() -> Parser:
 
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser()
-    recall(parser)
-    args = parser.parse_args()
+    args = parser.parse_args([*recalled(parser), *sys.argv[1:]])
     if args.output is None:
         args.output = f"{args.prompts.stem}.wav" if args.prompts else "out.wav"
     try:
-        if (args.prompt is None) == (args.prompts is None):
-            raise ValueError("either --prompt or --prompts must be given")
-        for name in ("takes", "batch_size"):
-            number = getattr(args, name)
-            if number is not None and not 1 <= number <= 10_000:
-                raise ValueError(f"{name} must be from 1 to 10000, got {number}")
-        if args.prompts is not None and args.takes != 1:
-            raise ValueError("--takes goes with --prompt; in a file repeat the line")
-        check_codes(args)
-        check_name(args.model)
-        args.stream = args.stream or args.output == "-"
-        if args.stream:
-            check_stream(args)
-        else:
-            choose_subtype(args.output, args.subtype)
-        if args.seed is not None:
-            row_seeds(args.seed, rows=1)
-        values = vars(args) | {"prompt": "", "seed": args.seed or 0}
-        jobs.make_job(values).options.check(max_duration=math.inf)
-        jobs.check_level(args.loudness, args.peak)
+        check_arguments(args)
     except ValueError as error:
         parser.error(str(error))
     return args
 
 
-def recall(parser: Parser) -> None:
-    """Make the settings of --again or --resume the defaults."""
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError for what does not go together or cannot be made."""
+    if (args.prompt is None) == (args.prompts is None):
+        raise ValueError("either --prompt or --prompts must be given")
+    for name in ("takes", "batch_size"):
+        number = getattr(args, name)
+        if number is not None and not 1 <= number <= 10_000:
+            raise ValueError(f"{name} must be from 1 to 10000, got {number}")
+    if args.prompts is not None and args.takes != 1:
+        raise ValueError("--takes goes with --prompt; in a file repeat the line")
+    check_codes(args)
+    check_name(args.model)
+    args.stream = args.stream or args.output == "-"
+    if args.stream:
+        check_stream(args)
+    else:
+        choose_subtype(args.output, args.subtype)
+    if args.seed is not None:
+        row_seeds(args.seed, rows=1)
+    values = vars(args) | {"prompt": "", "seed": args.seed or 0}
+    jobs.make_job(values).options.check(max_duration=math.inf)
+    jobs.check_level(args.loudness, args.peak)
+
+
+RECALLED = {*jobs.KEYS, *jobs.AUDIO_KEYS, "model", "dtype", "q_bits"} - {"output"}
+REPLACES = {  # flags, and the settings of a file that they put out of force
+    "prompt": {"prompt"},
+    "prompts": {"prompt"},
+    "audio_prompt": {*jobs.AUDIO_KEYS},
+    "loudness": {"peak"},
+    "peak": {"loudness"},
+    "stream": {"loudness", "peak", "subtype", "drop_prompt"},
+    "output": {"subtype"},
+}
+
+
+def recalled(parser: Parser) -> list[str]:
+    """The settings of --again, --resume or --redecode, as flags to go before those
+    that are given."""
     args, _ = parser.parse_known_args()
-    source = args.again or args.resume or args.redecode
-    if source is None:
-        return
+    sources = [p for p in (args.again, args.resume, args.redecode) if p is not None]
+    if not sources:
+        return []
+    given = {k for k, v in vars(args).items() if v != parser.get_default(k)}
+    if len(sources) > 1:
+        parser.error("--again, --resume and --redecode must not come together")
+    shaping = given & {"prompts", "takes", "seed", *jobs.OPTIONS, *jobs.AUDIO_KEYS}
+    if args.redecode and shaping:
+        name = min(shaping).replace("_", "-")
+        parser.error(f"--redecode makes the sound of codes as they are, not --{name}")
+    if args.resume and args.audio_prompt:
+        parser.error("--resume goes on from codes, not from an --audio-prompt")
     try:
-        told = settings.read_settings(source)
+        told = settings.read_settings(sources[0])
     except (OSError, ValueError) as error:
         report(f"error: {error}")
         sys.exit(1)
-    told["prompt"] = None if args.prompt else [told.get("prompt", "")]
-    known = vars(args).keys() - {"output", "resume", "again"}
-    parser.set_defaults(**{k: v for k, v in told.items() if k in known})
+    replaced = set().union(*(REPLACES.get(name, ()) for name in given))
+    wanted = {k: told[k] for k in (RECALLED - replaced) & told.keys()}
+    flags = {f"--{k.replace('_', '-')}": v for k, v in wanted.items()}
+    chosen = {f: v for f, v in flags.items() if v is not None and v is not False}
+    return [flag if v is True else f"{flag}={v}" for flag, v in chosen.items()]
 
 
 def check_codes(args: argparse.Namespace) -> None:
@@ -247,9 +276,13 @@ def make(
         print("Nothing is left to make.")
         return 0
     # now, not after the minutes of loading
-    failures = jobs.check(wanted, together, args.output != "-")
+    source = args.resume or args.redecode
+    failures = jobs.check(wanted, together, args.output != "-", source is None)
     bad = [id(job) for job, _ in failures]
     good = [job for job in wanted if id(job) not in bad]
+    if args.save_codes:
+        check_writable(args.save_codes)
+    made, stop = [], None
     if good and (args.prompts or not failures):
         model = MusicGen.from_pretrained(
             args.model,
@@ -258,57 +291,70 @@ def make(
             group=together,
         )
         stop = None if args.prompts or together else Stop()
+        course = begin(args, model, stop)
         if args.redecode:
-            return redecode(model, good[0], args)
-        known = known_codes(args, model)
-        if args.stream:
-            play(model, good[0], args, known, stop)
+            made.append(redecode(model, good[0], course))
+        elif args.stream:
+            made.append(play(model, good[0], args, course))
         else:
-            failures += make_with_bar(model, good, args, together, known, stop)
-        if stop and stop.heeded:
-            return tell_stop(args)
+            failures += make_with_bar(model, good, args, together, course, made)
     if not silent:
         tell_failures(failures, args)
+    if stop and stop.heeded and not failures:
+        return tell_stop(args, sum(one.seconds for one in made))
     return 1 if failures else 0
 
 
-def codes_of(path: Path, model: MusicGen) -> mx.array:
-    """The codes in a file. Raises ValueError when they are not of the model."""
-    codes, told = settings.load_codes(path)
-    if told.get("model") != model.name:
-        raise ValueError(
-            f"{path} holds codes of {told.get('model')}, not of {model.name}."
-        )
+def begin(args: argparse.Namespace, model: MusicGen, stop: Stop | None) -> jobs.Course:
+    """Where the takes begin: from nothing, or from saved codes. Raises ValueError for
+    codes of another model, or as long as the take is to be."""
+    source = args.resume or args.redecode
+    if source is None:
+        return jobs.Course(save_codes=args.save_codes, stop=stop)
+    codes, told = settings.load_codes(source)
+    check_source(source, told, model)
     model.check_codes(codes)
-    return codes
+    prompt_frames = min(int(told.get("prompt_frames", 0)), codes.shape[1])
+    if args.resume:
+        codes = sure_codes(args, model, codes, prompt_frames)
+    return jobs.Course(codes, prompt_frames, args.save_codes, stop)
 
 
-def redecode(model: MusicGen, job: Job, args: argparse.Namespace) -> int:
-    """Make the sound of saved codes; returns the exit status."""
-    start = time.perf_counter()
-    codes = codes_of(args.redecode, model)
-    samples = jobs.decode(model, [job], codes, job.sound(model))[0]
-    jobs.save(model, job, samples, codes, args.save_codes)
-    seconds = len(samples) / model.sampling_rate
-    print(describe(Made(job, seconds, time.perf_counter() - start, 1)))
-    return 0
+def check_source(source: Path, told: dict, model: MusicGen) -> None:
+    """Raise ValueError for codes of another model; warn of another revision."""
+    name = str(told.get("model"))
+    places = {Path(n).resolve() if Path(n).is_dir() else n for n in (name, model.name)}
+    if len(places) > 1 and MODELS.get(name, name) != MODELS.get(model.name, model.name):
+        raise ValueError(f"{source} holds codes of {name}, not of {model.name}.")
+    if told.get("revision") != model.revision:
+        warn(f"{source} is of revision {told.get('revision')}, not {model.revision}.")
 
 
-def known_codes(args: argparse.Namespace, model: MusicGen) -> mx.array | None:
-    """The codes to go on from, less the last two frames: where a take ends, its later
-    codebooks saw blanks instead of what comes now. Raises ValueError for codes of
-    another model, or as long as the take is to be."""
-    if args.resume is None:
-        return None
-    codes = codes_of(args.resume, model)
-    seconds = codes.shape[1] / model.frame_rate
-    if codes.shape[1] >= int(args.duration * model.frame_rate):
+def sure_codes(
+    args: argparse.Namespace, model: MusicGen, codes: mx.array, prompt_frames: int
+) -> mx.array:
+    """Codes to go on from, less the last two frames that were generated: where a take
+    ends, its later codebooks saw blanks instead of what comes now."""
+    T = codes.shape[1]
+    if T >= int(args.duration * model.frame_rate):
         raise ValueError(
-            f"{args.resume} is {seconds:g} s long already; --duration must be more, "
-            f"got {args.duration:g}."
+            f"{args.resume} is {T / model.frame_rate:g} s long already; --duration "
+            f"must be more, got {args.duration:g}."
         )
     unsure = max(max(model.config.decoder.delays) - 1, 0)
-    return codes[:, : codes.shape[1] - unsure]
+    return codes[:, : max(T - unsure, prompt_frames)]
+
+
+def redecode(model: MusicGen, job: Job, course: jobs.Course) -> Made:
+    """Make the sound of saved codes."""
+    start = time.perf_counter()
+    samples = jobs.decode(model, [job], course.known, course.prompt_frames)[0]
+    rest = (course.known, course.prompt_frames, course.save_codes)
+    jobs.save(model, job, samples, *rest)
+    seconds = len(samples) / model.sampling_rate
+    made = Made(job, seconds, time.perf_counter() - start, 1)
+    print(describe(made))
+    return made
 
 
 def tell_failures(
@@ -328,10 +374,11 @@ def make_with_bar(
     wanted: list[Job],
     args: argparse.Namespace,
     together: mx.distributed.Group | None,
-    known: mx.array | None,
-    stop: Stop | None,
+    course: jobs.Course,
+    made: list[Made],
 ) -> list[tuple[Job, Exception]]:
-    """Run the jobs, showing how far they are; returns those that failed."""
+    """Run the jobs, showing how far they are; those that are `made` are added to the
+    list. Returns those that failed."""
     most = jobs.BATCH_OF_FILE if args.prompts else len(wanted)
     silent = together is not None and together.rank() > 0
     with tqdm(unit="step", disable=silent) as bar:
@@ -341,32 +388,31 @@ def make_with_bar(
                 bar.reset(steps)
             bar.update()
 
-        def finished(made: Made) -> None:
-            tqdm.write(describe(made), file=sys.stdout)
+        def finished(one: Made) -> None:
+            made.append(one)
+            tqdm.write(describe(one), file=sys.stdout)
 
         size = args.batch_size or most
-        rest = (together, known, args.save_codes, stop)
-        return jobs.run(model, wanted, size, progress, finished, *rest)
+        return jobs.run(model, wanted, size, progress, finished, together, course)
 
 
-def tell_stop(args: argparse.Namespace) -> int:
-    """Say how to go on; returns the exit status."""
-    if args.save_codes is None:
-        report("stopped. With --save-codes, --resume could go on from here.")
+def tell_stop(args: argparse.Namespace, seconds: float) -> int:
+    """Say how to go on, if `seconds` of anything were made; returns the exit status."""
+    codes = shlex.quote(str(args.save_codes))
+    if seconds == 0:
+        report("stopped before anything was made.")
+    elif args.save_codes:
+        report(f"stopped. To go on: --resume {codes} --duration {args.duration:g}")
+    elif args.takes > 1 or len(args.prompt) > 1:
+        report("stopped.")
     else:
-        report(
-            f"stopped. To go on: --resume {args.save_codes} --duration {args.duration:g}"
-        )
+        report("stopped. With --save-codes, --resume could go on from here.")
     return 130
 
 
 def play(
-    model: MusicGen,
-    job: Job,
-    args: argparse.Namespace,
-    known: mx.array | None,
-    stop: Stop,
-) -> None:
+    model: MusicGen, job: Job, args: argparse.Namespace, course: jobs.Course
+) -> Made:
     """Stream one job, showing how far it is."""
     start = time.perf_counter()
     with tqdm(unit="step") as bar:
@@ -375,10 +421,10 @@ def play(
             bar.total = steps
             bar.update()
 
-        rest = (stop, known, args.save_codes)
-        seconds = stream.run(model, job, args.chunk, progress, *rest)
+        seconds = stream.run(model, job, args.chunk, progress, course)
     made = Made(job, seconds, time.perf_counter() - start, 1)
     print(describe(made), file=sys.stderr if str(job.output) == "-" else sys.stdout)
+    return made
 
 
 def describe(made: Made) -> str:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,6 +26,7 @@ from encodec import check_audio_path, load_audio, save_audio
 from loudness import to_loudness, to_peak
 from musicgen import MusicGen, Options, row_seeds
 
+SHORTEST = 0.4  # seconds over which loudness is measured
 BATCH_OF_FILE = 8  # lines at once, so that an interruption loses little
 
 
@@ -67,10 +69,11 @@ class Job:
     subtype: str | None = None  # of the file's samples; None: the format's own
     line: int | None = None  # in the file of prompts
 
-    def check(self, writes: bool = True) -> None:
+    def check(self, writes: bool = True, reads: bool = True) -> None:
         """Raise ValueError or OSError for what cannot be made, before it is tried.
 
-        `writes` is false where the output goes to a pipe or is another process's.
+        `writes` is false where the output goes to a pipe or is another process's,
+        and `reads` where the audio prompt is not wanted, its codes being there.
         """
         if not isinstance(self.prompt, str):
             raise ValueError(f"prompt must be a text, got {self.prompt!r}.")
@@ -79,7 +82,12 @@ class Job:
         check_level(self.loudness, self.peak)
         if writes:
             check_audio_path(self.output, self.subtype)
-        if self.audio_prompt and not Path(self.audio_prompt.path).is_file():
+        if self.loudness is not None and self.options.duration < SHORTEST:
+            raise ValueError(
+                f"loudness is measured over {SHORTEST} s; the duration must be as "
+                f"much, got {self.options.duration:g}."
+            )
+        if reads and self.audio_prompt and not Path(self.audio_prompt.path).is_file():
             raise FileNotFoundError(f"There is no sound file {self.audio_prompt.path}.")
 
     def is_done(self) -> bool:
@@ -92,6 +100,9 @@ class Job:
     def level(self, audio: mx.array, sampling_rate: int) -> np.ndarray:
         """Samples (N, C) brought to the loudness or peak that is asked for."""
         audio = np.array(audio)
+        if self.loudness is not None and len(audio) < SHORTEST * sampling_rate:
+            warnings.warn(f"{self.output} is too short to bring it to a loudness.")
+            return audio
         if self.loudness is not None:
             return to_loudness(audio, sampling_rate, self.loudness)
         return audio if self.peak is None else to_peak(audio, self.peak)
@@ -299,29 +310,39 @@ def generate(
     return mx.concatenate(parts)
 
 
-def decode(
-    model: MusicGen, batch: list[Job], codes: mx.array, sound: mx.array | None = None
-) -> mx.array:
-    """Audio (B, N, C) of codes, less the `sound` of an audio prompt to be dropped."""
-    audio = model.decode(codes)
-    if sound is not None and batch[0].audio_prompt.drop:
-        audio = model.without_prompt(audio, sound)
-    mx.eval(audio)
-    return audio
-
-
-def told(model: MusicGen, job: Job) -> dict[str, Any]:
+def made_of(model: MusicGen, job: Job, prompt_frames: int = 0) -> dict[str, Any]:
     """All that makes the job's take again, for the file's comment."""
     found = asdict(job.options)
     found |= dict(model=model.name, revision=model.revision, seed=job.seed)
     found |= dict(prompt=job.prompt, loudness=job.loudness, peak=job.peak)
     found |= dict(subtype=job.subtype)
     if job.audio_prompt:
-        found |= dict(zip(AUDIO_KEYS, job.audio_prompt))
+        found |= dict(zip(AUDIO_KEYS, job.audio_prompt), prompt_frames=prompt_frames)
     if model.config.quantization:
         found["q_bits"] = model.config.quantization["bits"]
     dtype = str(model.decoder.dtype).removeprefix("mlx.core.")
     return found | dict(dtype=dtype, mlx=mx.__version__)
+
+
+@dataclass(frozen=True)
+class Course:
+    """How takes begin and end, and what is kept beside their sound."""
+
+    known: mx.array | None = None  # codes (1, T, K) to go on from
+    prompt_frames: int = 0  # of these, the ones of an audio prompt
+    save_codes: Path | None = None  # of the only take
+    stop: Callable[[], bool] | None = None  # asked in each step
+
+    def begin(self, model: MusicGen, job: Job) -> tuple[mx.array | None, int]:
+        """Samples (N, C) of the job's audio prompt, where its codes are not known
+        already, and the frames that it takes."""
+        if self.known is not None:
+            return None, self.prompt_frames
+        sound = job.sound(model)
+        return sound, model.prompt_frames(sound)
+
+    def stopped(self) -> bool:
+        return self.stop is not None and self.stop()
 
 
 class Made(NamedTuple):
@@ -337,7 +358,10 @@ Failure = tuple[Job, Exception]
 
 
 def check(
-    jobs: list[Job], group: mx.distributed.Group | None, to_files: bool = True
+    jobs: list[Job],
+    group: mx.distributed.Group | None,
+    to_files: bool = True,
+    reads: bool = True,
 ) -> list[Failure]:
     """Jobs that cannot be made, with the reason.
 
@@ -348,7 +372,7 @@ def check(
     found = {}
     for i, job in enumerate(jobs):
         try:
-            job.check(writes)
+            job.check(writes, reads)
         except (OSError, OverflowError, TypeError, ValueError) as error:
             found[i] = error
     if group is not None:
@@ -365,16 +389,13 @@ def run(
     callback: Progress | None = None,
     finished: Callable[[Made], None] | None = None,
     group: mx.distributed.Group | None = None,
-    known: mx.array | None = None,
-    save_codes: Path | None = None,
-    stop: Callable[[], bool] | None = None,
+    course: Course = Course(),
 ) -> list[Failure]:
     """Make every job, checked before; returns those that failed, with the reason.
 
     A job that fails leaves the others alone. Batches are of `batch_size` jobs, or
-    what memory holds. `group` are the processes that share the model. `known` are
-    codes to start with, and `save_codes` is where those of the only job go. Once
-    `stop` is true the batch ends there, is saved, and none follows.
+    what memory holds. `group` are the processes that share the model. Once the
+    course is stopped, the batch ends there, is saved, and none follows.
     """
     failures = []
 
@@ -385,22 +406,22 @@ def run(
         return rows
 
     for batch in batches(jobs, size):
-        if stop and stop():
+        if course.stopped():
             break
         start = time.perf_counter()
         try:
-            sound = batch[0].sound(model)
-            codes = generate(model, batch, sound, callback, known, stop)
+            sound, prompt_frames = course.begin(model, batch[0])
+            codes = generate(model, batch, sound, callback, course.known, course.stop)
             if group is not None and group.rank() > 0:
                 continue
-            audio = decode(model, batch, codes, sound)
+            audio = decode(model, batch, codes, prompt_frames)
         except (OSError, RuntimeError, ValueError) as error:
             failures += [(job, error) for job in batch]
             continue
         taken = time.perf_counter() - start
         for job, samples in zip(batch, audio):
             try:
-                save(model, job, samples, codes, save_codes)
+                save(model, job, samples, codes, prompt_frames, course.save_codes)
             except (OSError, ValueError) as error:
                 failures.append((job, error))
                 continue
@@ -410,16 +431,28 @@ def run(
     return failures
 
 
+def decode(
+    model: MusicGen, batch: list[Job], codes: mx.array, prompt_frames: int
+) -> mx.array:
+    """Audio (B, N, C) of codes, less that of an audio prompt to be dropped."""
+    audio = model.decode(codes)
+    if batch[0].audio_prompt and batch[0].audio_prompt.drop:
+        audio = model.without(audio, prompt_frames)
+    mx.eval(audio)
+    return audio
+
+
 def save(
     model: MusicGen,
     job: Job,
     samples: mx.array,
     codes: mx.array,
+    prompt_frames: int,
     save_codes: Path | None,
 ) -> None:
     """Write the job's sound, and its codes where they are wanted."""
-    rate, made_of = model.sampling_rate, told(model, job)
-    if save_codes:
-        settings.save_codes(save_codes, codes, made_of)
-    comment = settings.to_comment(made_of)
+    rate, told = model.sampling_rate, made_of(model, job, prompt_frames)
+    comment = settings.to_comment(told)
     save_audio(job.output, job.level(samples, rate), rate, comment, job.subtype)
+    if save_codes:
+        settings.save_codes(save_codes, codes, told)

@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
@@ -59,7 +60,7 @@ DELAYS = {  # (codebooks, audio channels): steps by which each codebook lags
     (4, 1): (0, 1, 2, 3),
     (8, 2): (0, 0, 1, 1, 2, 2, 3, 3),  # left, right, left, right, ...
 }
-STEPS_AHEAD = 5  # that are under way when a piece of a stream is handed out
+STEPS_AHEAD = 1  # that are under way when a piece of a stream is handed out
 DECODING_MEMORY = 10**9  # bytes that making audio of codes takes beyond the weights
 
 LIMITS = {  # least and largest value of each size
@@ -1004,14 +1005,18 @@ class MusicGen(nn.Module):
         """
         codes = self.generate_codes(prompts, duration, *args, **options)
         audio = self.decode(codes)
-        if drop_prompt and options.get("audio_prompt") is not None:
-            audio = self.without_prompt(audio, options["audio_prompt"])
+        if drop_prompt:
+            audio = self.without(audio, self.prompt_frames(options.get("audio_prompt")))
         return audio
 
-    def without_prompt(self, audio: mx.array, prompt: mx.array) -> mx.array:
-        """Audio (B, N, C) less the whole frames that its audio prompt (N', C) took."""
+    def prompt_frames(self, audio: mx.array | None) -> int:
+        """Frames that an audio prompt (N, C) takes."""
         hop = self.config.audio_encoder.hop_length
-        return audio[:, math.ceil(len(prompt) / hop) * hop :]
+        return 0 if audio is None else math.ceil(len(audio) / hop)
+
+    def without(self, audio: mx.array, frames: int) -> mx.array:
+        """Audio (B, N, C) less its first frames."""
+        return audio[:, frames * self.config.audio_encoder.hop_length :]
 
     def generate_codes(
         self,
@@ -1050,8 +1055,9 @@ class MusicGen(nn.Module):
                 lies between that and the window's end begins the next. None: 3/5
                 of the window, so 18 of 30.
             batch_size: rows to run at once; None: as many as memory holds.
-            stop: asked in each step; once it is true the take ends there. Raises
-                KeyboardInterrupt where not a frame is made.
+            stop: asked in each step; once it is true the takes end there, and rows
+                that are not begun are left out. Raises KeyboardInterrupt where not
+                a frame is made.
 
         Raises ValueError for options out of range.
         """
@@ -1079,6 +1085,8 @@ class MusicGen(nn.Module):
             if not pieces:
                 raise KeyboardInterrupt
             codes.append(mx.concatenate(pieces, axis=1))
+            if len(batches) > 1 and stop is not None and stop():
+                break
         return mx.concatenate(codes)
 
     def stream(
@@ -1103,8 +1111,10 @@ class MusicGen(nn.Module):
         comes. Takes the options of `generate_codes`. Raises ValueError for bad ones.
         """
         options = Options(duration, **options)
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt must be one text, got {prompt!r}.")
         prompts, seeds = self._check(prompt, seed, options)
-        if not 1 / self.frame_rate <= chunk < 1e6:
+        if not isinstance(chunk, Real) or not 1 / self.frame_rate <= chunk < 1e6:
             raise ValueError(
                 f"chunk must be at least 1/{self.frame_rate} s, got {chunk}."
             )
@@ -1128,6 +1138,8 @@ class MusicGen(nn.Module):
         frames = int(options.duration * self.frame_rate)
         if codes is None:
             return self.encode_prompt(audio, frames)
+        if audio is not None:
+            raise ValueError("audio_prompt and codes_prompt must not come together.")
         return self._check_known(codes, frames)
 
     def _sound(
@@ -1135,24 +1147,22 @@ class MusicGen(nn.Module):
         codes: Iterator[mx.array | None],
         on_codes: Callable[[mx.array], None] | None,
     ) -> Iterator[mx.array]:
-        """Decode pieces of codes (1, T, K), handing each piece of sound out when some
-        steps more are under way, so that a GPU always has work."""
-        decoding = self.audio_encoder.stream()
-        waiting, steps = [], 0
-        for piece in codes:
-            steps += 1
+        """Decode pieces of codes (1, T, K), handing each piece of sound out when the
+        next step is under way, so that a GPU always has work."""
+        decoding, waiting = self.audio_encoder.stream(), deque()
+        for step, piece in enumerate(codes):
             if piece is not None:
-                waiting.append(self._by_channel(decoding.push, piece)[0])
-                mx.async_eval(waiting)
-                steps = 0
+                sound = self._by_channel(decoding.push, piece)[0]
+                mx.async_eval(sound)
+                waiting.append((step, sound))
                 if on_codes is not None:
                     on_codes(piece)
-            elif waiting and steps == STEPS_AHEAD:
-                yield from filled(waiting)
-                waiting.clear()
+            while waiting and waiting[0][0] + STEPS_AHEAD <= step:
+                yield from filled([waiting.popleft()[1]])
         nothing = mx.zeros((1, 0, self.config.decoder.num_codebooks), mx.uint32)
         finish = functools.partial(decoding.push, last=True)
-        yield from filled([*waiting, self._by_channel(finish, nothing)[0]])
+        rest = [sound for _, sound in waiting]
+        yield from filled([*rest, self._by_channel(finish, nothing)[0]])
 
     def _codes(
         self,
@@ -1289,8 +1299,11 @@ class MusicGen(nn.Module):
         """Raise ValueError unless codes (B, T, K) can be this model's."""
         config = self.config.decoder
         if (
-            codes.shape[2] != config.num_codebooks
+            codes.ndim != 3
+            or not mx.issubdtype(codes.dtype, mx.integer)
+            or codes.shape[2] != config.num_codebooks
             or codes.size == 0
+            or codes.min().item() < 0
             or codes.max().item() >= config.vocab_size
         ):
             raise ValueError(
@@ -1299,6 +1312,10 @@ class MusicGen(nn.Module):
             )
 
     def _check_known(self, codes: mx.array, frames: int) -> mx.array:
+        if codes.ndim != 3 or len(codes) != 1:
+            raise ValueError(
+                f"codes_prompt must be codes (1, T, K), got {codes.shape}."
+            )
         T = codes.shape[1]
         if T > 0:
             self.check_codes(codes)

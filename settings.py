@@ -73,11 +73,12 @@ def wav_comment(path: Path) -> str:
 def save_codes(path: str | Path, codes: mx.array, settings: dict[str, Any]) -> None:
     """Write codes (1, T, K) and settings as safetensors; whole or not at all."""
     path = Path(path)
-    part = path.with_name(f".{path.stem}.part.safetensors")
+    target = path.resolve()  # of a link
+    part = target.with_name(f".{target.stem[:80]}.part.safetensors")
     metadata = {"settings": to_comment(settings)}
     try:
         mx.save_safetensors(str(part), {"codes": codes.astype(mx.uint16)}, metadata)
-        part.replace(path)
+        part.replace(target)
     except (OSError, RuntimeError) as error:
         raise OSError(f"{path} could not be written: {error}") from error
     finally:

@@ -7,13 +7,13 @@ The file is a whole wav after every piece, so that it can be played while it gro
 and keeps what was made when the run is killed.
 """
 
+import os
 import struct
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import BinaryIO
 
 import mlx.core as mx
@@ -21,13 +21,14 @@ import numpy as np
 
 import settings
 from encodec import to_int16
-from jobs import Job, told
+from jobs import Course, Job, made_of
 from musicgen import MusicGen
 
 UNKNOWN = 0xFFFFFFFF  # the length that players take for "until the end"
 
 
 def riff_chunk(name: bytes, content: bytes) -> bytes:
+    """A name, the length, and the content, filled up to an even one."""
     return (
         struct.pack("<4sI", name, len(content)) + content + b"\0" * (len(content) % 2)
     )
@@ -39,8 +40,8 @@ def wav_header(channels: int, rate: int, size: int, comment: str = "") -> bytes:
     form = struct.pack("<HHIIHH", 1, channels, rate, rate * align, align, 16)
     chunks = riff_chunk(b"fmt ", form)
     if comment:
-        told = riff_chunk(b"ICMT", comment.encode() + b"\0")
-        chunks += riff_chunk(b"LIST", b"INFO" + told)
+        text = riff_chunk(b"ICMT", comment.encode() + b"\0")
+        chunks += riff_chunk(b"LIST", b"INFO" + text)
     chunks = b"WAVE" + chunks + struct.pack("<4sI", b"data", size)
     whole = min(len(chunks) + size, UNKNOWN)
     return struct.pack("<4sI", b"RIFF", whole) + chunks
@@ -49,17 +50,23 @@ def wav_header(channels: int, rate: int, size: int, comment: str = "") -> bytes:
 class WavStream:
     """A wav file of 16-bit samples, with dither, that grows.
 
-    Where the file can be rewound its header always tells what is there; in a
-    pipe it tells no length. Samples beyond 1 are clipped, with a warning.
+    Its header always tells what is there, but where it cannot be written again, as
+    in a pipe (`rewinds`), it tells no length. Samples beyond 1 are clipped, with a
+    warning.
     """
 
     def __init__(
-        self, file: BinaryIO, channels: int, sampling_rate: int, comment: str = ""
+        self,
+        file: BinaryIO,
+        channels: int,
+        sampling_rate: int,
+        comment: str = "",
+        rewinds: bool = True,
     ):
         self._file, self._form, self._comment = file, (channels, sampling_rate), comment
         self._size, self._clipped = 0, False
         self._random = np.random.default_rng(0)
-        self._rewinds = file.seekable()
+        self._rewinds = rewinds
         self._write_header(0 if self._rewinds else UNKNOWN)
         file.flush()
 
@@ -73,8 +80,10 @@ class WavStream:
         return self._size / (2 * channels * rate)
 
     def write(self, audio: mx.array) -> None:
-        """Append samples (N, C)."""
+        """Append samples (N, C). Raises ValueError for NaN."""
         audio = np.asarray(audio, dtype=np.float32)
+        if not np.isfinite(audio).all():
+            raise ValueError("The audio must be finite, but it holds NaN.")
         if np.abs(audio).max(initial=0) > 1 and not self._clipped:
             self._clipped = True
             warnings.warn("Samples beyond 1 are clipped: a stream cannot be scaled.")
@@ -91,8 +100,10 @@ class WavStream:
 
 @contextmanager
 def open_output(path: str) -> Iterator[BinaryIO]:
-    """The file to write, or standard output for "-"."""
-    if path == "-":
+    """The file to write, or standard output for "-". Raises OSError without one."""
+    if path == "-" and sys.stdout is None:
+        raise OSError("Standard output, to which --output - writes, is closed.")
+    elif path == "-":
         yield sys.stdout.buffer
     else:
         with open(path, "wb") as file:
@@ -104,36 +115,42 @@ def run(
     job: Job,
     chunk: float,
     callback: Callable[[int, int], None],
-    stop: Callable[[], bool] | None = None,
-    known: mx.array | None = None,
-    save_codes: Path | None = None,
+    course: Course = Course(),
 ) -> float:
     """Write the job's samples as they come; returns how many seconds there are.
 
-    `known` are codes (1, T, K) to go on from. The codes are kept in `save_codes`,
-    after each chunk all that there are. A reader that closes the pipe ends it, and
-    so does `stop`, once it is true.
+    The codes are kept too, if the course wants them, after each chunk all that
+    there are. A reader that closes the pipe ends it.
     """
-    made_of, codes = told(model, job), []
+    sound, prompt_frames = course.begin(model, job)
+    told, codes = made_of(model, job, prompt_frames), []
     chunks = model.stream(
         job.prompt,
         chunk=chunk,
         seed=job.seed,
-        audio_prompt=job.sound(model),
-        codes_prompt=known,
+        audio_prompt=sound,
+        codes_prompt=course.known,
         callback=callback,
-        stop=stop,
+        stop=course.stop,
         on_codes=codes.append,
         **asdict(job.options),
     )
-    form = (model.channels, model.sampling_rate, settings.to_comment(made_of))
-    with open_output(str(job.output)) as file:
-        wav = WavStream(file, *form)
+    path, seconds = str(job.output), 0.0
+    form = (model.channels, model.sampling_rate, settings.to_comment(told), path != "-")
+    with open_output(path) as file:
         try:
+            wav = WavStream(file, *form)
             for audio in chunks:
-                if save_codes:  # first, so that what is heard can be gone on from
-                    settings.save_codes(save_codes, mx.concatenate(codes, 1), made_of)
+                if course.save_codes:  # first: what is heard can be gone on from
+                    whole = mx.concatenate(codes, axis=1)
+                    settings.save_codes(course.save_codes, whole, told)
                 wav.write(audio)
+                seconds = wav.seconds
         except BrokenPipeError:
-            pass
-        return wav.seconds
+            discard_output()
+    return seconds
+
+
+def discard_output() -> None:
+    """Nobody reads standard output any more: what is left in it goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

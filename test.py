@@ -16,6 +16,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal as signals
 import struct
@@ -592,7 +593,7 @@ class TestAudioFiles(Test):
             error = encodec.to_int16(audio, np.random.default_rng(2)) - level
             self.assertLess(abs(error.var() - 0.25), 0.01)
         ends = encodec.to_int16(np.array([[1.5], [-1.5]]), np.random.default_rng(3))
-        self.assertEqual(ends.tolist(), [[32767], [-32768]])
+        self.assertLessEqual(np.abs(ends - [[32766], [-32766]]).max(), 1)  # no clip
         random, noise = np.random.default_rng(0), np.random.default_rng(0)
         parts = [encodec.to_int16(quiet[a:b], random) for a, b in ((0, 7), (7, 99))]
         self.assertSame(np.concatenate(parts), encodec.to_int16(quiet[:99], noise))
@@ -600,7 +601,7 @@ class TestAudioFiles(Test):
     def test_subtypes(self):
         audio = np.random.default_rng(0).uniform(-1.5, 1.5, (999, 2))
         for name, subtype, error in (
-            ("x.wav", "PCM_16", 1 / 32767),
+            ("x.wav", "PCM_16", 2 / 32767),  # and dither
             ("x.wav", "PCM_24", 1 / 2**23),
             ("x.flac", "PCM_24", 1 / 2**23),
         ):
@@ -1217,17 +1218,53 @@ class TestStream(Test):
         self.assertEqual(sizes[:3], [6400] * 3)
         self.assertEqual(len(steps), 53)
 
+    def test_comes_in_time_for_any_chunk(self):
+        model = exact("mono-audiocraft")
+        for frames in (1, 2, 3, 5, 7, 25):
+            steps, made = [], 0
+            count = lambda *step: steps.append(step)  # noqa: E731
+            options = dict(duration=1.0, chunk=frames / 50, callback=count)
+            for piece in model.stream("drums", **options):
+                made += len(piece)
+                if len(steps) < 53:  # all but delay, look-ahead and what is under way
+                    behind = len(steps) * 640 - made
+                    ahead = 3 + 4 + frames + musicgen.STEPS_AHEAD
+                    self.assertLessEqual(behind, 640 * ahead)
+            self.assertEqual(made, 32000)
+
     def test_bad_options(self):
         model = exact("mono-audiocraft")
         for options, pattern in (
             (dict(chunk=0), "chunk must"),
             (dict(chunk=math.inf), "chunk must"),
             (dict(chunk=math.nan), "chunk must"),
+            (dict(chunk="a"), "chunk must"),
             (dict(temp=-1), "temp must"),
             (dict(seed=-1), "seed must"),
+            (dict(codes_prompt=mx.zeros((1, 4))), "codes_prompt must be"),
+            (dict(codes_prompt=mx.zeros((2, 4, 4), mx.int32)), "codes_prompt must be"),
+            (dict(codes_prompt=mx.zeros((1, 4, 4))), "codes must be"),
+            (dict(codes_prompt=mx.zeros((1, 4, 4), mx.int32) - 1), "codes must be"),
         ):
             with self.assertRaisesRegex(ValueError, pattern):
                 model.stream("a", duration=1.0, **options)
+        with self.assertRaisesRegex(ValueError, "prompt must be one text"):
+            model.stream(["a", "b"], duration=1.0)
+        both = dict(audio_prompt=mx.ones((640, 1)), codes_prompt=mx.zeros((1, 1, 4)))
+        with self.assertRaisesRegex(ValueError, "must not come together"):
+            model.generate_codes("a", duration=1.0, **both)
+
+    def test_stopped_among_batches(self):
+        model, steps = exact("mono-audiocraft"), []
+        options = dict(duration=1.0, seed=3, batch_size=1)
+        codes = model.generate_codes(
+            ["drums", "piano", "guitar"],
+            stop=lambda: len(steps) > 20 or steps.append(0),
+            **options,
+        )
+        self.assertEqual(codes.shape[0], 1)  # the others were not begun
+        whole = model.generate_codes("drums", **options)
+        self.assertSame(codes, whole[:, : codes.shape[1]])
 
 
 class TestPublishedCheckpoints(Test):
@@ -2543,8 +2580,9 @@ class TestJobs(Test):
         rest = jobs.plan(["a"], own | dict(drop_prompt=True))
         sound = whole[0].sound(model)
         codes = jobs.generate(model, whole, sound)
-        kept = jobs.decode(model, whole, codes, sound)
-        self.assertSame(jobs.decode(model, rest, codes, sound), kept[:, 1920:])
+        kept = jobs.decode(model, whole, codes, 3)
+        frames = model.prompt_frames(sound)
+        self.assertSame(jobs.decode(model, rest, codes, frames), kept[:, 1920:])
 
     def test_disk_that_fills_up(self):
         info = Mock(frames=8)
@@ -2774,10 +2812,9 @@ class TestSettings(Test):
             self.assertFalse(output.exists())
         codes, told = settings.load_codes(path)
         settings.save_codes(self.folder / "bad.safetensors", codes + 999, told)
-        for flag in ("--redecode", "--resume"):
-            more = ["--output", output, "--duration", "0.8"]
+        for flag, *more in (["--redecode"], ["--resume", "--duration", "0.8"]):
             status, _, err = self.run_script(
-                flag, self.folder / "bad.safetensors", *more
+                flag, self.folder / "bad.safetensors", "--output", output, *more
             )
             self.assertEqual(status, 1)
             self.assertRegex(err, "generate.py: error: The codes must be of 8.*\n$")
@@ -2788,6 +2825,89 @@ class TestSettings(Test):
         status, _, err = self.run_script("--redecode", path, "--stream")
         self.assertEqual(status, 2)
         self.assertRegex(err, "^generate.py: error: --redecode has the whole.*\n$")
+
+    def refused(self, *flags: str, status: int, pattern: str) -> None:
+        """The flags get one line, and leave no file."""
+        before = sorted(self.folder.iterdir())
+        got, _, err = self.run_script("--output", self.folder / "no.wav", *flags)
+        self.assertEqual(got, status, err)
+        self.assertRegex(err, f"^(0step.*\r?)*generate.py: error: .*{pattern}.*\n$")
+        self.assertEqual(sorted(self.folder.iterdir()), before)
+
+    def test_only_settings_are_recalled(self):
+        path, other = self.folder / "x.safetensors", self.folder / "other.safetensors"
+        told = dict(model=self.model, prompt="drums", seed=3, duration=0.2)
+        codes = mx.zeros((1, 9, 8), mx.uint32)
+        hostile = dict(save_codes=str(other), takes=3, stream=True, redecode="x")
+        settings.save_codes(path, codes, told | hostile)
+        self.make("again.wav", "--again", path)
+        names = sorted(p.name for p in self.folder.iterdir())
+        self.assertEqual(names, ["again.wav", "x.safetensors"])
+        for wrong in (
+            dict(seed=[1]),
+            dict(seed=1.5),
+            dict(dtype="nonsense"),
+            dict(dtype=3),
+            dict(model=5),
+            dict(temp="hot"),
+            dict(temp={}),
+            dict(top_k=None, temp=-1),
+            dict(duration=[2]),
+            dict(audio_prompt=7),
+        ):
+            settings.save_codes(path, codes, told | wrong)
+            status, _, err = self.run_script("--again", path, "--output", other)
+            self.assertIn(status, (1, 2), wrong)
+            self.assertRegex(err, "^generate.py: error: .*\n$")
+
+    def test_flags_replace_settings(self):
+        first = ["-p", "drums", "--model", self.model, "--duration", "0.5"]
+        self.make("loud.wav", *first, "--loudness", "-20")
+        loud = ["--again", self.folder / "loud.wav"]
+        self.assertLess(np.abs(self.make("x.wav", *loud, "--peak", "-6")).max(), 0.51)
+        self.make("x.wav", *loud, "--stream")
+        self.make("float.wav", *first, "--subtype", "float")
+        self.make("x.flac", "--again", self.folder / "float.wav")
+        lines = self.folder / "lines.txt"
+        lines.write_text("piano\n")
+        more = ["--prompts", lines, "--duration", "0.6"]
+        self.run_script("--output", self.folder / "line.wav", *loud, *more)
+        told = settings.read_settings(self.folder / "line-1.wav")
+        self.assertEqual((told["prompt"], told["loudness"]), ("piano", -20))
+
+    def test_what_does_not_go_together(self):
+        path = self.folder / "c.safetensors"
+        flags = ["-p", "drums", "--model", self.model, "--duration", "0.4"]
+        self.make("x.wav", *flags, "--save-codes", path)
+        for more, pattern in (
+            (["--redecode", path, "--temp", "0.1"], "--redecode makes the sound"),
+            (["--redecode", path, "--again", path], "must not come together"),
+            (["--resume", path, "--audio-prompt", "a.wav"], "goes on from codes"),
+        ):
+            self.refused(*more, status=2, pattern=pattern)
+        for more, pattern in (
+            (["--save-codes", "/none/x.safetensors"], "folder /none"),
+            (["--loudness", "-14", "--duration", "0.3"], "loudness is measured"),
+        ):
+            self.refused(*flags, *more, status=1, pattern=pattern)
+        spelled = os.path.relpath(self.model)
+        self.make("y.wav", "--redecode", path, "--model", f"./{spelled}/")
+
+    def test_resume_needs_no_audio_prompt(self):
+        sound, path = self.folder / "s.wav", self.folder / "c.safetensors"
+        save_audio(sound, 0.1 * mx.random.normal((6400, 1)), 32000)
+        flags = ["-p", "drums", "--model", self.model, "--seed", "9"]
+        flags += ["--audio-prompt", sound, "--drop-prompt", "--dtype", "float32"]
+        whole = self.make("whole.wav", *flags, "--duration", "0.8")
+        model = exact("stereo-audiocraft")
+        known = model.encode_prompt(load_audio(sound, 32000, 2), 40)
+        told = settings.read_settings(self.folder / "whole.wav")
+        self.assertEqual(told["prompt_frames"], 10)
+        settings.save_codes(path, known, told)  # stopped after the prompt
+        sound.unlink()
+        longer = ["--duration", "0.8", "--save-codes", path]
+        self.assertSame(self.make("resumed.wav", "--resume", path, *longer), whole)
+        self.assertSame(self.make("again.wav", "--redecode", path), whole)
 
     def test_bad_files(self):
         sound, codes = self.folder / "x.wav", self.folder / "x.safetensors"
@@ -2935,6 +3055,23 @@ class TestStreamedFile(Test):
         self.assertEqual(process.wait(), 0, message)
         self.assertNotIn("Traceback", message)
 
+    def test_pipes_and_redirections(self):
+        command = " ".join(map(shlex.quote, self.command("-", "0.3")))
+        for line, status in (
+            (f"{command} | true; exit ${{PIPESTATUS[0]}}", 0),
+            (f"{command} >&-", 1),
+        ):
+            result = subprocess.run(
+                ["bash", "-c", line], capture_output=True, text=True
+            )
+            self.assertEqual(result.returncode, status, result.stderr)
+            self.assertNotIn("Traceback", result.stderr)
+        path = self.folder / "both.bin"
+        subprocess.run(["bash", "-c", f"(echo hello; {command}) >> {path}"], check=True)
+        head, _, rest = path.read_bytes().partition(b"\n")
+        self.assertEqual((head, rest.count(b"RIFF")), (b"hello", 1))
+        self.assertEqual(soundfile.info(io.BytesIO(rest)).frames, 9600)
+
     def kill(self, signal: str, wait: float) -> int:
         """Exit status of a run of 35 s that gets a signal on its way."""
         path, codes = self.folder / f"{signal}.wav", self.folder / signal
@@ -2944,7 +3081,7 @@ class TestStreamedFile(Test):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        while not path.exists() or path.stat().st_size < 100_000:
+        while not path.exists() or path.stat().st_size < 50_000:
             self.assertIsNone(process.poll())
             time.sleep(0.01)
         time.sleep(wait)
@@ -2962,11 +3099,12 @@ class TestStreamedFile(Test):
                 self.folder / f"{signal}{end}" for end in (".wav", ".safetensors")
             )
             made, _ = soundfile.read(path)
-            self.assertGreater(len(made), 0.5 * 32000)
-            self.assertLess(len(made), 35 * 32000)
+            self.assertGreater(len(made), 0.3 * 32000)
+            self.assertLess(len(made), 20 * 32000)  # far from the first window's end
             self.assertLessEqual(4 * len(made), path.stat().st_size - 44)
             sure = len(made) - (4 * 640 if signal == "SIGINT" else 0)  # else an end
-            self.assertClose(mx.array(made[:sure]), mx.array(sound[:sure]), 1e-4)
+            steps = 4 / 32768  # dither, rounding, and full scale being 32766
+            self.assertClose(mx.array(made[:sure]), mx.array(sound[:sure]), steps)
             frames = settings.load_codes(kept)[0].shape[1]
             self.assertGreaterEqual(640 * frames, len(made))
             longer, whole = self.folder / "x.safetensors", self.folder / "whole.wav"
@@ -2975,7 +3113,7 @@ class TestStreamedFile(Test):
             self.assertEqual(self.run_script(*command)[0], 0)
             self.assertSame(settings.load_codes(longer)[0], codes)
             resumed, _ = soundfile.read(whole)
-            self.assertClose(mx.array(resumed), mx.array(sound), 1e-4)
+            self.assertClose(mx.array(resumed), mx.array(sound), steps)
         left = [path.name for path in self.folder.iterdir() if "part" in path.name]
         self.assertEqual(left, [])
 
