@@ -40,13 +40,16 @@ import soundfile
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 from mlx.utils import tree_flatten
+from safetensors import safe_open
 
 import benchmark
 import convert
+import demucs
 import encodec
 import generate
 import jobs
 import loudness as loudness_script
+import melody
 import musicgen
 import settings
 import stream
@@ -63,6 +66,7 @@ AUDIOCRAFT = ("mono-audiocraft", "stereo-audiocraft")
 
 sys.path.insert(0, str(REFERENCE))
 import manifests  # noqa: E402
+import sounds  # noqa: E402
 
 
 def expected(name: str) -> dict[str, mx.array]:
@@ -1322,6 +1326,11 @@ class TestPublishedCheckpoints(Test):
         weights = T5.sanitize(self.arrays("t5-base.transformers"))
         model.load_weights(list(weights.items()))
 
+    def test_demucs(self):
+        weights = demucs.HTDemucs.sanitize(self.arrays("htdemucs.demucs"))
+        model = demucs.HTDemucs(demucs.HTDemucsConfig())
+        model.load_weights(list(weights.items()))
+
     def test_manifests_equal_the_full_ones(self):
         folder = HERE.parent / "shared" / "checkpoints"
         if not folder.is_dir():
@@ -1337,6 +1346,252 @@ def respell(name: str) -> str:
     """Weight norm as transformers has spelled it since 4.46."""
     name = name.replace(".weight_g", ".parametrizations.weight.original0")
     return name.replace(".weight_v", ".parametrizations.weight.original1")
+
+
+class TestDemucs(Test):
+    folder_of_reference = REFERENCE / "htdemucs"
+
+    def load(self) -> tuple[demucs.HTDemucs, dict[str, mx.array]]:
+        model = demucs.HTDemucs.from_pretrained(self.folder_of_reference)
+        expected = self.folder_of_reference / "expected" / "expected.safetensors"
+        return model, mx.load(str(expected))
+
+    def test_stems(self):
+        model, want = self.load()
+        self.assertEqual((model.sampling_rate, model.channels), (4000, 2))
+        self.assertEqual(model.config.segment_length, 1200)
+        steps = []
+        stems = model.separate(want["audio"], callback=lambda *s: steps.append(s))
+        self.assertClose(stems, want["stems"], 1e-5)
+        self.assertEqual(steps, [(i, 4) for i in range(4)])
+
+    def test_spectrogram_and_back(self):
+        rates = mx.array([[0.05], [0.3], [1.1]])
+        audio = mx.sin(mx.arange(1000) * rates)
+        spectrum = demucs.spectrogram(audio, 256)
+        self.assertEqual(spectrum.shape, (3, 128, 16))
+        back = demucs.waveform(spectrum, 1000)
+        # as in the original the frames at the ends are left out, and a frequency
+        inner = slice(128, -128)
+        self.assertClose(back[:, inner], audio[:, inner], 1e-3)
+
+    def test_shifts(self):
+        model, want = self.load()
+        once, again = (model.separate(want["audio"], shifts=2) for _ in range(2))
+        self.assertEqual(once.shape, want["stems"].shape)
+        self.assertSame(once, again)
+        self.assertNotEqual(once.tolist(), want["stems"].tolist())
+
+        class Same(demucs.HTDemucs):
+            def __call__(self, audio):  # nothing that a shift could change
+                return mx.repeat(audio[:, None], 4, axis=1)
+
+        same = Same(model.config)
+        for options in (dict(shifts=3), dict(overlap=0.0), dict(overlap=0.9)):
+            stems = same.separate(want["audio"], **options)
+            self.assertClose(stems, mx.stack([want["audio"]] * 4), 1e-6)
+
+    def test_short_sound(self):
+        model, want = self.load()
+        for length in (1, 7, 1199, 1200, 1201):
+            stems = model.separate(want["audio"][:length])
+            self.assertEqual(stems.shape, (4, length, 2))
+            self.assertTrue(mx.isfinite(stems).all().item())
+
+    def test_bad_input(self):
+        model, want = self.load()
+        for audio, options, pattern in (
+            (mx.zeros((9,)), {}, "audio must have the shape"),
+            (mx.zeros((9, 1)), {}, "audio must have the shape"),
+            (mx.zeros((0, 2)), {}, "audio must have the shape"),
+            (mx.full((9, 2), math.nan), {}, "must be finite"),
+            (want["audio"], dict(overlap=1), "overlap must be"),
+            (want["audio"], dict(shifts=-1), "shifts not below 0"),
+        ):
+            with self.assertRaisesRegex(ValueError, pattern):
+                model.separate(audio, **options)
+
+    def test_bad_files(self):
+        source = self.folder_of_reference / "model.safetensors"
+        weights = mx.load(str(source))
+        with safe_open(source, "numpy") as file:
+            about = file.metadata()
+        path = self.folder / "model.safetensors"
+
+        def kwargs(**other) -> dict[str, str]:
+            found = json.loads(about["kwargs"]) | other
+            return about | {"kwargs": json.dumps(found)}
+
+        some = dict(list(weights.items())[1:])
+        for wrong, told, pattern in (
+            (weights, {}, "must hold an HTDemucs, but holds none"),
+            (weights, {"klass": "demucs.hdemucs.HDemucs"}, "must hold an HTDemucs"),
+            (weights, about | {"kwargs": "{"}, "does not load"),
+            (weights, about | {"kwargs": "[]"}, "does not load"),
+            (weights, kwargs(t_emb="cape"), "t_emb must be 'sin', got 'cape'"),
+            (weights, kwargs(nfft=16), "nfft must be a multiple"),
+            (weights, kwargs(t_heads=3), "bottom_channels must be a multiple"),
+            (weights, kwargs(channels="many"), "does not load"),
+            (weights, kwargs(channels=4), "does not load"),
+            (weights, kwargs(depth=0), "does not load"),
+            (some, about, "does not load: Missing 1 parameters"),
+            (weights | {"more": mx.zeros(3)}, about, "does not load: Received 1"),
+        ):
+            mx.save_safetensors(str(path), wrong, told)
+            with self.assertRaisesRegex(ValueError, pattern):
+                demucs.HTDemucs.from_pretrained(self.folder)
+        path.write_bytes(b"nothing")
+        with self.assertRaisesRegex(ValueError, "model.safetensors is damaged"):
+            demucs.HTDemucs.from_pretrained(self.folder)
+        shutil.copy(source, self.folder / "other.safetensors")
+        with self.assertRaisesRegex(FileNotFoundError, "one .safetensors file"):
+            demucs.HTDemucs.from_pretrained(self.folder)
+        with self.assertRaisesRegex(FileNotFoundError, "must be a folder or a Hub"):
+            demucs.HTDemucs.from_pretrained("none")
+
+    def run_script(self, *arguments: str) -> str:
+        """What the script prints; SystemExit says what is wrong."""
+        model = ["--model", str(self.folder_of_reference)]
+        with patch("sys.argv", ["demucs.py", *map(str, arguments), *model]):
+            with redirect_stdout(io.StringIO()) as out:
+                with redirect_stderr(io.StringIO()) as err:
+                    try:
+                        demucs.main()
+                    except SystemExit as stop:
+                        return err.getvalue() if stop.code == 2 else str(stop.code)
+        return out.getvalue()
+
+    def test_script(self):
+        _, want = self.load()
+        source, folder = self.folder / "song.wav", self.folder / "stems"
+        save_audio(source, want["audio"], 4000, subtype="FLOAT")
+        told = self.run_script(source, "--output-dir", folder)
+        names = ["drums", "bass", "other", "vocals"]
+        self.assertEqual(told.split(), [str(folder / f"{n}.wav") for n in names])
+        for name, stem in zip(names, want["stems"]):
+            found = mx.array(soundfile.read(folder / f"{name}.wav")[0])
+            self.assertClose(found, stem / max(1, mx.abs(stem).max().item()), 2e-4)
+        told = self.run_script(source, "--output-dir", folder, "--stems", "bass")
+        self.assertEqual(told.split(), [str(folder / "bass.wav")])
+        for flags, pattern in (
+            (["--stems", "bass,flute"], "--stems must be of drums, .*'flute'"),
+            (["--overlap", "1"], "overlap must be"),
+            (["--shifts", "x"], "invalid int"),
+        ):
+            self.assertRegex(self.run_script(source, *flags), pattern)
+        self.assertRegex(self.run_script("none.wav"), "There is no sound file none.wav")
+
+
+class TestMelody(Test):
+    def test_notes_are_those_of_transformers(self):
+        want = mx.load(str(REFERENCE / "chroma.safetensors"))
+        for rate in (32000, 44100):
+            for make in (sounds.sweep, sounds.chords, sounds.noise):
+                with self.subTest(make=make.__name__, rate=rate):
+                    chroma = melody.extract_chroma(make(rate), rate)
+                    self.assertSame(chroma.sum(axis=1), mx.ones(len(chroma)))
+                    notes = mx.argmax(chroma, axis=1)
+                    self.assertSame(notes, want[f"{make.__name__}_{rate}"])
+
+    def test_strengths_are_those_of_librosa(self):
+        want = mx.load(str(REFERENCE / "chroma.safetensors"))
+        for seed in range(20):
+            audio = sounds.noise(32000, seed, seconds=0.6)
+            found = melody.note_strengths(audio, 32000)
+            self.assertClose(found, want[f"librosa_{seed}"], 1e-5)
+
+    def test_in_parts(self):
+        audio = sounds.noise(32000)
+        whole = melody.note_strengths(audio, 32000)
+        with patch("melody.FRAMES_AT_ONCE", 5):
+            self.assertSame(melody.note_strengths(audio, 32000), whole)
+
+    def test_thirty_seconds_are_235_frames(self):
+        audio = sounds.noise(32000, seconds=30)
+        self.assertEqual(melody.extract_chroma(audio, 32000).shape, (235, 12))
+
+    def test_channels_are_averaged(self):
+        left = sounds.tune(32000, [60, 62])
+        both = np.concatenate(
+            [left, -0.9 * left + 1e-2 * sounds.noise(32000)[:32000]], 1
+        )
+        mono = both.mean(axis=1, keepdims=True)
+        found = [melody.extract_chroma(x, 32000) for x in (both, mono)]
+        self.assertSame(*found)
+
+    def test_fit(self):
+        chroma = mx.eye(12)[:5]
+        self.assertSame(melody.fit(chroma, 3), chroma[:3])
+        longer = melody.fit(chroma, 12)
+        rows = [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+        self.assertSame(longer, chroma[mx.array(rows)])
+
+    def test_tune_under_drums_and_bass(self):
+        """The notes are those of the tune, once what covers them is taken away."""
+        rate, notes = 44100, [60, 64, 67, 72, 71, 67, 65, 62]
+        tune = sounds.tune(rate, notes)
+        bass = 5 * sounds.tune(rate, [49] * len(notes))
+        drums = 0.5 * sounds.noise(rate, seconds=len(tune) / rate)[: len(tune)]
+
+        class Told:  # a separation that knows the parts
+            sampling_rate, channels = rate, 2
+            config = demucs.HTDemucsConfig()
+
+            def separate(self, audio):
+                parts = dict(drums=drums, bass=bass, other=tune, vocals=0 * tune)
+                stems = [parts[name] for name in self.config.sources]
+                return mx.array(np.stack(stems).repeat(2, axis=-1))
+
+        mix = mx.array(tune + bass + drums)
+        covered = melody.extract_chroma(mix, rate)
+        clear = melody.extract_chroma(melody.take_melody(mix, rate, Told()), 32000)
+        beats = [int((i + 0.5) * 0.5 * 32000 / 4096) for i in range(len(notes))]
+        heard = np.array(mx.argmax(clear, axis=1))[beats]
+        self.assertEqual(heard.tolist(), [note % 12 for note in notes])
+        drowned = np.array(mx.argmax(covered, axis=1))[beats]
+        self.assertGreater((drowned == 1).sum(), 4)  # C#, which the bass plays
+
+    def test_take_melody(self):
+        model = demucs.HTDemucs.from_pretrained(REFERENCE / "htdemucs")
+        audio = mx.array(sounds.noise(32000, seconds=0.75))
+        found = melody.take_melody(audio, 32000, model)
+        self.assertEqual(found.shape, (24000, 1))
+        low = encodec.resample(np.array(audio), 32000, 4000).repeat(2, axis=1)
+        stems = model.separate(low)
+        both = np.array(stems[2] + stems[3]).mean(axis=1, keepdims=True)
+        self.assertClose(found, encodec.resample(both, 4000, 32000))
+
+    def test_bad_input(self):
+        for audio, pattern in (
+            (mx.zeros(20_000), "must have the shape"),
+            (mx.zeros((20_000, 0)), "must have the shape"),
+            (mx.ones((16383, 1)), "must have at least 0.51 s, got 0.51 s"),
+            (mx.ones((0, 1)), "must have at least 0.51 s, got 0.00 s"),
+            (mx.full((20_000, 2), math.nan), "must be finite"),
+            (mx.zeros((20_000, 2)), "must not be silent"),
+        ):
+            with self.assertRaisesRegex(ValueError, f"melody {pattern}"):
+                melody.extract_chroma(audio, 32000)
+        self.assertEqual(melody.extract_chroma(mx.ones((16384, 1)), 32000).shape[0], 5)
+
+    def test_drawing(self):
+        chroma = mx.eye(12)[mx.array([0, 0, 4, 11])]
+        lines = melody.draw(chroma).split("\n")
+        self.assertEqual([line.split()[0] for line in lines], list(melody.NOTES[::-1]))
+        self.assertEqual(lines[-1], "C  ██")
+        self.assertEqual((lines[7], lines[0]), ("E    █", "B     █"))
+        half = melody.draw(mx.eye(12)[mx.array([0, 4] * 50)], width=50).split("\n")
+        self.assertEqual((half[-1], half[7]), ("C  " + "▒" * 50, "E  " + "▒" * 50))
+
+    def test_script(self):
+        path = self.folder / "tune.wav"
+        save_audio(path, sounds.tune(44100, [60, 67]), 44100)
+        command = [sys.executable, str(HERE / "melody.py")]
+        drawn = subprocess.run([*command, path], capture_output=True, text=True)
+        self.assertEqual(drawn.stdout.count("\n"), 12, drawn.stderr)
+        lost = subprocess.run([*command, "none.wav"], capture_output=True, text=True)
+        self.assertEqual(lost.returncode, 1)
+        self.assertRegex(lost.stderr, "^melody.py: error: There is no .*none.wav.\n$")
 
 
 class TestLoading(Test):

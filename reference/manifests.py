@@ -6,7 +6,7 @@ share one line. `expand` undoes that. Standard library only, no weights.
     python manifests.py FOLDER
 
 rebuilds `manifests.json` from a folder of full manifests (`NAME.transformers.json`,
-`NAME.audiocraft.json`, `NAME.config.json`) and checks that nothing was lost.
+`NAME.audiocraft.json`, `NAME.demucs.json`, `NAME.config.json`) and checks that nothing was lost.
 """
 
 import argparse
@@ -90,8 +90,8 @@ def full_manifests(folder: Path) -> tuple[dict, dict]:
     for name in OTHERS + MUSICGEN:
         key = f"{name}.transformers"
         tensors[key] = json.loads((folder / f"{key}.json").read_text())
-    key = "encodec_32khz.audiocraft"
-    tensors[key] = json.loads((folder / f"{key}.json").read_text())
+    for key in ("encodec_32khz.audiocraft", "htdemucs.demucs"):
+        tensors[key] = json.loads((folder / f"{key}.json").read_text())
     for name in MUSICGEN:
         files = json.loads((folder / f"{name}.audiocraft.json").read_text())
         tensors[f"{name}.audiocraft"] = files["state_dict.bin"]["best_state"]
