@@ -33,6 +33,8 @@ from mlx.nn.layers.distributed import shard_linear
 from safetensors import SafetensorError, safe_open
 
 from encodec import Encodec, EncodecConfig, add, parallel_streams
+from melody import check as check_melody
+from melody import extract_chroma, fit, take_melody
 from t5 import T5, T5Config, Tokenizer
 
 MODELS = {
@@ -71,6 +73,8 @@ LIMITS = {  # least and largest value of each size
     "ffn_dim": (1, 2**17),
     "num_codebooks": (1, 64),
     "audio_channels": (1, 2),
+    "num_chroma": (0, 2**10),
+    "chroma_length": (1, 2**12),
 }
 DTYPES = {name: getattr(mx, name) for name in ("float16", "bfloat16", "float32")}
 
@@ -89,6 +93,8 @@ class DecoderConfig:
     activation_function: str = "gelu"
     scale_embedding: bool = False
     delays: tuple[int, ...] | None = None  # None: what DELAYS says
+    num_chroma: int = 0  # notes of a melody; with any, it and the text come first
+    chroma_length: int = 235  # frames of the melody
 
     def __post_init__(self):
         for name, (low, high) in LIMITS.items():
@@ -186,16 +192,18 @@ class MusicGenConfig:
     @classmethod
     def from_dict(cls, config: dict) -> "MusicGenConfig":
         """Read a nested `config.json`, published or ours."""
-        if config.get("model_type") != "musicgen":
+        if config.get("model_type") not in ("musicgen", "musicgen_melody"):
             raise ValueError(
-                f"model_type must be 'musicgen', got '{config.get('model_type')}'. "
-                "Melody and style checkpoints are not supported yet."
+                "model_type must be 'musicgen' or 'musicgen_melody', got "
+                f"'{config.get('model_type')}'. Style checkpoints are not supported yet."
             )
         for part in ("decoder", "text_encoder", "audio_encoder"):
             if not isinstance(config.get(part), dict):
                 raise ValueError(f"It must have '{part}', an object, but lacks it.")
+        notes = ("num_chroma", "chroma_length")  # transformers has them outside
+        melody = {name: config[name] for name in notes if name in config}
         return cls(
-            DecoderConfig.from_dict(config["decoder"]),
+            DecoderConfig.from_dict(config["decoder"] | melody),
             T5Config.from_dict(config["text_encoder"]),
             EncodecConfig.from_dict(config["audio_encoder"]),
             config.get("max_duration", 30.0),
@@ -236,13 +244,16 @@ class KVCache:
         return mx.split(self._buffer[:, :, :end], 2)
 
 
+Memory = tuple[mx.array, mx.array] | None  # text keys and values (R', H, L, d)
+
+
 class Conditioning(NamedTuple):
     """What stays the same over a whole generation.
 
     R' rows, the first, have a text to attend: all, or half of them.
     """
 
-    memory: list[tuple[mx.array, mx.array]]  # text keys and values (R', H, L, d)
+    memory: list[Memory]
     mask: mx.array | None  # (R', 1, 1, L), added to the scores; None: all attended
     positions: mx.array  # (S, D)
 
@@ -352,28 +363,25 @@ class Layer(nn.Module):
         D = config.hidden_size
         self.norm1 = nn.LayerNorm(D)
         self.self_attn = SelfAttention(config)
-        self.norm_cross = nn.LayerNorm(D)
-        self.cross_attention = CrossAttention(config)
         self.norm2 = nn.LayerNorm(D)
         self.linear1 = nn.Linear(D, config.ffn_dim, bias=False)
         self.linear2 = nn.Linear(config.ffn_dim, D, bias=False)
 
     def shard(self, group: mx.distributed.Group) -> None:
         self.self_attn.shard(group)
-        self.cross_attention.shard(group)
         self.linear1 = shard_linear(self.linear1, "all-to-sharded", group=group)
         self.linear2 = shard_linear(self.linear2, "sharded-to-all", group=group)
+
+    def remember(self, text: mx.array) -> Memory:
+        """What stays of text states (R, L, D): nothing, for they come first here."""
+        return None
 
     def before(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Queries (1, R * H, S, d), keys and values (2, R * H, S, d) of x (R, S, D)."""
         return self.self_attn.queries_keys_values(self.norm1(x))
 
     def after(
-        self,
-        x: mx.array,
-        attended: mx.array,
-        memory: tuple[mx.array, mx.array],
-        mask: mx.array | None,
+        self, x: mx.array, attended: mx.array, memory: Memory, mask: mx.array | None
     ) -> mx.array:
         """The layer's output (R, S, D), from what its self-attention gave."""
         x = project(self.self_attn.out_proj, join_heads(attended, len(x)), x)
@@ -381,12 +389,27 @@ class Layer(nn.Module):
         hidden = nn.gelu(project(self.linear1, self.norm2(x)))
         return project(self.linear2, hidden, x)
 
-    def add_text(
-        self,
-        x: mx.array,
-        memory: tuple[mx.array, mx.array],
-        mask: mx.array | None,
-    ) -> mx.array:
+    def add_text(self, x: mx.array, memory: Memory, mask: mx.array | None) -> mx.array:
+        return x
+
+
+class CrossLayer(Layer):
+    """A layer that attends the text."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__(config)
+        self.norm_cross = nn.LayerNorm(config.hidden_size)
+        self.cross_attention = CrossAttention(config)
+
+    def shard(self, group: mx.distributed.Group) -> None:
+        super().shard(group)
+        self.cross_attention.shard(group)
+
+    def remember(self, text: mx.array) -> Memory:
+        """Keys and values (R, H, L, d) of text states (R, L, D)."""
+        return self.cross_attention.keys_values(text)
+
+    def add_text(self, x: mx.array, memory: Memory, mask: mx.array | None) -> mx.array:
         """Add to the rows that have a text what they find in it: (R, S, D)."""
         rows = len(memory[0])
         queries = self.cross_attention.queries(self.norm_cross(x[:rows]))
@@ -427,7 +450,10 @@ class Decoder(nn.Module):
         K, V, D = config.num_codebooks, config.vocab_size, config.hidden_size
         self.output_proj = nn.Linear(text_width, D)  # of the text, as audiocraft has it
         self.emb = nn.Embedding(K * (V + 1), D)
-        self.layers = [Layer(config) for _ in range(config.num_hidden_layers)]
+        kind = Layer if config.num_chroma else CrossLayer
+        self.layers = [kind(config) for _ in range(config.num_hidden_layers)]
+        if config.num_chroma:
+            self.melody_proj = nn.Linear(config.num_chroma, D)
         self.out_norm = nn.LayerNorm(D)
         self.linears = nn.Linear(D, K * V, bias=False)
         self.group: mx.distributed.Group | None = None  # among which it is shared
@@ -448,7 +474,7 @@ class Decoder(nn.Module):
         rows = rows_with_text(mask)
         text, mask = text[:rows], mask[:rows]
         text = self.output_proj(text.astype(self.dtype)) * mask[..., None]
-        memory = [layer.cross_attention.keys_values(text) for layer in self.layers]
+        memory = [layer.remember(text) for layer in self.layers]
         attended = mask | ~mask.any(axis=1, keepdims=True)
         bias = mx.where(attended, 0, -mx.inf)[:, None, None].astype(self.dtype)
         positions = sinusoids(steps, self.config.hidden_size).astype(self.dtype)
@@ -456,6 +482,14 @@ class Decoder(nn.Module):
         # Now, for compiled steps would compute again whatever is still lazy.
         mx.eval(memory, bias, positions)
         return Conditioning(memory, bias, positions)
+
+    def prefix(self, text: mx.array, mask: mx.array, chroma: mx.array) -> mx.array:
+        """What comes before the codes (R, P, D): a melody (R, T, 12), one-hot, then
+        the text states (R, L, width), zeroed where the mask (R, L) is false."""
+        text = self.output_proj(text.astype(self.dtype)) * mask[..., None]
+        return mx.concatenate(
+            [self.melody_proj(chroma.astype(self.dtype)), text], axis=1
+        )
 
     def cache_bytes(self, steps: int) -> int:
         """Bytes that the caches of one sequence of `steps` steps take."""
@@ -492,12 +526,18 @@ class Decoder(nn.Module):
         return self.logits(self.hidden(tokens, conditioning, cache))
 
     def hidden(
-        self, tokens: mx.array, conditioning: Conditioning, cache: list[KVCache]
+        self,
+        tokens: mx.array,
+        conditioning: Conditioning,
+        cache: list[KVCache],
+        prefix: mx.array | None = None,
     ) -> mx.array:
-        """What the layers make of `tokens` (R, S, K): (R, S, D)."""
+        """What the layers make of `tokens` (R, S, K), after a prefix (R, P, D) if there
+        is one: (R, P + S, D)."""
         memory, mask, positions = conditioning
-        start = cache[0].offset
-        x = self.embed(tokens) + positions[start : start + tokens.shape[1]]
+        start, x = cache[0].offset, self.embed(tokens)
+        x = x if prefix is None else mx.concatenate([prefix, x], axis=1)
+        x = x + positions[start : start + x.shape[1]]
         for layer, text, past in zip(self.layers, memory, cache):
             x = layer.after(x, attend_past(past, *layer.before(x)), text, mask)
         return x
@@ -599,17 +639,20 @@ class Decoder(nn.Module):
         """
         renamed = {}
         for name, weight in weights.items():
-            if not name.endswith("embed_positions.weights"):  # computed instead
+            if not name.endswith(COMPUTED):
                 add(renamed, rename(name), weight)
         check_numbers(renamed)
         return fuse(split_cross(renamed))
 
+
+COMPUTED = ("embed_positions.weights", ".self_wav.chroma.spec.window")  # from nothing
 
 RENAMES = (  # transformers' names -> audiocraft's -> ours
     (r"^model\.decoder\.", ""),
     (r"^embed_tokens\.", "emb."),
     (r"^lm_heads\.", "linears."),
     (r"^enc_to_dec_proj\.", "output_proj."),
+    (r"^audio_enc_to_dec_proj\.", "melody_proj."),
     (r"^layer_norm\.", "out_norm."),
     (r"\.self_attn_layer_norm\.", ".norm1."),
     (r"\.encoder_attn_layer_norm\.", ".norm_cross."),
@@ -618,6 +661,7 @@ RENAMES = (  # transformers' names -> audiocraft's -> ours
     (r"\.fc([12])\.", r".linear\1."),
     (r"^transformer\.", ""),
     (r"^condition_provider\.conditioners\.description\.", ""),
+    (r"^condition_provider\.conditioners\.self_wav\.output_", "melody_"),
     (r"\.in_proj_weight$", ".in_proj.weight"),
 )
 
@@ -884,6 +928,7 @@ class Part(NamedTuple):
     """Some rows of a run."""
 
     stream: mx.Stream
+    text: tuple[mx.array, mx.array]  # states (R, L, width) and mask (R, L)
     conditioning: Conditioning
     cache: list[KVCache]
     lower: Callable[[mx.array], State]
@@ -905,14 +950,15 @@ class Run:
         self._decoder, self._copies = decoder, R // rows
         on_cpu = mx.default_device() == mx.cpu
         self._cut = R // 2 if on_cpu and R > 1 and decoder.group is None else R
-        self._parts = []
+        self._parts, self._prefixes = [], None
         self._halfway: list[State] = []  # of the step before
         for (text, mask), stream in zip(self._split(text, mask), parallel_streams()):
             with mx.stream(stream):
                 conditioning = decoder.condition(text, mask, steps)
             cache = decoder.make_cache(len(text), steps)
             halves = decoder.compile(conditioning, cache)
-            self._parts.append(Part(stream, conditioning, cache, *halves))
+            parts = (stream, (text, mask), conditioning, cache, *halves)
+            self._parts.append(Part(*parts))
 
     def _split(self, *arrays: mx.array) -> list[tuple[mx.array, ...]]:
         parts = [tuple(x[: self._cut] for x in arrays)]
@@ -920,17 +966,28 @@ class Run:
             parts.append(tuple(x[self._cut :] for x in arrays))
         return parts
 
-    def rewind(self) -> None:
-        """Forget all steps; the buffers are used again."""
+    def rewind(self, chroma: mx.array | None = None) -> None:
+        """Forget all steps; the buffers are used again. A melody model goes on from
+        `chroma` (B, T, 12) of the takes, and from the note C in rows without text."""
         for part in self._parts:
             for layer in part.cache:
                 layer.offset = 0
+        if chroma is not None:
+            null = mx.broadcast_to(mx.arange(chroma.shape[-1]) == 0, chroma.shape)
+            rows = mx.concatenate([chroma, *[null] * (self._copies - 1)])
+            self._prefixes = self._on_streams(
+                lambda part, rows: self._decoder.prefix(*part.text, rows),
+                [x for x, in self._split(rows)],
+            )
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """Logits (R, 1, K, V) of what follows the tokens (B, S, K)."""
         rows = [x for x, in self._split(mx.concatenate([tokens] * self._copies))]
-        if tokens.shape[1] > 1:
-            return mx.concatenate(self._on_streams(self._prefill, rows))
+        if tokens.shape[1] > 1 or self._prefixes:
+            prefixes, self._prefixes = self._prefixes or [None] * len(rows), None
+            return mx.concatenate(
+                self._on_streams(self._prefill, list(zip(rows, prefixes)))
+            )
         states = self._on_streams(lambda part, x: part.lower(x), rows)
         self._keep_pace(tokens, states)
         return mx.concatenate(
@@ -944,8 +1001,9 @@ class Run:
                 results.append(compute(part, value))
         return results
 
-    def _prefill(self, part: Part, tokens: mx.array) -> mx.array:
-        x = self._decoder.hidden(tokens, part.conditioning, part.cache)
+    def _prefill(self, part: Part, given: tuple[mx.array, mx.array | None]) -> mx.array:
+        tokens, prefix = given
+        x = self._decoder.hidden(tokens, part.conditioning, part.cache, prefix)
         return self._decoder.logits(x[:, -1:])
 
     def _keep_pace(self, tokens: mx.array, states: list[State]) -> None:
@@ -1032,6 +1090,8 @@ class MusicGen(nn.Module):
         negative_prompt: str = "",
         audio_prompt: mx.array | None = None,
         codes_prompt: mx.array | None = None,
+        melody: mx.array | list[mx.array | None] | None = None,
+        separate: bool = True,
         extend_stride: float | None = None,
         batch_size: int | None = None,
         stop: Callable[[], bool] | None = None,
@@ -1051,6 +1111,9 @@ class MusicGen(nn.Module):
             audio_prompt: sound (N, C) at `sampling_rate` for the takes to start with.
             codes_prompt: codes (1, T, K) to start with, such as those of a take that
                 was stopped; it then ends as if it never had been.
+            melody: sound (N, C) at `sampling_rate` whose tune a melody model follows,
+                or one or None for each prompt. Repeated where it is too short.
+            separate: take drums and bass away from it first, with Demucs.
             extend_stride: seconds from one window's start to the next's; what
                 lies between that and the window's end begins the next. None: 3/5
                 of the window, so 18 of 30.
@@ -1070,24 +1133,97 @@ class MusicGen(nn.Module):
             isinstance(batch_size, Integral) and batch_size > 0
         ):
             raise ValueError(f"batch_size must be 1 or more, got {batch_size!r}.")
+        melodies = self._melodies(melody, len(prompts), separate)
         size = batch_size or self.rows_that_fit(options)
-        batches = range(0, len(prompts), size)
+        batches = self._batches(prompts, size, options)
 
-        codes = []
-        for i, start in enumerate(batches):
-            rows = slice(start, start + size)
+        codes = {}
+        for i, rows in enumerate(batches):
 
             def report(step: int, steps: int, i: int = i) -> None:
                 callback(i * steps + step, len(batches) * steps)
 
-            work = (prompts[rows], seeds[rows], known, options, callback and report)
+            chosen = ([x[row] for row in rows] for x in (prompts, seeds, melodies))
+            work = (*chosen, known, options, callback and report)
             pieces = [p for p in self._codes(*work, stop=stop) if p is not None]
             if not pieces:
                 raise KeyboardInterrupt
-            codes.append(mx.concatenate(pieces, axis=1))
+            codes |= zip(rows, mx.concatenate(pieces, axis=1))
             if len(batches) > 1 and stop is not None and stop():
                 break
-        return mx.concatenate(codes)
+        shortest = min(len(row) for row in codes.values())
+        return mx.stack([codes[row][:shortest] for row in sorted(codes)])
+
+    def _batches(
+        self, prompts: list[str], size: int, options: Options
+    ) -> list[list[int]]:
+        """The prompts' numbers, up to `size` together. A melody model has the text
+        before the codes, and so in a batch only texts of one length."""
+        groups = {}
+        for row, prompt in enumerate(prompts):
+            tokens = max(
+                len(self.tokenizer.encode(text))
+                for text in (prompt, options.negative_prompt)
+            )
+            together = tokens if self.config.decoder.num_chroma else None
+            groups.setdefault(together, []).append(row)
+        return [
+            rows[start : start + size]
+            for rows in groups.values()
+            for start in range(0, len(rows), size)
+        ]
+
+    def _melodies(
+        self,
+        melody: mx.array | list[mx.array | None] | None,
+        count: int,
+        separate: bool,
+    ) -> list[mx.array | None]:
+        """For each prompt the sound (N, 1) that holds its melody."""
+        given = melody if isinstance(melody, list) else [melody]
+        if all(sound is None for sound in given):
+            return [None] * count
+        if self.config.decoder.num_chroma == 0:
+            raise ValueError(
+                "melody must go with a melody model, such as 'melody'; this is none."
+            )
+        if isinstance(melody, list) and len(melody) != count:
+            raise ValueError(
+                f"melody must be one sound, or one for each of {count} prompts, got "
+                f"{len(melody)}."
+            )
+        taken = [self._melody(sound, separate) for sound in given]
+        return taken if isinstance(melody, list) else taken * count
+
+    def _melody(self, sound: mx.array | None, separate: bool) -> mx.array | None:
+        if sound is None:
+            return None
+        if separate:
+            from demucs import HTDemucs
+
+            return take_melody(sound, self.sampling_rate, HTDemucs.from_pretrained())
+        return check_melody(sound, self.sampling_rate).mean(axis=1, keepdims=True)
+
+    def _chroma(
+        self, melodies: list[mx.array | None], start: int, frames: int
+    ) -> mx.array | None:
+        """Notes (B, T, 12) for the window from frame `start` on, of a take of
+        `frames`: C throughout where there is no melody."""
+        config, rows = self.config.decoder, []
+        if config.num_chroma == 0:
+            return None
+        longest, _ = self._window(Options())
+        for melody in melodies:
+            if melody is None:
+                rows.append(mx.arange(config.num_chroma)[None] == 0)
+            elif frames > longest:  # the melody goes on where the window does
+                samples = int(self.config.max_duration * self.sampling_rate)
+                places = start * self.config.audio_encoder.hop_length
+                places = (places + mx.arange(samples)) % len(melody)
+                rows.append(extract_chroma(melody[places], self.sampling_rate))
+            else:
+                rows.append(extract_chroma(melody, self.sampling_rate))
+        return mx.stack([fit(row, config.chroma_length) for row in rows])
 
     def stream(
         self,
@@ -1098,6 +1234,8 @@ class MusicGen(nn.Module):
         seed: int | None = None,
         audio_prompt: mx.array | None = None,
         codes_prompt: mx.array | None = None,
+        melody: mx.array | None = None,
+        separate: bool = True,
         callback: Callable[[int, int], None] | None = None,
         stop: Callable[[], bool] | None = None,
         on_codes: Callable[[mx.array], None] | None = None,
@@ -1120,7 +1258,8 @@ class MusicGen(nn.Module):
             )
         known = self._known(audio_prompt, codes_prompt, options)
         every = int(chunk * self.frame_rate)
-        work = (prompts, seeds, known, options, callback)
+        melodies = self._melodies(melody, 1, separate)
+        work = (prompts, seeds, melodies, known, options, callback)
         return self._sound(self._codes(*work, every=every, stop=stop), on_codes)
 
     def _check(
@@ -1168,6 +1307,7 @@ class MusicGen(nn.Module):
         self,
         prompts: list[str],
         seeds: list[int],
+        melodies: list[mx.array | None],
         known: mx.array,
         options: Options,
         callback: Callable[[int, int], None] | None,
@@ -1193,7 +1333,7 @@ class MusicGen(nn.Module):
         if known.shape[1] > 0:
             yield known
         for start, end in plan:
-            run.rewind()
+            run.rewind(self._chroma(melodies, start, frames))
             known, offset = known[:, start - offset :], start
             sequence, columns, done = [], 0, known.shape[1]
             for tokens in self._steps(run, choose, known, end - start, keys[start:]):
@@ -1252,6 +1392,8 @@ class MusicGen(nn.Module):
         guided = options.guidance_coef != 1
         text, mask = self.encode_text(prompts, guided, options.negative_prompt)
         steps = frames + max(self.config.decoder.delays)
+        if self.config.decoder.num_chroma:
+            steps += self.config.decoder.chroma_length + text.shape[1]
         self._make_room(len(text) * self.decoder.cache_bytes(steps))
         return Run(self.decoder, text, mask, len(prompts), steps)
 
@@ -1259,6 +1401,9 @@ class MusicGen(nn.Module):
         """How many prompts fit into memory at once, at least one."""
         longest, _ = self._window(options)
         frames = min(longest, int(options.duration * self.frame_rate))
+        if self.config.decoder.num_chroma:
+            most = self.config.text_encoder.n_positions
+            frames += self.config.decoder.chroma_length + most
         row = self.decoder.cache_bytes(frames) * (
             2 if options.guidance_coef != 1 else 1
         )
@@ -1609,8 +1754,8 @@ def read_audiocraft(path: Path) -> tuple[dict[str, mx.array], DecoderConfig, dic
     package = load_package(path)
     try:
         weights, cfg = package["best_state"], read_yaml(package.get("xp.cfg", ""))
-        if any(".conditioners.self_wav." in name for name in weights):
-            raise ValueError("melody and style checkpoints are not supported yet")
+        if any(".conditioners.self_wav.embed" in name for name in weights):
+            raise ValueError("style checkpoints are not supported yet")
         check_settings(cfg)
         return Decoder.sanitize(weights), audiocraft_config(weights, cfg), cfg
     except KeyError as error:
@@ -1630,6 +1775,7 @@ def audiocraft_config(weights: dict[str, mx.array], cfg: dict) -> DecoderConfig:
     layers = {name.split(".")[2] for name in weights if "transformer.layers." in name}
     stereo = cfg.get("interleave_stereo_codebooks.use", str(K == 8).lower())
     delays = cfg.get("codebooks_pattern.delay.delays")
+    notes = weights.get("condition_provider.conditioners.self_wav.output_proj.weight")
     return DecoderConfig(
         vocab_size=entries - 1,
         hidden_size=D,
@@ -1639,6 +1785,7 @@ def audiocraft_config(weights: dict[str, mx.array], cfg: dict) -> DecoderConfig:
         num_codebooks=K,
         audio_channels=2 if stereo == "true" else 1,
         delays=tuple(map(int, delays)) if delays else None,
+        num_chroma=0 if notes is None else notes.shape[1],
     )
 
 

@@ -1036,7 +1036,7 @@ class TestLongAudio(Test):
         model = self.load("stereo-audiocraft")
 
         def codes(known: mx.array) -> mx.array:
-            work = (["drums"], [7], known, musicgen.Options(duration=0.8), None)
+            work = (["drums"], [7], [None], known, musicgen.Options(duration=0.8), None)
             pieces = model._codes(*work)
             return mx.concatenate([p for p in pieces if p is not None], axis=1)
 
@@ -1285,7 +1285,7 @@ class TestPublishedCheckpoints(Test):
         return manifests.read()["configs"][name]
 
     def test_transformers(self):
-        for name in manifests.MUSICGEN:
+        for name in manifests.MUSICGEN + manifests.MELODY:
             with self.subTest(name):
                 config = musicgen.MusicGenConfig.from_dict(self.config(name))
                 model = MusicGen(config, tokenizer=None)
@@ -1298,7 +1298,7 @@ class TestPublishedCheckpoints(Test):
                 model.load_weights(list(ours.items()))
 
     def test_audiocraft(self):
-        for name in manifests.MUSICGEN:
+        for name in manifests.MUSICGEN + manifests.MELODY:
             with self.subTest(name):
                 weights = self.arrays(f"{name}.audiocraft")
                 config = musicgen.audiocraft_config(weights, {})
@@ -1335,7 +1335,7 @@ class TestPublishedCheckpoints(Test):
         folder = HERE.parent / "shared" / "checkpoints"
         if not folder.is_dir():
             skip(self, f"{folder} is not there")
-        for name in manifests.MUSICGEN:
+        for name in manifests.MUSICGEN + manifests.MELODY:
             full = json.loads((folder / f"{name}.audiocraft.json").read_text())
             full = full["state_dict.bin"]["best_state"]
             ours = manifests.expand(manifests.read()["tensors"][f"{name}.audiocraft"])
@@ -1480,6 +1480,67 @@ class TestDemucs(Test):
         ):
             self.assertRegex(self.run_script(source, *flags), pattern)
         self.assertRegex(self.run_script("none.wav"), "There is no sound file none.wav")
+
+
+class TestMelodyModels(Test):
+    def tune(self, which: int) -> mx.array:
+        notes = EXPECTED["melody-transformers"]["tunes"][which]
+        return mx.array(sounds.tune(32000, notes))
+
+    def test_greedy_codes(self):
+        prompts = EXPECTED["mono-transformers"]["prompts"][:2]
+        for name in ("melody-transformers", "stereo-melody-transformers"):
+            model, want = exact(name), expected(name)
+            for which in (0, 1, "none"):
+                with self.subTest(name, which=which):
+                    melody = None if which == "none" else self.tune(which)
+                    options = dict(duration=0.3, temp=0, melody=melody, separate=False)
+                    codes = model.generate_codes(prompts, **options)
+                    self.assertSame(last(codes), want[f"tune_{which}_codes"])
+
+    def test_batch_of_with_and_without(self):
+        prompts = EXPECTED["mono-transformers"]["prompts"][:2]
+        for name in ("melody-transformers", "stereo-melody-transformers"):
+            model, want = exact(name), expected(name)
+            for batch in (prompts, prompts[:1] * 3, prompts * 2):
+                melodies = [self.tune(0), None, self.tune(1), None][: len(batch)]
+                codes = model.generate_codes(
+                    batch, duration=0.3, temp=0, melody=melodies, separate=False
+                )
+                which = ["0", "none", "1", "none"]
+                for i, prompt in enumerate(batch):
+                    row = prompts.index(prompt)
+                    expected_row = want[f"tune_{which[i]}_codes"][row]
+                    self.assertSame(last(codes)[i], expected_row)
+
+    def test_samples_alone_and_in_a_batch(self):
+        model, prompts = exact("melody-transformers"), ["a", "slow piano", "b", "drums"]
+        melodies = [self.tune(0), None, None, self.tune(1)]
+        options = dict(duration=0.4, separate=False, negative_prompt="soft strings")
+        batch = model.generate_codes(prompts, seed=4, melody=melodies, **options)
+        for i, (prompt, melody) in enumerate(zip(prompts, melodies)):
+            alone = model.generate_codes(prompt, seed=4 + i, melody=melody, **options)
+            self.assertSame(alone[0], batch[i])
+
+    def test_stream(self):
+        model = exact("melody-transformers")
+        options = dict(duration=0.5, seed=1, melody=self.tune(0), separate=False)
+        whole = model.generate("drums", **options)
+        pieces = list(model.stream("drums", chunk=0.1, **options))
+        self.assertClose(mx.concatenate(pieces), whole[0], 1e-5)
+
+    def test_bad_input(self):
+        with self.assertRaisesRegex(ValueError, "must go with a melody model"):
+            exact("mono-transformers").generate_codes("a", melody=self.tune(0))
+        model = exact("melody-transformers")
+        for melody, pattern in (
+            ([self.tune(0)], "one for each of 2 prompts, got 1"),
+            (mx.zeros((99, 1)), "at least 0.51 s"),
+            ([None, mx.zeros((32000, 1))], "must not be silent"),
+        ):
+            options = dict(melody=melody, separate=False, duration=0.2)
+            with self.assertRaisesRegex(ValueError, pattern):
+                model.generate_codes(["a", "b"], **options)
 
 
 class TestMelody(Test):
@@ -1792,7 +1853,7 @@ class TestLoading(Test):
         self.fails("config.json does not load", folder)
         path.write_text("[]")
         self.fails("config.json does not load", folder)
-        path.write_text(json.dumps(config | {"model_type": "musicgen_melody"}))
+        path.write_text(json.dumps(config | {"model_type": "musicgen_style"}))
         self.fails("not supported yet", folder)
         for part, key in (
             ("decoder", "hidden_size"),
@@ -1971,8 +2032,8 @@ class TestLoading(Test):
             (folder / "pytorch_model.bin.index.json").write_text(text)
             self.fails("index.json is damaged", folder)
 
-    def test_melody_in_audiocraft_layout(self):
-        name = "condition_provider.conditioners.self_wav.output_proj.weight"
+    def test_style_in_audiocraft_layout(self):
+        name = "condition_provider.conditioners.self_wav.embed.weight"
         package = {"best_state": {name: mx.zeros((4, 12))}, "xp.cfg": ""}
         (self.folder / "state_dict.bin").touch()
         with patch.object(convert, "load_torch", return_value=package):

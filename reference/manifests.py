@@ -20,6 +20,11 @@ MUSICGEN = [
     for kind in ("", "stereo-")
     for size in ("small", "medium", "large")
 ]
+MELODY = [
+    f"musicgen-{kind}melody{size}"
+    for kind in ("", "stereo-")
+    for size in ("", "-large")
+]
 OTHERS = ["encodec_24khz", "encodec_32khz", "encodec_48khz", "t5-base"]
 
 # Every transformers checkpoint of MusicGen holds the same codec, written once.
@@ -87,12 +92,12 @@ def share_codec(manifest: dict, tensors: dict) -> dict:
 def full_manifests(folder: Path) -> tuple[dict, dict]:
     """Read {name: full manifest} and {name: compression_state_dict.bin}."""
     tensors, compression = {}, {}
-    for name in OTHERS + MUSICGEN:
+    for name in OTHERS + MUSICGEN + MELODY:
         key = f"{name}.transformers"
         tensors[key] = json.loads((folder / f"{key}.json").read_text())
     for key in ("encodec_32khz.audiocraft", "htdemucs.demucs"):
         tensors[key] = json.loads((folder / f"{key}.json").read_text())
-    for name in MUSICGEN:
+    for name in MUSICGEN + MELODY:
         files = json.loads((folder / f"{name}.audiocraft.json").read_text())
         tensors[f"{name}.audiocraft"] = files["state_dict.bin"]["best_state"]
         compression[name] = files["compression_state_dict.bin"]
@@ -102,12 +107,12 @@ def full_manifests(folder: Path) -> tuple[dict, dict]:
 def rebuild(folder: Path) -> None:
     full, compression = full_manifests(folder)
     tensors = {key: compact(manifest) for key, manifest in full.items()}
-    for name in MUSICGEN:
+    for name in MUSICGEN + MELODY:
         key = f"{name}.transformers"
         tensors[key] = share_codec(tensors[key], tensors)
     configs = {
         name: json.loads((folder / f"{name}.config.json").read_text())
-        for name in OTHERS + MUSICGEN
+        for name in OTHERS + MUSICGEN + MELODY
     }
     stored = {"tensors": tensors, "compression": compression, "configs": configs}
     MANIFESTS.write_text(one_entry_a_line(stored))
