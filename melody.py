@@ -42,6 +42,11 @@ def extract_chroma(audio: mx.array, sampling_rate: int) -> mx.array:
     return one_hot(note_strengths(audio, sampling_rate))
 
 
+def frames_of(seconds: float) -> int:
+    """How many frames there are of so much sound: 235 of 30 seconds."""
+    return 1 + int(seconds * RATE) // HOP
+
+
 def one_hot(strengths: mx.array) -> mx.array:
     """(T, 12) with a one where each row is largest, the first of several."""
     largest = mx.argmax(strengths, axis=-1, keepdims=True)

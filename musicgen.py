@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 
 from encodec import Encodec, EncodecConfig, add, parallel_streams
 from melody import check as check_melody
-from melody import extract_chroma, fit, take_melody
+from melody import extract_chroma, fit, frames_of, take_melody
 from t5 import T5, T5Config, Tokenizer
 
 MODELS = {
@@ -1786,6 +1786,7 @@ def audiocraft_config(weights: dict[str, mx.array], cfg: dict) -> DecoderConfig:
         audio_channels=2 if stereo == "true" else 1,
         delays=tuple(map(int, delays)) if delays else None,
         num_chroma=0 if notes is None else notes.shape[1],
+        chroma_length=frames_of(float(cfg.get("dataset.segment_duration", 30))),
     )
 
 

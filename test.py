@@ -1498,6 +1498,25 @@ class TestMelodyModels(Test):
                     codes = model.generate_codes(prompts, **options)
                     self.assertSame(last(codes), want[f"tune_{which}_codes"])
 
+    def test_audiocraft(self):
+        """One window, and several, through which the melody moves and wraps."""
+        model, want = exact("melody-audiocraft"), expected("melody-audiocraft")
+        told, prompts = (EXPECTED["melody-audiocraft"], EXPECTED["mono-transformers"])
+        self.assertEqual(model.config.decoder.chroma_length, 8)
+        self.assertEqual(model.config.max_duration, 1.0)
+        for frames in told["frames"]:
+            for which in (0, 1, "none"):
+                with self.subTest(frames=frames, which=which):
+                    codes = model.generate_codes(
+                        prompts["prompts"][:2],
+                        duration=(frames + 0.5) / 50,
+                        extend_stride=told["stride"] / 50,
+                        temp=0,
+                        melody=None if which == "none" else self.tune(which),
+                        separate=False,
+                    )
+                    self.assertSame(last(codes), want[f"tune_{which}_{frames}"])
+
     def test_batch_of_with_and_without(self):
         prompts = EXPECTED["mono-transformers"]["prompts"][:2]
         for name in ("melody-transformers", "stereo-melody-transformers"):
