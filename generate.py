@@ -22,14 +22,15 @@ from huggingface_hub.utils import logging, tqdm
 import jobs
 import settings
 import stream
-from encodec import check_writable, choose_subtype
+from encodec import check_writable, choose_subtype, save_audio
 from jobs import Job, Made
+from melody import draw, extract_chroma
 from musicgen import MODELS, MusicGen, check_name, row_seeds
 
 HELP = {
     "prompt": 'what to play; "" for anything; may be given several times',
     "prompts": "file with a prompt in each line, or JSON objects with any of: "
-    f"{', '.join(jobs.KEYS + jobs.AUDIO_KEYS)}. What exists is not made again",
+    f"{', '.join(jobs.ALL_KEYS)}. What exists is not made again",
     "model": f"{', '.join(MODELS)}; a Hub id or a local folder (default: %(default)s)",
     "duration": "length in seconds; beyond 30 a window slides (default: %(default)s)",
     "extend_stride": "seconds by which the window of long audio slides (default: 18)",
@@ -51,6 +52,12 @@ HELP = {
     "prompt_start": "second of the sound file to begin at (default: 0)",
     "prompt_length": "seconds of the sound file to take (default: all)",
     "drop_prompt": "leave what is continued out of the output",
+    "melody": "sound file whose tune to follow, with --model melody and the like",
+    "melody_start": "second of it to begin at (default: 0)",
+    "no_separate": "take the melody as it is, not the vocals and other instruments "
+    "that Demucs finds in it",
+    "show_melody": "draw the notes that the model is given",
+    "save_melody": "file to write the separated sound to",
     "loudness": "LUFS to bring the output to, such as -14 (default: as it comes)",
     "peak": "dB of full scale to bring the output's peak to (default: as it comes)",
     "subtype": "pcm_16 with dither (default), pcm_24 (wav, flac) or float (wav)",
@@ -97,6 +104,11 @@ def make_parser() -> Parser:
     parser.add("prompt_start", type=float)
     parser.add("prompt_length", type=float)
     parser.add("drop_prompt", action="store_true")
+    parser.add("melody")
+    parser.add("melody_start", type=float)
+    parser.add("no_separate", action="store_true")
+    parser.add("show_melody", action="store_true")
+    parser.add("save_melody")
     parser.add("loudness", type=float)
     parser.add("peak", type=float)
     parser.add("subtype", type=str.upper)
@@ -133,6 +145,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.prompts is not None and args.takes != 1:
         raise ValueError("--takes goes with --prompt; in a file repeat the line")
     check_codes(args)
+    if (args.show_melody or args.save_melody) and not args.melody:
+        raise ValueError("--show-melody and --save-melody need a --melody")
+    if args.save_melody:
+        choose_subtype(args.save_melody)
     check_name(args.model)
     args.stream = args.stream or args.output == "-"
     if args.stream:
@@ -146,11 +162,13 @@ def check_arguments(args: argparse.Namespace) -> None:
     jobs.check_level(args.loudness, args.peak)
 
 
-RECALLED = {*jobs.KEYS, *jobs.AUDIO_KEYS, "model", "dtype", "q_bits"} - {"output"}
+RECALLED = {*jobs.ALL_KEYS, "model", "dtype", "q_bits"} - {"output"}
+KEPT = {"output", *jobs.LEVELS, "subtype"}  # flags beside --redecode
 REPLACES = {  # flags, and the settings of a file that they put out of force
     "prompt": {"prompt"},
     "prompts": {"prompt"},
     "audio_prompt": {*jobs.AUDIO_KEYS},
+    "melody": {*jobs.MELODY_KEYS},
     "loudness": {"peak"},
     "peak": {"loudness"},
     "stream": {"loudness", "peak", "subtype", "drop_prompt"},
@@ -168,7 +186,7 @@ def recalled(parser: Parser) -> list[str]:
     given = {k for k, v in vars(args).items() if v != parser.get_default(k)}
     if len(sources) > 1:
         parser.error("--again, --resume and --redecode must not come together")
-    shaping = given & {"prompts", "takes", "seed", *jobs.OPTIONS, *jobs.AUDIO_KEYS}
+    shaping = given & ({"prompts", "takes", *jobs.ALL_KEYS} - KEPT)
     if args.redecode and shaping:
         name = min(shaping).replace("_", "-")
         parser.error(f"--redecode makes the sound of codes as they are, not --{name}")
@@ -292,6 +310,7 @@ def make(
         )
         stop = None if args.prompts or together else Stop()
         course = begin(args, model, stop)
+        tell_melody(args, model, good[0])
         if args.redecode:
             made.append(redecode(model, good[0], course))
         elif args.stream:
@@ -303,6 +322,15 @@ def make(
     if stop and stop.heeded and not failures:
         return tell_stop(args, sum(one.seconds for one in made))
     return 1 if failures else 0
+
+
+def tell_melody(args: argparse.Namespace, model: MusicGen, job: Job) -> None:
+    """Show and keep what the model is given of the melody, where that is wanted."""
+    if args.show_melody:
+        drawn = draw(extract_chroma(job.tune(model), model.sampling_rate))
+        tqdm.write(drawn, file=sys.stderr if args.output == "-" else sys.stdout)
+    if args.save_melody:
+        save_audio(args.save_melody, job.tune(model), model.sampling_rate)
 
 
 def begin(args: argparse.Namespace, model: MusicGen, stop: Stop | None) -> jobs.Course:

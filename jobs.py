@@ -8,6 +8,7 @@ in one batch; a job whose file exists is done. Under `mlx.launch` every process
 takes its share.
 """
 
+import functools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import numpy as np
 import settings
 from encodec import check_audio_path, load_audio, save_audio
 from loudness import to_loudness, to_peak
+from melody import published_demucs, take_melody
 from musicgen import MusicGen, Options, row_seeds
 
 SHORTEST = 0.4  # seconds over which loudness is measured
@@ -55,6 +57,36 @@ class AudioPrompt(NamedTuple):
         return audio[first : first + int(self.length * model.sampling_rate)]
 
 
+class Melody(NamedTuple):
+    """Which sound file's tune a take follows, from which second on, and whether drums
+    and bass are taken away first."""
+
+    path: str
+    start: float = 0.0
+    separate: bool = True
+
+    def load(self, model: MusicGen) -> mx.array:
+        """The sound that holds the melody, (N, 1) at the model's rate. Raises
+        ValueError or OSError."""
+        model.check_melody_model()
+        return load_melody(self, model.sampling_rate)
+
+
+@functools.lru_cache(maxsize=8)
+def load_melody(melody: Melody, sampling_rate: int) -> mx.array:
+    """Kept, since takes share it and Demucs is slow."""
+    audio = load_audio(melody.path, sampling_rate, 1)
+    first = int(melody.start * sampling_rate)
+    if first >= len(audio):
+        raise ValueError(
+            f"melody_start must be less than the {len(audio) / sampling_rate:g} s of "
+            f"{melody.path}, got {melody.start:g}."
+        )
+    if not melody.separate:
+        return audio[first:]
+    return take_melody(audio[first:], sampling_rate, published_demucs())
+
+
 @dataclass(frozen=True)
 class Job:
     """One sound file to make."""
@@ -64,6 +96,7 @@ class Job:
     output: Path
     options: Options
     audio_prompt: AudioPrompt | None = None
+    melody: Melody | None = None
     loudness: float | None = None  # LUFS
     peak: float | None = None  # dB of full scale
     subtype: str | None = None  # of the file's samples; None: the format's own
@@ -89,6 +122,8 @@ class Job:
             )
         if reads and self.audio_prompt and not Path(self.audio_prompt.path).is_file():
             raise FileNotFoundError(f"There is no sound file {self.audio_prompt.path}.")
+        if self.melody and not Path(self.melody.path).is_file():
+            raise FileNotFoundError(f"There is no sound file {self.melody.path}.")
 
     def is_done(self) -> bool:
         """Whether its file is there."""
@@ -115,6 +150,10 @@ class Job:
         """Samples (N, C) of the audio prompt, if there is one."""
         return self.audio_prompt and self.audio_prompt.load(model)
 
+    def tune(self, model: MusicGen) -> mx.array | None:
+        """Samples (N, 1) of the melody, if there is one."""
+        return self.melody and self.melody.load(model)
+
 
 def check_level(loudness: float | None, peak: float | None) -> None:
     """Raise ValueError for a level that cannot be."""
@@ -130,6 +169,8 @@ OPTIONS = tuple(field.name for field in fields(Options))
 LEVELS = ("loudness", "peak")
 KEYS = ("prompt", "seed", "output", *OPTIONS, *LEVELS, "subtype")
 AUDIO_KEYS = ("audio_prompt", "prompt_start", "prompt_length", "drop_prompt")
+MELODY_KEYS = ("melody", "melody_start", "no_separate")
+ALL_KEYS = (*KEYS, *AUDIO_KEYS, *MELODY_KEYS)
 ALIASES = {"guidance": "guidance_coef", "negative": "negative_prompt"}
 
 
@@ -151,15 +192,27 @@ def make_audio_prompt(path, start, length, drop) -> AudioPrompt | None:
     return path and AudioPrompt(str(path), start or 0.0, length, bool(drop))
 
 
+def make_melody(path, start, no_separate) -> Melody | None:
+    """From values of MELODY_KEYS. Raises ValueError naming a bad one."""
+    if start is not None and not (type(start) in (int, float) and 0 <= start < 1e6):
+        raise ValueError(f"melody_start must be 0 s or more, got {start!r}.")
+    if no_separate not in (None, False, True):
+        raise ValueError(f"no_separate must be true or false, got {no_separate!r}.")
+    if path is None and (start is not None or no_separate):
+        raise ValueError("melody_start and no_separate need a melody.")
+    return path and Melody(str(path), start or 0.0, not no_separate)
+
+
 def make_job(values: dict[str, Any], line: int | None = None) -> Job:
-    """A job from values of KEYS and AUDIO_KEYS. Raises ValueError naming a bad one."""
+    """A job from values of ALL_KEYS. Raises ValueError naming a bad one."""
     sound = make_audio_prompt(*(values.get(key) for key in AUDIO_KEYS))
+    melody = make_melody(*(values.get(key) for key in MELODY_KEYS))
     options = Options(**{key: values[key] for key in OPTIONS if key in values})
     output = Path(str(values["output"]))
     levels = [values.get(key) for key in LEVELS]
     own = (values["prompt"], values["seed"], output)
     subtype = values.get("subtype") and str(values["subtype"]).upper()
-    return Job(*own, options, sound, *levels, subtype, line)
+    return Job(*own, options, sound, melody, *levels, subtype, line)
 
 
 def numbered(output: str, index: int, count: int) -> str:
@@ -229,7 +282,7 @@ def parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path}, line {number} must be an object, got {line:.40}")
     own = {ALIASES.get(k, k.replace("-", "_")): v for k, v in found.items()}
-    known = {*KEYS, *AUDIO_KEYS}
+    known = {*ALL_KEYS}
     if unknown := own.keys() - known:
         raise ValueError(
             f"{path}, line {number} has the unknown key '{min(unknown)}'; known are "
@@ -293,6 +346,8 @@ def generate(
             seed=[job.seed for job in batch],
             audio_prompt=sound,
             codes_prompt=known,
+            melody=melodies(model, batch),
+            separate=False,  # done already
             callback=callback,
             stop=stop,
             batch_size=len(batch),
@@ -310,6 +365,12 @@ def generate(
     return mx.concatenate(parts)
 
 
+def melodies(model: MusicGen, batch: list[Job]) -> list[mx.array | None] | None:
+    """The jobs' melodies; None where no job has one."""
+    found = [job.tune(model) for job in batch]
+    return None if all(melody is None for melody in found) else found
+
+
 def made_of(model: MusicGen, job: Job, prompt_frames: int = 0) -> dict[str, Any]:
     """All that makes the job's take again, for the file's comment."""
     found = asdict(job.options)
@@ -318,6 +379,9 @@ def made_of(model: MusicGen, job: Job, prompt_frames: int = 0) -> dict[str, Any]
     found |= dict(subtype=job.subtype)
     if job.audio_prompt:
         found |= dict(zip(AUDIO_KEYS, job.audio_prompt), prompt_frames=prompt_frames)
+    if job.melody:
+        path, start, separate = job.melody
+        found |= dict(melody=path, melody_start=start, no_separate=not separate)
     if model.config.quantization:
         found["q_bits"] = model.config.quantization["bits"]
     dtype = str(model.decoder.dtype).removeprefix("mlx.core.")
@@ -382,6 +446,18 @@ def check(
     return [(jobs[i], error) for i, error in found.items()]
 
 
+def with_melodies(model: MusicGen, batch: list[Job]) -> tuple[list[Job], list[Failure]]:
+    """The jobs whose melody can be heard, if they have one, and the others."""
+    good, failures = [], []
+    for job in batch:
+        try:
+            job.tune(model)
+            good.append(job)
+        except (OSError, ValueError) as error:
+            failures.append((job, error))
+    return good, failures
+
+
 def run(
     model: MusicGen,
     jobs: list[Job],
@@ -409,6 +485,10 @@ def run(
         if course.stopped():
             break
         start = time.perf_counter()
+        batch, unheard = with_melodies(model, batch)
+        failures += unheard
+        if not batch:
+            continue
         try:
             sound, prompt_frames = course.begin(model, batch[0])
             codes = generate(model, batch, sound, callback, course.known, course.stop)

@@ -124,14 +124,21 @@ def fit(chroma: mx.array, length: int) -> mx.array:
 def take_melody(audio: mx.array, sampling_rate: int, demucs: "HTDemucs") -> mx.array:
     """The voices and instruments without drums and bass, of samples (N, C): (N', 1)
     at 32 kHz. Raises as `extract_chroma`."""
-    audio = check(audio, sampling_rate)
-    audio = audio.mean(axis=1, keepdims=True) if audio.shape[1] != 2 else audio
+    audio = check(audio, sampling_rate).mean(axis=1, keepdims=True)
     audio = mx.broadcast_to(audio, (len(audio), demucs.channels))
     audio = resample(np.array(audio), sampling_rate, demucs.sampling_rate)
     stems = demucs.separate(audio)
     melody = sum(stems[demucs.config.sources.index(name)] for name in MELODY)
     melody = np.array(melody.mean(axis=1, keepdims=True))
     return mx.array(resample(melody, demucs.sampling_rate, RATE))
+
+
+@functools.cache
+def published_demucs() -> "HTDemucs":
+    """The published separation, loaded once."""
+    from demucs import HTDemucs
+
+    return HTDemucs.from_pretrained()
 
 
 def draw(chroma: mx.array, width: int = 72) -> str:

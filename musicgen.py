@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 
 from encodec import Encodec, EncodecConfig, add, parallel_streams
 from melody import check as check_melody
-from melody import extract_chroma, fit, frames_of, take_melody
+from melody import extract_chroma, fit, frames_of, published_demucs, take_melody
 from t5 import T5, T5Config, Tokenizer
 
 MODELS = {
@@ -46,15 +46,13 @@ MODELS = {
         "stereo-small",
         "stereo-medium",
         "stereo-large",
+        "melody",
+        "melody-large",
+        "stereo-melody",
+        "stereo-melody-large",
     )
 }
-UNSUPPORTED = (
-    "melody",
-    "melody-large",
-    "stereo-melody",
-    "stereo-melody-large",
-    "style",
-)
+UNSUPPORTED = ("style",)
 AUDIOCRAFT_FILES = ("state_dict.bin", "compression_state_dict.bin")
 T5_REPO = "google-t5/t5-base"
 
@@ -1183,25 +1181,28 @@ class MusicGen(nn.Module):
         given = melody if isinstance(melody, list) else [melody]
         if all(sound is None for sound in given):
             return [None] * count
-        if self.config.decoder.num_chroma == 0:
-            raise ValueError(
-                "melody must go with a melody model, such as 'melody'; this is none."
-            )
+        self.check_melody_model()
         if isinstance(melody, list) and len(melody) != count:
             raise ValueError(
                 f"melody must be one sound, or one for each of {count} prompts, got "
                 f"{len(melody)}."
             )
-        taken = [self._melody(sound, separate) for sound in given]
+        taken = {id(sound): self._melody(sound, separate) for sound in given}
+        taken = [taken[id(sound)] for sound in given]
         return taken if isinstance(melody, list) else taken * count
+
+    def check_melody_model(self) -> None:
+        """Raise ValueError unless this model follows melodies."""
+        if self.config.decoder.num_chroma == 0:
+            raise ValueError(
+                "melody must go with a melody model, such as 'melody'; this is none."
+            )
 
     def _melody(self, sound: mx.array | None, separate: bool) -> mx.array | None:
         if sound is None:
             return None
         if separate:
-            from demucs import HTDemucs
-
-            return take_melody(sound, self.sampling_rate, HTDemucs.from_pretrained())
+            return take_melody(sound, self.sampling_rate, published_demucs())
         return check_melody(sound, self.sampling_rate).mean(axis=1, keepdims=True)
 
     def _chroma(

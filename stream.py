@@ -130,6 +130,8 @@ def run(
         seed=job.seed,
         audio_prompt=sound,
         codes_prompt=course.known,
+        melody=job.tune(model),
+        separate=False,  # done already
         callback=callback,
         stop=course.stop,
         on_codes=codes.append,

@@ -1493,8 +1493,8 @@ class TestMelodyModels(Test):
             model, want = exact(name), expected(name)
             for which in (0, 1, "none"):
                 with self.subTest(name, which=which):
-                    melody = None if which == "none" else self.tune(which)
-                    options = dict(duration=0.3, temp=0, melody=melody, separate=False)
+                    tune = None if which == "none" else self.tune(which)
+                    options = dict(duration=0.3, temp=0, melody=tune, separate=False)
                     codes = model.generate_codes(prompts, **options)
                     self.assertSame(last(codes), want[f"tune_{which}_codes"])
 
@@ -1537,8 +1537,8 @@ class TestMelodyModels(Test):
         melodies = [self.tune(0), None, None, self.tune(1)]
         options = dict(duration=0.4, separate=False, negative_prompt="soft strings")
         batch = model.generate_codes(prompts, seed=4, melody=melodies, **options)
-        for i, (prompt, melody) in enumerate(zip(prompts, melodies)):
-            alone = model.generate_codes(prompt, seed=4 + i, melody=melody, **options)
+        for i, (prompt, tune) in enumerate(zip(prompts, melodies)):
+            alone = model.generate_codes(prompt, seed=4 + i, melody=tune, **options)
             self.assertSame(alone[0], batch[i])
 
     def test_stream(self):
@@ -1552,14 +1552,124 @@ class TestMelodyModels(Test):
         with self.assertRaisesRegex(ValueError, "must go with a melody model"):
             exact("mono-transformers").generate_codes("a", melody=self.tune(0))
         model = exact("melody-transformers")
-        for melody, pattern in (
+        for tune, pattern in (
             ([self.tune(0)], "one for each of 2 prompts, got 1"),
             (mx.zeros((99, 1)), "at least 0.51 s"),
             ([None, mx.zeros((32000, 1))], "must not be silent"),
         ):
-            options = dict(melody=melody, separate=False, duration=0.2)
+            options = dict(melody=tune, separate=False, duration=0.2)
             with self.assertRaisesRegex(ValueError, pattern):
                 model.generate_codes(["a", "b"], **options)
+
+
+class TestMelodyCommands(Test):
+    model = str(REFERENCE / "melody-transformers")
+
+    def setUp(self):
+        super().setUp()
+        self.tune = self.folder / "tune.wav"
+        save_audio(self.tune, sounds.tune(44100, [60, 64, 67, 72]), 44100)
+
+    def run_script(self, *arguments: str) -> tuple[int, str, str]:
+        common = ["--model", self.model, "--duration", "0.3", "--seed", "3"]
+        return TestCommandLine.run_script(self, *arguments, *common)
+
+    def make(self, name: str, *arguments: str) -> np.ndarray:
+        output = ["--output", self.folder / name]
+        status, _, err = self.run_script(*output, *arguments)
+        self.assertEqual(status, 0, err)
+        return soundfile.read(self.folder / name)[0]
+
+    def test_melody(self):
+        flags = ["-p", "drums", "--melody", self.tune, "--no-separate"]
+        audio = self.make("a.wav", *flags)
+        model = MusicGen.from_pretrained(self.model)
+        sound = load_audio(self.tune, 32000, 1)
+        options = dict(duration=0.3, seed=3, melody=sound, separate=False)
+        want = model.generate("drums", **options)[0]
+        want = want / max(1, mx.abs(want).max().item())
+        self.assertClose(mx.array(audio)[:, None], want, 2e-4)
+        told = settings.read_settings(self.folder / "a.wav")
+        self.assertEqual(told["melody"], str(self.tune))
+        self.assertTrue(told["no_separate"])
+        self.assertSame(self.make("again.wav", "--again", self.folder / "a.wav"), audio)
+        text = self.make("text.wav", "-p", "drums")
+        later = self.make("later.wav", *flags, "--melody-start", "1.2")
+        self.make("stream.wav", *flags, "--stream")
+        for other in (text, later):
+            self.assertNotEqual(other.tolist(), audio.tolist())
+
+    def test_separated_first(self):
+        tiny = demucs.HTDemucs.from_pretrained(REFERENCE / "htdemucs")
+        kept = self.folder / "kept.wav"
+        flags = ["-p", "drums", "--melody", self.tune, "--save-melody", kept]
+        jobs.load_melody.cache_clear()
+        with patch("jobs.published_demucs", return_value=tiny) as loaded:
+            audio = self.make("a.wav", *flags, "--takes", "1", "--show-melody")
+            self.assertEqual(loaded.call_count, 1)  # for all that wants it
+            bare = self.make("b.wav", *flags[:4], "--no-separate")
+            self.assertEqual(loaded.call_count, 1)
+        jobs.load_melody.cache_clear()
+        self.assertNotEqual(audio.tolist(), bare.tolist())
+        want = melody.take_melody(load_audio(self.tune, 32000, 1), 32000, tiny)
+        found = mx.array(soundfile.read(kept)[0])[:, None]
+        self.assertClose(found, want / max(1, mx.abs(want).max().item()), 3e-4)
+
+    def test_show(self):
+        flags = ["-p", "drums", "--melody", self.tune, "--no-separate"]
+        flags += ["--output", self.folder / "a.wav", "--show-melody"]
+        _, out, _ = self.run_script(*flags)
+        lines = out.splitlines()
+        self.assertEqual(
+            [line[:2].strip() for line in lines[:12]], [*melody.NOTES[::-1]]
+        )
+        self.assertIn("█", lines[11])  # C
+
+    def test_lines_with_melodies(self):
+        lines = self.folder / "lines.jsonl"
+        lines.write_text(
+            json.dumps(dict(prompt="drums", melody=str(self.tune), no_separate=True))
+            + "\n"
+            + json.dumps(dict(prompt="drums", melody=str(self.tune), melody_start=99))
+            + "\n"
+            + json.dumps(dict(prompt="drums"))
+        )
+        output = ["--output", self.folder / "x.wav"]
+        status, _, err = self.run_script("--prompts", lines, *output)
+        self.assertEqual(status, 1)
+        self.assertIn("line 2: melody_start must be less than the 2 s", err)
+        made = sorted(path.name for path in self.folder.glob("x-*.wav"))
+        self.assertEqual(made, ["x-1.wav", "x-3.wav"])
+
+    def test_bad_input(self):
+        short, silent = self.folder / "short.wav", self.folder / "silent.wav"
+        save_audio(short, mx.ones((9, 1)), 32000)
+        with patch("encodec.to_int16", lambda x, _: (x * 0).astype(np.int16)):
+            save_audio(silent, mx.zeros((44100, 1)), 44100)
+        (self.folder / "noise.wav").write_bytes(b"noise")
+        for flags, status, pattern in (
+            (["--melody", "none.wav"], 1, "no sound file none.wav"),
+            (["--melody", short], 1, "at least 0.51 s"),
+            (["--melody", silent], 1, "must not be silent"),
+            (["--melody", self.folder / "noise.wav"], 1, "not a readable sound file"),
+            (["--melody", self.tune, "--melody-start", "2"], 1, "melody_start must"),
+            (["--melody-start", "2"], 2, "need a melody"),
+            (["--melody", self.tune, "--melody-start", "-1"], 2, "melody_start must"),
+            (["--show-melody"], 2, "need a --melody"),
+            (["--melody", self.tune, "--save-melody", "x.doc"], 2, "must end in"),
+        ):
+            with self.subTest(flags=flags):
+                output = ["--output", self.folder / "no.wav", "-p", "a"]
+                more = ["--no-separate"] if "--melody" in flags else []
+                got, _, err = self.run_script(*output, *flags, *more)
+                self.assertEqual(got, status, err)
+                self.assertRegex(err, f"generate.py: error: .*{pattern}.*\n$")
+                self.assertFalse((self.folder / "no.wav").exists())
+        flags = ["-p", "a", "--melody", self.tune, "--output", self.folder / "no.wav"]
+        with patch.object(self, "model", str(REFERENCE / "mono-transformers")):
+            status, _, err = self.run_script(*flags)
+        self.assertEqual(status, 1)
+        self.assertRegex(err, "must go with a melody model")
 
 
 class TestMelody(Test):
@@ -2010,7 +2120,7 @@ class TestLoading(Test):
             (f"{self.folder}/nothing", "model must be one of"),
             ("../x", "model must be one of"),
             ("a/b/c", "model must be one of"),
-            ("melody", "'melody' is not supported yet"),
+            ("style", "'style' is not supported yet"),
             ("facebook/musicgen-style", "not supported yet"),
         ):
             with self.assertRaisesRegex(ValueError, pattern):
@@ -2637,7 +2747,14 @@ class TestCommandLine(Test):
             self.assertEqual(model.decoder.dtype, mx.bfloat16)
             self.assertEqual(options.pop("audio_prompt").shape, (1600, 2))
             del options["callback"], options["stop"]
-            want = dict(temp=0.5, top_k=9, top_p=0.7, guidance_coef=2)
+            want = dict(
+                melody=None,
+                separate=False,
+                temp=0.5,
+                top_k=9,
+                top_p=0.7,
+                guidance_coef=2,
+            )
             want |= dict(negative_prompt="b", extend_stride=7, batch_size=2)
             want |= dict(duration=0.1, codes_prompt=None)
             self.assertEqual((prompts, options), (["a", "a"], want))
@@ -2681,7 +2798,7 @@ class TestCommandLine(Test):
             (["--model", "sm\nal"], "must be one of small"),
             (["--model", ""], "must be one of small"),
             (["--model", "a" * 300], "must be one of small"),
-            (["--model", "melody"], "not supported yet"),
+            (["--model", "style"], "not supported yet"),
             (["--output", "out.xyz"], "must end in one of"),
         ):
             with self.subTest(bad):
