@@ -2,6 +2,7 @@
 
     python benchmark.py --random small
     python benchmark.py --model medium --duration 30 --q-bits 8
+    python benchmark.py --random htdemucs --duration 30
 
 `--random` needs no download: the real shapes with random values.
 """
@@ -16,6 +17,7 @@ import time
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from demucs import HTDemucs, HTDemucsConfig
 from musicgen import Decoder, DecoderConfig, MusicGen, MusicGenConfig, Run
 
 SIZES = {  # hidden size, layers
@@ -27,6 +29,7 @@ VIEWS = {  # operations of the graph that move no data
     *("Broadcast", "ExpandDims", "Flatten", "Reshape", "Slice"),
     *("Split", "Squeeze", "Transpose", "Unflatten"),
 }
+DEMUCS = "htdemucs"
 PROMPT = "90s rock song with loud guitars and heavy drums"
 
 
@@ -156,9 +159,46 @@ def measure(model: MusicGen, duration: float, batch: int) -> dict[str, str]:
     }
 
 
+def measure_separation(duration: float) -> dict[str, str]:
+    """Rows of the table for Demucs, of the published size with random weights."""
+    model = HTDemucs(HTDemucsConfig())
+    audio = 0.1 * mx.random.normal((int(duration * model.sampling_rate), 2))
+    mx.eval(model.parameters(), audio)
+    model.separate(audio[: model.config.segment_length])  # compiles
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    mx.eval(model.separate(audio))
+    seconds = time.perf_counter() - start
+    return {
+        "separation": f"{seconds:.2f} s for {duration:g} s of audio, "
+        f"{duration / seconds:.2f} times real time",
+        "peak memory": f"{mx.get_peak_memory() / 1e9:.2f} GB",
+    }
+
+
+def measure_model(args: argparse.Namespace) -> dict[str, str]:
+    """Rows of the table for a MusicGen."""
+    on_gpu = mx.default_device() == mx.gpu
+    dtype = args.dtype or ("float16" if on_gpu else "float32")
+    start = time.perf_counter()
+    if args.random:
+        model = random_model(args.random, getattr(mx, dtype), args.q_bits)
+    else:
+        model = MusicGen.from_pretrained(args.model, getattr(mx, dtype), args.q_bits)
+    load = time.perf_counter() - start
+    model.generate("a", duration=0.1)  # compiles what MLX compiles once
+    mx.reset_peak_memory()
+    rows = {
+        "decoder": f"{dtype}, {args.q_bits} bit" if args.q_bits else dtype,
+        "takes": f"{args.batch} of {args.duration:g} s",
+        "load": f"{load:.2f} s",
+    }
+    return rows | measure(model, args.duration, args.batch)
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure generation.")
-    names = [*SIZES, *(f"stereo-{size}" for size in SIZES)]
+    names = [*SIZES, *(f"stereo-{size}" for size in SIZES), DEMUCS]
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="short name, Hub id or folder")
     source.add_argument("--random", choices=names, help="a size with random weights")
@@ -175,26 +215,16 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    on_gpu = mx.default_device() == mx.gpu
-    dtype = args.dtype or ("float16" if on_gpu else "float32")
-    start = time.perf_counter()
-    if args.random:
-        model = random_model(args.random, getattr(mx, dtype), args.q_bits)
+    if args.random == DEMUCS:
+        measured = measure_separation(args.duration)
     else:
-        model = MusicGen.from_pretrained(args.model, getattr(mx, dtype), args.q_bits)
-    load = time.perf_counter() - start
-    model.generate("a", duration=0.1)  # compiles what MLX compiles once
-    mx.reset_peak_memory()
+        measured = measure_model(args)
     rows = {
         "model": args.random or args.model,
         "device": str(mx.device_info().get("device_name", mx.default_device())),
-        "decoder": f"{dtype}, {args.q_bits} bit" if args.q_bits else dtype,
-        "takes": f"{args.batch} of {args.duration:g} s",
-        "load": f"{load:.2f} s",
     }
-    rows |= measure(model, args.duration, args.batch)
     print("| | |\n|---|---|")
-    for name, value in rows.items():
+    for name, value in (rows | measured).items():
         print(f"| {name} | {value} |")
 
 
