@@ -1564,6 +1564,19 @@ class TestMelodyModels(Test):
             alone = model.generate_codes(prompt, seed=4 + i, melody=tune, **options)
             self.assertSame(alone[0], batch[i])
 
+    def test_one_dtype(self):
+        for dtype in (mx.float16, mx.bfloat16):
+            model = MusicGen.from_pretrained(REFERENCE / "melody-transformers", dtype)
+            text, mask = model.encode_text(["drums"], with_null=True)
+            run = musicgen.Run(model.decoder, text, mask, 1, 40)
+            run.rewind(mx.eye(12)[None, :9])
+            for _ in range(2):
+                logits = run(mx.zeros((1, 1, 4), mx.int32))
+                self.assertEqual(logits.dtype, dtype)
+            for part in run._parts:
+                late = part.cache[-1].update(mx.zeros((2, 2, 0, 16), dtype))
+                self.assertEqual({array.dtype for array in late}, {dtype})
+
     def test_stream(self):
         model = exact("melody-transformers")
         options = dict(duration=0.5, seed=1, melody=self.tune(0), separate=False)
