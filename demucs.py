@@ -518,9 +518,9 @@ class HTDemucs(nn.Module):
             )
         if not mx.isfinite(audio).all().item():
             raise ValueError("audio must be finite, but it holds NaN or infinity.")
-        if not 0 <= overlap < 1 or shifts < 0:
+        if not 0 <= overlap <= 0.99 or type(shifts) is not int or shifts < 0:
             raise ValueError(
-                f"overlap must be from 0 to less than 1 and shifts not below 0, got "
+                f"overlap must be from 0 to 0.99 and shifts a number from 0 on, got "
                 f"{overlap} and {shifts}."
             )
         if shifts == 0:
@@ -529,9 +529,14 @@ class HTDemucs(nn.Module):
         moves = random.integers(0, most + 1, shifts).tolist()
         padded = mx.pad(audio, ((most, most), (0, 0)))
         total = 0
-        for move in moves:
+        for i, move in enumerate(moves):
+
+            def report(piece: int, pieces: int, i: int = i) -> None:
+                if callback:  # the last passes may take a piece less
+                    callback(i * pieces + piece, shifts * pieces)
+
             moved = padded[move : len(audio) + most]
-            stems = self._in_pieces(moved, overlap, callback or (lambda *_: None))
+            stems = self._in_pieces(moved, overlap, report)
             total = total + stems[:, most - move :]
             mx.eval(total)
         return total / shifts
@@ -541,7 +546,7 @@ class HTDemucs(nn.Module):
     ) -> mx.array:
         """Stems (S, N, C) as a sum of pieces, each weighted most in its middle."""
         N, size = len(audio), self.config.segment_length
-        starts = range(0, N, int((1 - overlap) * size))
+        starts = range(0, N, max(1, int((1 - overlap) * size)))
         ramp = mx.minimum(mx.arange(size) + 1, size - mx.arange(size)) / (size // 2)
         total = np.zeros((len(self.config.sources), *audio.shape), np.float32)
         weights = np.zeros((N, 1), np.float32)
@@ -684,7 +689,7 @@ def run(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"There is no sound file {args.source}.")
     model = HTDemucs.from_pretrained(args.model)
     known = model.config.sources
-    wanted = args.stems.split(",") if args.stems else known
+    wanted = [s.strip() for s in args.stems.split(",")] if args.stems else known
     if unknown := set(wanted) - set(known):
         raise ValueError(
             f"--stems must be of {', '.join(known)}; got {min(unknown)!r}."
@@ -694,6 +699,8 @@ def run(args: argparse.Namespace) -> None:
     paths = {stem: args.output_dir / f"{stem}.wav" for stem in wanted}
     for path in paths.values():
         check_audio_path(path)
+        if path.resolve() == Path(args.source).resolve():
+            raise ValueError(f"{path} must not be the song; choose an --output-dir.")
     with tqdm(unit="piece") as bar:
 
         def progress(piece: int, pieces: int) -> None:
@@ -701,6 +708,10 @@ def run(args: argparse.Namespace) -> None:
             bar.update()
 
         stems = model.separate(audio, args.shifts, args.overlap, progress)
+    loudest = mx.abs(stems).max().item()
+    if loudest > 1:  # all alike, so that they add up to the song
+        print(f"All stems were scaled down by {loudest:.2f}.", file=sys.stderr)
+        stems = stems / loudest
     for stem, path in paths.items():
         save_audio(path, stems[known.index(stem)], model.sampling_rate)
         print(path)

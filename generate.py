@@ -56,7 +56,7 @@ HELP = {
     "melody_start": "second of it to begin at (default: 0)",
     "no_separate": "take the melody as it is, not the vocals and other instruments "
     "that Demucs finds in it",
-    "show_melody": "draw the notes that the model is given",
+    "show_melody": "draw the notes of the melody",
     "save_melody": "file to write the separated sound to",
     "loudness": "LUFS to bring the output to, such as -14 (default: as it comes)",
     "peak": "dB of full scale to bring the output's peak to (default: as it comes)",
@@ -147,8 +147,15 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_codes(args)
     if (args.show_melody or args.save_melody) and not args.melody:
         raise ValueError("--show-melody and --save-melody need a --melody")
+    if (args.show_melody or args.save_melody) and (args.prompts or args.redecode):
+        raise ValueError("--show-melody and --save-melody go with --prompt alone")
     if args.save_melody:
         choose_subtype(args.save_melody)
+        others = [args.melody, args.audio_prompt or "", args.output]
+        if any(jobs.same_file(args.save_melody, other) for other in others):
+            raise ValueError(
+                f"--save-melody must be a file of its own: {args.save_melody}"
+            )
     check_name(args.model)
     args.stream = args.stream or args.output == "-"
     if args.stream:
@@ -308,9 +315,10 @@ def make(
             args.q_bits,
             group=together,
         )
+        if not (args.prompts or args.redecode):  # while Ctrl-C still ends it at once
+            tell_melody(args, model, good[0])
         stop = None if args.prompts or together else Stop()
         course = begin(args, model, stop)
-        tell_melody(args, model, good[0])
         if args.redecode:
             made.append(redecode(model, good[0], course))
         elif args.stream:
@@ -325,12 +333,13 @@ def make(
 
 
 def tell_melody(args: argparse.Namespace, model: MusicGen, job: Job) -> None:
-    """Show and keep what the model is given of the melody, where that is wanted."""
+    """Hear the melody, and show and keep it where that is wanted."""
+    tune = job.tune(model)
     if args.show_melody:
-        drawn = draw(extract_chroma(job.tune(model), model.sampling_rate))
+        drawn = draw(extract_chroma(tune, model.sampling_rate))
         tqdm.write(drawn, file=sys.stderr if args.output == "-" else sys.stdout)
     if args.save_melody:
-        save_audio(args.save_melody, job.tune(model), model.sampling_rate)
+        save_audio(args.save_melody, tune, model.sampling_rate)
 
 
 def begin(args: argparse.Namespace, model: MusicGen, stop: Stop | None) -> jobs.Course:

@@ -25,6 +25,7 @@ import numpy as np
 import settings
 from encodec import check_audio_path, load_audio, save_audio
 from loudness import to_loudness, to_peak
+from melody import check as check_melody
 from melody import published_demucs, take_melody
 from musicgen import MusicGen, Options, row_seeds
 
@@ -57,6 +58,10 @@ class AudioPrompt(NamedTuple):
         return audio[first : first + int(self.length * model.sampling_rate)]
 
 
+def same_file(path: str | Path, other: str | Path) -> bool:
+    return os.path.realpath(path) == os.path.realpath(other)
+
+
 class Melody(NamedTuple):
     """Which sound file's tune a take follows, from which second on, and whether drums
     and bass are taken away first."""
@@ -72,7 +77,7 @@ class Melody(NamedTuple):
         return load_melody(self, model.sampling_rate)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def load_melody(melody: Melody, sampling_rate: int) -> mx.array:
     """Kept, since takes share it and Demucs is slow."""
     audio = load_audio(melody.path, sampling_rate, 1)
@@ -83,7 +88,7 @@ def load_melody(melody: Melody, sampling_rate: int) -> mx.array:
             f"{melody.path}, got {melody.start:g}."
         )
     if not melody.separate:
-        return audio[first:]
+        return check_melody(audio[first:], sampling_rate)
     return take_melody(audio[first:], sampling_rate, published_demucs())
 
 
@@ -122,8 +127,10 @@ class Job:
             )
         if reads and self.audio_prompt and not Path(self.audio_prompt.path).is_file():
             raise FileNotFoundError(f"There is no sound file {self.audio_prompt.path}.")
-        if self.melody and not Path(self.melody.path).is_file():
+        if reads and self.melody and not Path(self.melody.path).is_file():
             raise FileNotFoundError(f"There is no sound file {self.melody.path}.")
+        if self.melody and writes and same_file(self.melody.path, self.output):
+            raise ValueError(f"output must not be the melody, {self.output}.")
 
     def is_done(self) -> bool:
         """Whether its file is there."""
@@ -192,21 +199,25 @@ def make_audio_prompt(path, start, length, drop) -> AudioPrompt | None:
     return path and AudioPrompt(str(path), start or 0.0, length, bool(drop))
 
 
-def make_melody(path, start, no_separate) -> Melody | None:
-    """From values of MELODY_KEYS. Raises ValueError naming a bad one."""
+def make_melody(path, start, no_separate, alone: bool) -> Melody | None:
+    """From values of MELODY_KEYS. Raises ValueError naming a bad one, and if they come
+    `alone`, which is not as defaults of a file of prompts, for one without a melody."""
+    if not isinstance(path, str | Path | None):
+        raise ValueError(f"melody must name a sound file, got {path!r}.")
     if start is not None and not (type(start) in (int, float) and 0 <= start < 1e6):
         raise ValueError(f"melody_start must be 0 s or more, got {start!r}.")
     if no_separate not in (None, False, True):
         raise ValueError(f"no_separate must be true or false, got {no_separate!r}.")
-    if path is None and (start is not None or no_separate):
+    if alone and not path and (start is not None or no_separate):
         raise ValueError("melody_start and no_separate need a melody.")
-    return path and Melody(str(path), start or 0.0, not no_separate)
+    return Melody(str(path), start or 0.0, not no_separate) if path else None
 
 
 def make_job(values: dict[str, Any], line: int | None = None) -> Job:
     """A job from values of ALL_KEYS. Raises ValueError naming a bad one."""
     sound = make_audio_prompt(*(values.get(key) for key in AUDIO_KEYS))
-    melody = make_melody(*(values.get(key) for key in MELODY_KEYS))
+    alone = line is None and not values.get("prompts")
+    melody = make_melody(*(values.get(key) for key in MELODY_KEYS), alone)
     options = Options(**{key: values[key] for key in OPTIONS if key in values})
     output = Path(str(values["output"]))
     levels = [values.get(key) for key in LEVELS]

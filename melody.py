@@ -47,9 +47,9 @@ def frames_of(seconds: float) -> int:
     return 1 + int(seconds * RATE) // HOP
 
 
-def one_hot(strengths: mx.array) -> mx.array:
+def one_hot(found: mx.array) -> mx.array:
     """(T, 12) with a one where each row is largest, the first of several."""
-    largest = mx.argmax(strengths, axis=-1, keepdims=True)
+    largest = mx.argmax(found, axis=-1, keepdims=True)
     return (mx.arange(len(NOTES)) == largest).astype(mx.float32)
 
 
@@ -58,7 +58,12 @@ def note_strengths(audio: mx.array, sampling_rate: int) -> mx.array:
 
     Octaves are added up, most from the middle ones. Raises as `extract_chroma`.
     """
-    audio = np.array(check(audio, sampling_rate).mean(axis=1, keepdims=True))
+    return strengths(check(audio, sampling_rate), sampling_rate)
+
+
+def strengths(audio: mx.array, sampling_rate: int) -> mx.array:
+    """`note_strengths` of what is checked already, and may be silent."""
+    audio = np.array(audio.mean(axis=1, keepdims=True))
     audio = mx.array(resample(audio, sampling_rate, RATE)[:, 0])
     half = WINDOW // 2
     audio = mx.concatenate([audio[half:0:-1], audio, audio[-2 : -half - 2 : -1]])
@@ -72,22 +77,24 @@ def note_strengths(audio: mx.array, sampling_rate: int) -> mx.array:
         power = mx.abs(mx.fft.rfft(frames * window)) ** 2
         pieces.append(power @ filters)
         mx.eval(pieces)
-    strengths = mx.concatenate(pieces)
-    return strengths / mx.maximum(strengths.max(axis=-1, keepdims=True), 1e-6)
+    found = mx.concatenate(pieces)
+    return found / mx.maximum(found.max(axis=-1, keepdims=True), 1e-6)
 
 
 def check(audio: mx.array, sampling_rate: int) -> mx.array:
     """The samples (N, C), if there is a melody to look for in them."""
-    audio = mx.array(audio)
+    if isinstance(audio, str | Path):
+        raise ValueError(f"melody must be samples (N, C), got {audio!r}.")
+    audio = mx.array(audio).astype(mx.float32)
     if audio.ndim != 2 or not 1 <= audio.shape[1] <= 8:
         raise ValueError(f"melody must have the shape (N, C), got {audio.shape}.")
     if len(audio) * RATE < WINDOW * sampling_rate:
         raise ValueError(
-            f"melody must have at least {WINDOW / RATE:.2f} s, got "
-            f"{len(audio) / sampling_rate:.2f} s."
+            f"melody must have at least {WINDOW / RATE} s, got "
+            f"{len(audio) / sampling_rate:.3f} s."
         )
     if not mx.isfinite(audio).all().item():
-        raise ValueError("melody must be finite, but it holds NaN.")
+        raise ValueError("melody must be finite, but it holds NaN or infinity.")
     if mx.abs(audio).max().item() < 1e-4:
         raise ValueError("melody must not be silent.")
     return audio
@@ -130,6 +137,11 @@ def take_melody(audio: mx.array, sampling_rate: int, demucs: "HTDemucs") -> mx.a
     stems = demucs.separate(audio)
     melody = sum(stems[demucs.config.sources.index(name)] for name in MELODY)
     melody = np.array(melody.mean(axis=1, keepdims=True))
+    if np.abs(melody).max() < 1e-4:
+        raise ValueError(
+            "melody must have a voice or an instrument besides drums and bass; Demucs "
+            "finds none. Without separation it is taken as it is."
+        )
     return mx.array(resample(melody, demucs.sampling_rate, RATE))
 
 

@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 
 from encodec import Encodec, EncodecConfig, add, parallel_streams
 from melody import check as check_melody
-from melody import extract_chroma, fit, frames_of, published_demucs, take_melody
+from melody import fit, frames_of, one_hot, published_demucs, strengths, take_melody
 from t5 import T5, T5Config, Tokenizer
 
 MODELS = {
@@ -1116,9 +1116,9 @@ class MusicGen(nn.Module):
                 lies between that and the window's end begins the next. None: 3/5
                 of the window, so 18 of 30.
             batch_size: rows to run at once; None: as many as memory holds.
-            stop: asked in each step; once it is true the takes end there, and rows
-                that are not begun are left out. Raises KeyboardInterrupt where not
-                a frame is made.
+            stop: asked in each step; once it is true the takes end there. Of several
+                batches only the first rows that are whole come back. Raises
+                KeyboardInterrupt where not a frame is made.
 
         Raises ValueError for options out of range.
         """
@@ -1149,8 +1149,14 @@ class MusicGen(nn.Module):
             codes |= zip(rows, mx.concatenate(pieces, axis=1))
             if len(batches) > 1 and stop is not None and stop():
                 break
-        shortest = min(len(row) for row in codes.values())
-        return mx.stack([codes[row][:shortest] for row in sorted(codes)])
+        longest = max(len(row) for row in codes.values())
+        whole = [
+            row for row in range(len(prompts)) if len(codes.get(row, ())) == longest
+        ]
+        first = [
+            row for i, row in enumerate(whole) if row == i
+        ]  # none left out between
+        return mx.stack([codes[row] for row in first])
 
     def _batches(
         self, prompts: list[str], size: int, options: Options
@@ -1178,18 +1184,19 @@ class MusicGen(nn.Module):
         separate: bool,
     ) -> list[mx.array | None]:
         """For each prompt the sound (N, 1) that holds its melody."""
-        given = melody if isinstance(melody, list) else [melody]
+        several = isinstance(melody, list | tuple)
+        given = list(melody) if several else [melody]
+        if several and len(given) != count:
+            raise ValueError(
+                f"melody must be one sound, or one for each of {count} prompts, got "
+                f"{len(given)}."
+            )
         if all(sound is None for sound in given):
             return [None] * count
         self.check_melody_model()
-        if isinstance(melody, list) and len(melody) != count:
-            raise ValueError(
-                f"melody must be one sound, or one for each of {count} prompts, got "
-                f"{len(melody)}."
-            )
         taken = {id(sound): self._melody(sound, separate) for sound in given}
         taken = [taken[id(sound)] for sound in given]
-        return taken if isinstance(melody, list) else taken * count
+        return taken if several else taken * count
 
     def check_melody_model(self) -> None:
         """Raise ValueError unless this model follows melodies."""
@@ -1221,9 +1228,10 @@ class MusicGen(nn.Module):
                 samples = int(self.config.max_duration * self.sampling_rate)
                 places = start * self.config.audio_encoder.hop_length
                 places = (places + mx.arange(samples)) % len(melody)
-                rows.append(extract_chroma(melody[places], self.sampling_rate))
+                heard = strengths(melody[places], self.sampling_rate)
+                rows.append(one_hot(heard))  # C where the window is silent
             else:
-                rows.append(extract_chroma(melody, self.sampling_rate))
+                rows.append(one_hot(strengths(melody, self.sampling_rate)))
         return mx.stack([fit(row, config.chroma_length) for row in rows])
 
     def stream(

@@ -1429,7 +1429,8 @@ class TestDemucs(Test):
             (mx.zeros((0, 2)), {}, "audio must have the shape"),
             (mx.full((9, 2), math.nan), {}, "must be finite"),
             (want["audio"], dict(overlap=1), "overlap must be"),
-            (want["audio"], dict(shifts=-1), "shifts not below 0"),
+            (want["audio"], dict(shifts=-1), "shifts a number from 0"),
+            (want["audio"], dict(shifts=1.5), "shifts a number from 0"),
         ):
             with self.assertRaisesRegex(ValueError, pattern):
                 model.separate(audio, **options)
@@ -1494,7 +1495,11 @@ class TestDemucs(Test):
         for name, stem in zip(names, want["stems"]):
             found = mx.array(soundfile.read(folder / f"{name}.wav")[0])
             self.assertClose(found, stem / max(1, mx.abs(stem).max().item()), 2e-4)
-        told = self.run_script(source, "--output-dir", folder, "--stems", "bass")
+        before = (folder / "bass.wav").read_bytes()
+        told = self.run_script(folder / "bass.wav", "--output-dir", folder)
+        self.assertRegex(told, "bass.wav must not be the song")
+        self.assertEqual((folder / "bass.wav").read_bytes(), before)
+        told = self.run_script(source, "--output-dir", folder, "--stems", " bass ")
         self.assertEqual(told.split(), [str(folder / "bass.wav")])
         for flags, pattern in (
             (["--stems", "bass,flute"], "--stems must be of drums, .*'flute'"),
@@ -1590,7 +1595,7 @@ class TestMelodyModels(Test):
         model = exact("melody-transformers")
         for tune, pattern in (
             ([self.tune(0)], "one for each of 2 prompts, got 1"),
-            (mx.zeros((99, 1)), "at least 0.51 s"),
+            (mx.zeros((99, 1)), "at least 0.512 s"),
             ([None, mx.zeros((32000, 1))], "must not be silent"),
         ):
             options = dict(melody=tune, separate=False, duration=0.2)
@@ -1661,6 +1666,36 @@ class TestMelodyCommands(Test):
         )
         self.assertIn("█", lines[11])  # C
 
+    def test_silence_in_the_melody(self):
+        model = exact("melody-audiocraft")  # whose windows have a second
+        gap = np.concatenate([sounds.tune(32000, [60, 64]), np.zeros((96000, 1))])
+        options = dict(duration=2.5, extend_stride=0.6, separate=False)
+        codes = model.generate_codes("a", melody=mx.array(gap), **options)
+        self.assertEqual(codes.shape[1], 125)
+
+    def test_stopped_among_lengths(self):
+        model, steps = exact("melody-transformers"), []
+        prompts = ["x", "a long slow song with drums", "x"]
+        stop = lambda: len(steps) > 30 or steps.append(0)  # noqa: E731
+        codes = model.generate_codes(prompts, duration=0.4, seed=1, stop=stop)
+        self.assertEqual(len(codes), 1)  # the third is made, but not the second
+        alone = model.generate_codes("x", duration=0.4, seed=1)
+        self.assertSame(codes, alone)
+
+    def test_nothing_is_overwritten(self):
+        before = self.tune.read_bytes()
+        flags = ["-p", "a", "--melody", self.tune, "--no-separate"]
+        for more in (
+            ["--save-melody", self.tune, "--output", self.folder / "x.wav"],
+            ["--save-melody", self.folder / "x.wav", "--output", self.folder / "x.wav"],
+            ["--output", self.tune],
+        ):
+            status, _, err = self.run_script(*flags, *more)
+            self.assertIn(status, (1, 2))
+            self.assertRegex(err, "^generate.py: error: .* must .*\n$")
+        self.assertEqual(self.tune.read_bytes(), before)
+        self.assertEqual(len(list(self.folder.iterdir())), 1)
+
     def test_lines_with_melodies(self):
         lines = self.folder / "lines.jsonl"
         lines.write_text(
@@ -1670,7 +1705,7 @@ class TestMelodyCommands(Test):
             + "\n"
             + json.dumps(dict(prompt="drums"))
         )
-        output = ["--output", self.folder / "x.wav"]
+        output = ["--output", self.folder / "x.wav", "--no-separate"]
         status, _, err = self.run_script("--prompts", lines, *output)
         self.assertEqual(status, 1)
         self.assertIn("line 2: melody_start must be less than the 2 s", err)
@@ -1685,7 +1720,7 @@ class TestMelodyCommands(Test):
         (self.folder / "noise.wav").write_bytes(b"noise")
         for flags, status, pattern in (
             (["--melody", "none.wav"], 1, "no sound file none.wav"),
-            (["--melody", short], 1, "at least 0.51 s"),
+            (["--melody", short], 1, "at least 0.512 s"),
             (["--melody", silent], 1, "must not be silent"),
             (["--melody", self.folder / "noise.wav"], 1, "not a readable sound file"),
             (["--melody", self.tune, "--melody-start", "2"], 1, "melody_start must"),
@@ -1791,8 +1826,8 @@ class TestMelody(Test):
         for audio, pattern in (
             (mx.zeros(20_000), "must have the shape"),
             (mx.zeros((20_000, 0)), "must have the shape"),
-            (mx.ones((16383, 1)), "must have at least 0.51 s, got 0.51 s"),
-            (mx.ones((0, 1)), "must have at least 0.51 s, got 0.00 s"),
+            (mx.ones((16383, 1)), "must have at least 0.512 s, got 0.512 s"),
+            (mx.ones((0, 1)), "must have at least 0.512 s, got 0.000 s"),
             (mx.full((20_000, 2), math.nan), "must be finite"),
             (mx.zeros((20_000, 2)), "must not be silent"),
         ):
