@@ -30,7 +30,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
 
-from encodec import check_audio_path, load_audio, save_audio
+from encodec import Parser, check_audio_path, load_audio, save_audio
 
 REPO = "adefossez/HTDemucs"
 FILES = ["*.safetensors", "*.yaml"]
@@ -662,13 +662,6 @@ def fraction(value):
     if isinstance(value, dict) and value.get("_type") == "fraction":
         return Fraction(value["numerator"], value["denominator"])
     return value
-
-
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -145,17 +145,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.prompts is not None and args.takes != 1:
         raise ValueError("--takes goes with --prompt; in a file repeat the line")
     check_codes(args)
-    if (args.show_melody or args.save_melody) and not args.melody:
-        raise ValueError("--show-melody and --save-melody need a --melody")
-    if (args.show_melody or args.save_melody) and (args.prompts or args.redecode):
-        raise ValueError("--show-melody and --save-melody go with --prompt alone")
-    if args.save_melody:
-        choose_subtype(args.save_melody)
-        others = [args.melody, args.audio_prompt or "", args.output]
-        if any(jobs.same_file(args.save_melody, other) for other in others):
-            raise ValueError(
-                f"--save-melody must be a file of its own: {args.save_melody}"
-            )
+    if args.show_melody or args.save_melody:
+        check_melody(args)
     check_name(args.model)
     args.stream = args.stream or args.output == "-"
     if args.stream:
@@ -209,6 +200,21 @@ def recalled(parser: Parser) -> list[str]:
     flags = {f"--{k.replace('_', '-')}": v for k, v in wanted.items()}
     chosen = {f: v for f, v in flags.items() if v is not None and v is not False}
     return [flag if v is True else f"{flag}={v}" for flag, v in chosen.items()]
+
+
+def check_melody(args: argparse.Namespace) -> None:
+    """Raise ValueError for what does not go with --show-melody and --save-melody."""
+    if not args.melody:
+        raise ValueError("--show-melody and --save-melody need a --melody")
+    if args.prompts or args.redecode:
+        raise ValueError("--show-melody and --save-melody go with --prompt alone")
+    if args.save_melody:
+        choose_subtype(args.save_melody)
+        others = [args.melody, args.audio_prompt or "", args.output]
+        if any(jobs.same_file(args.save_melody, other) for other in others):
+            raise ValueError(
+                f"--save-melody must be a file of its own: {args.save_melody}"
+            )
 
 
 def check_codes(args: argparse.Namespace) -> None:

@@ -1127,13 +1127,8 @@ class MusicGen(nn.Module):
         )
         prompts, seeds = self._check(prompts, seed, options)
         known = self._known(audio_prompt, codes_prompt, options)
-        if batch_size is not None and not (
-            isinstance(batch_size, Integral) and batch_size > 0
-        ):
-            raise ValueError(f"batch_size must be 1 or more, got {batch_size!r}.")
+        batches = self._batches(prompts, batch_size, options)
         melodies = self._melodies(melody, len(prompts), separate)
-        size = batch_size or self.rows_that_fit(options)
-        batches = self._batches(prompts, size, options)
 
         codes = {}
         for i, rows in enumerate(batches):
@@ -1149,28 +1144,22 @@ class MusicGen(nn.Module):
             codes |= zip(rows, mx.concatenate(pieces, axis=1))
             if len(batches) > 1 and stop is not None and stop():
                 break
-        longest = max(len(row) for row in codes.values())
-        whole = [
-            row for row in range(len(prompts)) if len(codes.get(row, ())) == longest
-        ]
-        first = [
-            row for i, row in enumerate(whole) if row == i
-        ]  # none left out between
-        return mx.stack([codes[row] for row in first])
+        return mx.stack(first_whole(codes))
 
     def _batches(
-        self, prompts: list[str], size: int, options: Options
+        self, prompts: list[str], size: int | None, options: Options
     ) -> list[list[int]]:
-        """The prompts' numbers, up to `size` together. A melody model has the text
-        before the codes, and so in a batch only texts of one length."""
-        groups = {}
-        for row, prompt in enumerate(prompts):
-            tokens = max(
-                len(self.tokenizer.encode(text))
-                for text in (prompt, options.negative_prompt)
-            )
-            together = tokens if self.config.decoder.num_chroma else None
-            groups.setdefault(together, []).append(row)
+        """The prompts' numbers, up to `size` together, or what memory holds. A melody
+        model has the text before the codes, and so in a batch only texts of one
+        length."""
+        if size is not None and not (isinstance(size, Integral) and size > 0):
+            raise ValueError(f"batch_size must be 1 or more, got {size!r}.")
+        size, groups = size or self.rows_that_fit(options), {0: range(len(prompts))}
+        if self.config.decoder.num_chroma:
+            texts, groups = [*prompts, options.negative_prompt], {}
+            *tokens, least = (len(self.tokenizer.encode(text)) for text in texts)
+            for row, count in enumerate(tokens):
+                groups.setdefault(max(count, least), []).append(row)
         return [
             rows[start : start + size]
             for rows in groups.values()
@@ -1217,22 +1206,25 @@ class MusicGen(nn.Module):
     ) -> mx.array | None:
         """Notes (B, T, 12) for the window from frame `start` on, of a take of
         `frames`: C throughout where there is no melody."""
-        config, rows = self.config.decoder, []
+        config = self.config.decoder
         if config.num_chroma == 0:
             return None
-        longest, _ = self._window(Options())
-        for melody in melodies:
-            if melody is None:
-                rows.append(mx.arange(config.num_chroma)[None] == 0)
-            elif frames > longest:  # the melody goes on where the window does
-                samples = int(self.config.max_duration * self.sampling_rate)
-                places = start * self.config.audio_encoder.hop_length
-                places = (places + mx.arange(samples)) % len(melody)
-                heard = strengths(melody[places], self.sampling_rate)
-                rows.append(one_hot(heard))  # C where the window is silent
-            else:
-                rows.append(one_hot(strengths(melody, self.sampling_rate)))
-        return mx.stack([fit(row, config.chroma_length) for row in rows])
+        longest = int(self.config.max_duration * self.frame_rate)
+        place = (
+            start * self.config.audio_encoder.hop_length if frames > longest else None
+        )
+        notes = {id(x): self._notes(x, place) for x in melodies}  # takes share one
+        return mx.stack([fit(notes[id(x)], config.chroma_length) for x in melodies])
+
+    def _notes(self, melody: mx.array | None, place: int | None) -> mx.array:
+        """Notes (T', 12) of a melody (N, 1); for a window of long audio, those from
+        the sample `place` on, going round. C where it is silent or there is none."""
+        if melody is None:
+            return mx.arange(self.config.decoder.num_chroma)[None] == 0
+        if place is not None:
+            samples = int(self.config.max_duration * self.sampling_rate)
+            melody = melody[(place + mx.arange(samples)) % len(melody)]
+        return one_hot(strengths(melody, self.sampling_rate))
 
     def stream(
         self,
@@ -1630,6 +1622,16 @@ def memory_size() -> int:
     """Bytes that MLX may use on this machine."""
     limit = mx.get_memory_limit()
     return mx.device_info().get("max_recommended_working_set_size", limit)
+
+
+def first_whole(codes: dict[int, mx.array]) -> list[mx.array]:
+    """Of rows that may have been stopped, those from row 0 on that are as long as the
+    longest, up to the first that is not."""
+    longest = max(len(row) for row in codes.values())
+    found = itertools.takewhile(
+        lambda row: row in codes and len(codes[row]) == longest, itertools.count()
+    )
+    return [codes[row] for row in found]
 
 
 def row_seeds(seed: int | list[int] | None, rows: int) -> list[int]:

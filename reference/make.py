@@ -278,18 +278,25 @@ def random_musicgen(config: dict, generator: torch.Generator) -> dict[str, Tenso
     """Return the weights of a tiny model under the names of the published files."""
     parsed = transformers.MusicgenConfig.from_dict(config)
     model = transformers.MusicgenForConditionalGeneration(parsed)
-    tiny.fill(model.text_encoder, generator)
-    tiny.fill(model.decoder, generator)
-    tiny.fill_codec(model.audio_encoder, generator)
-    fit_codec(model.audio_encoder, 16000, generator)
-    for name, tensor in model.enc_to_dec_proj.state_dict().items():
-        tensor.copy_(tiny.draw(name, tensor.shape, generator))
-    state = published(model.state_dict())
-    state.pop("text_encoder.encoder.embed_tokens.weight")
+    state = random_state(model, [model.enc_to_dec_proj], generator)
     positions = modeling_musicgen.MusicgenSinusoidalPositionalEmbedding
     state["decoder.model.decoder.embed_positions.weights"] = positions.get_embedding(
         DECODER["max_position_embeddings"], DECODER["hidden_size"]
     )
+    return state
+
+
+def random_state(model, projections: list, generator: torch.Generator) -> dict:
+    """Fill a model of MusicGen's kind; its weights under the published names."""
+    tiny.fill(model.text_encoder, generator)
+    tiny.fill(model.decoder, generator)
+    tiny.fill_codec(model.audio_encoder, generator)
+    fit_codec(model.audio_encoder, 16000, generator)
+    for projection in projections:
+        for name, tensor in projection.state_dict().items():
+            tensor.copy_(tiny.draw(name, tensor.shape, generator))
+    state = published(model.state_dict())
+    state.pop("text_encoder.encoder.embed_tokens.weight")
     return state
 
 

@@ -56,16 +56,8 @@ def random_melody(config: dict, generator: torch.Generator) -> dict[str, Tensor]
     """The weights of a tiny model under the names of the published files."""
     parsed = transformers.MusicgenMelodyConfig.from_dict(config)
     model = transformers.MusicgenMelodyForConditionalGeneration(parsed)
-    tiny.fill(model.text_encoder, generator)
-    tiny.fill(model.decoder, generator)
-    tiny.fill_codec(model.audio_encoder, generator)
-    base.fit_codec(model.audio_encoder, 16000, generator)
-    for part in (model.enc_to_dec_proj, model.audio_enc_to_dec_proj):
-        for name, tensor in part.state_dict().items():
-            tensor.copy_(tiny.draw(name, tensor.shape, generator))
-    state = base.published(model.state_dict())
-    state.pop("text_encoder.encoder.embed_tokens.weight")
-    return state
+    projections = [model.enc_to_dec_proj, model.audio_enc_to_dec_proj]
+    return base.random_state(model, projections, generator)
 
 
 def expect(folder: Path) -> dict | None:
