@@ -548,15 +548,16 @@ class HTDemucs(nn.Module):
         N, size = len(audio), self.config.segment_length
         starts = range(0, N, max(1, int((1 - overlap) * size)))
         ramp = mx.minimum(mx.arange(size) + 1, size - mx.arange(size)) / (size // 2)
-        total = np.zeros((len(self.config.sources), *audio.shape), np.float32)
-        weights = np.zeros((N, 1), np.float32)
+        total = mx.zeros((len(self.config.sources), *audio.shape))
+        weights = mx.zeros((N, 1))
         for i, start in enumerate(starts):
             callback(i, len(starts))
             stop = min(start + size, N)
             weight = ramp[: stop - start, None]
-            total[:, start:stop] += np.array(weight * self._piece(audio, start, stop))
-            weights[start:stop] += np.array(weight)
-        return mx.array(total / weights)
+            total[:, start:stop] += weight * self._piece(audio, start, stop)
+            weights[start:stop] += weight
+            mx.eval(total, weights)
+        return total / weights
 
     def _piece(self, audio: mx.array, start: int, stop: int) -> mx.array:
         """Stems (S, stop - start, C), heard in the middle of a whole segment."""

@@ -1579,7 +1579,7 @@ class TestMelodyModels(Test):
                 logits = run(mx.zeros((1, 1, 4), mx.int32))
                 self.assertEqual(logits.dtype, dtype)
             for part in run._parts:
-                late = part.cache[-1].update(mx.zeros((2, 2, 0, 16), dtype))
+                late = part.cache[-1].update(mx.zeros((1, 1, 0, 16), dtype))
                 self.assertEqual({array.dtype for array in late}, {dtype})
 
     def test_stream(self):
@@ -1765,7 +1765,7 @@ class TestMelody(Test):
         audio = sounds.noise(32000)
         whole = melody.note_strengths(audio, 32000)
         with patch("melody.FRAMES_AT_ONCE", 5):
-            self.assertSame(melody.note_strengths(audio, 32000), whole)
+            self.assertClose(melody.note_strengths(audio, 32000), whole, 1e-5)
 
     def test_thirty_seconds_are_235_frames(self):
         audio = sounds.noise(32000, seconds=30)
