@@ -25,6 +25,7 @@ MELODY = [
     for kind in ("", "stereo-")
     for size in ("", "-large")
 ]
+STYLE = ["musicgen-style"]  # has no checkpoint of the transformers kind
 OTHERS = ["encodec_24khz", "encodec_32khz", "encodec_48khz", "t5-base"]
 
 # Every transformers checkpoint of MusicGen holds the same codec, written once.
@@ -70,7 +71,9 @@ def compact(full: dict) -> dict:
     manifest = {}
     for (template, dtype, shape), indices in groups.items():
         start, count = indices[0], len(indices)
-        if count > 1 and indices == list(range(start, start + count)):
+        in_a_row = count > 1 and indices == list(range(start, start + count))
+        # Layers of two shapes may share a template, which can be a key only once.
+        if in_a_row and template not in manifest:
             manifest[template] = [dtype, list(shape), start, start + count]
             continue
         for index in indices:
@@ -95,9 +98,10 @@ def full_manifests(folder: Path) -> tuple[dict, dict]:
     for name in OTHERS + MUSICGEN + MELODY:
         key = f"{name}.transformers"
         tensors[key] = json.loads((folder / f"{key}.json").read_text())
-    for key in ("encodec_32khz.audiocraft", "htdemucs.demucs"):
+    others = ("mert-v1-95m.transformers", "encodec_32khz.audiocraft", "htdemucs.demucs")
+    for key in others:
         tensors[key] = json.loads((folder / f"{key}.json").read_text())
-    for name in MUSICGEN + MELODY:
+    for name in MUSICGEN + STYLE + MELODY:
         files = json.loads((folder / f"{name}.audiocraft.json").read_text())
         tensors[f"{name}.audiocraft"] = files["state_dict.bin"]["best_state"]
         compression[name] = files["compression_state_dict.bin"]

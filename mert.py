@@ -1,0 +1,285 @@
+"""MERT: music -> features that tell its style.
+
+The music model of Li et al. (https://arxiv.org/abs/2306.00107) in its size of 95 M: a
+HuBERT (https://arxiv.org/abs/2106.07447) that was trained on music. Convolutions turn
+24 000 samples a second into 75 frames, a transformer relates these. In float32.
+
+    model = MERT.from_pretrained("m-a-p/MERT-v1-95M")
+    features = model(audio)  # (B, N) at model.sampling_rate -> (B, T, 768)
+
+Needs `convert.py` beside it, to read the published `pytorch_model.bin`.
+"""
+
+import json
+import re
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from convert import load_state
+
+REPO = "m-a-p/MERT-v1-95M"
+FILES = ("config.json", "pytorch_model.bin")
+
+LIMITS = {  # least and largest value of each size
+    "hidden_size": (2, 2**14),
+    "num_hidden_layers": (1, 200),
+    "num_attention_heads": (1, 2**10),
+    "intermediate_size": (1, 2**17),
+    "num_conv_pos_embeddings": (1, 2**10),
+    "num_conv_pos_embedding_groups": (1, 2**10),
+    "sample_rate": (1000, 192_000),
+}
+FIXED = {  # settings of which only the published value is ported
+    "hidden_act": "gelu",
+    "feat_extract_activation": "gelu",
+    "feat_extract_norm": "group",
+    "feat_proj_layer_norm": True,
+    "conv_bias": False,
+    "conv_pos_batch_norm": False,
+    "do_stable_layer_norm": False,
+    "feature_extractor_cqt": False,
+    "deepnorm": False,
+    "attention_relax": -1.0,
+    "layer_norm_eps": 1e-5,
+}
+
+
+@dataclass(frozen=True)
+class MERTConfig:
+    """Sizes, spelled as in `config.json`; defaults: the published model."""
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    conv_dim: tuple[int, ...] = (512,) * 7
+    conv_kernel: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    conv_stride: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    num_conv_pos_embeddings: int = 128  # frames that a position is made of
+    num_conv_pos_embedding_groups: int = 16
+    sample_rate: int = 24000
+
+    def __post_init__(self):
+        for name, (low, high) in LIMITS.items():
+            size = getattr(self, name)
+            if type(size) is not int or not low <= size <= high:
+                raise ValueError(f"{name} must be from {low} to {high}, got {size!r}.")
+        for name in ("num_attention_heads", "num_conv_pos_embedding_groups"):
+            if self.hidden_size % getattr(self, name):
+                raise ValueError(
+                    f"{name} must divide hidden_size, {self.hidden_size}, got "
+                    f"{getattr(self, name)}."
+                )
+        lists = [self.conv_dim, self.conv_kernel, self.conv_stride]
+        numbers = [x for sizes in lists for x in sizes]
+        same = len({len(sizes) for sizes in lists}) == 1 and numbers
+        if not same or not all(type(x) is int and 1 <= x <= 2**14 for x in numbers):
+            raise ValueError(
+                "conv_dim, conv_kernel and conv_stride must list as many sizes from 1 "
+                f"on, got {lists}."
+            )
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "MERTConfig":
+        """Take the known keys. Raises ValueError for what is not ported."""
+        for name, known in FIXED.items():
+            if config.get(name, known) != known:
+                raise ValueError(f"{name} must be {known!r}, got {config[name]!r}.")
+        found = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+        for name in ("conv_dim", "conv_kernel", "conv_stride"):
+            if isinstance(found.get(name), list):
+                found[name] = tuple(found[name])
+        return cls(**found)
+
+
+class EncoderLayer(nn.Module):
+    """Attention to all frames, and a feed-forward; a norm after each, or with
+    `norm_first` before."""
+
+    def __init__(
+        self, width: int, heads: int, hidden: int, bias: bool, norm_first: bool
+    ):
+        super().__init__()
+        self._norm_first = norm_first
+        self.attention = nn.MultiHeadAttention(width, heads, bias=bias)
+        self.norm1 = nn.LayerNorm(width)
+        self.linear1 = nn.Linear(width, hidden, bias=bias)
+        self.linear2 = nn.Linear(hidden, width, bias=bias)
+        self.norm2 = nn.LayerNorm(width)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, T, width) -> same shape."""
+        if self._norm_first:
+            y = self.norm1(x)
+            x = x + self.attention(y, y, y)
+            return x + self._feed_forward(self.norm2(x))
+        x = self.norm1(x + self.attention(x, x, x))
+        return self.norm2(x + self._feed_forward(x))
+
+    def _feed_forward(self, x: mx.array) -> mx.array:
+        return self.linear2(nn.gelu(self.linear1(x)))
+
+
+class MERT(nn.Module):
+    """The model. `sanitize` maps the published parameter names to ours."""
+
+    def __init__(self, config: MERTConfig):
+        super().__init__()
+        self.config = config
+        ins = (1, *config.conv_dim)
+        sizes = zip(ins, config.conv_dim, config.conv_kernel, config.conv_stride)
+        self.convs = [nn.Conv1d(*size, bias=False) for size in sizes]
+        self.conv_norm = nn.InstanceNorm(config.conv_dim[0], affine=True)
+        self.projection_norm = nn.LayerNorm(ins[-1])
+        D, kernel = config.hidden_size, config.num_conv_pos_embeddings
+        self.projection = nn.Linear(ins[-1], D)
+        groups = config.num_conv_pos_embedding_groups
+        self.positions = nn.Conv1d(D, D, kernel, padding=kernel // 2, groups=groups)
+        self.norm = nn.LayerNorm(D)
+        heads, hidden = config.num_attention_heads, config.intermediate_size
+        self.layers = [
+            EncoderLayer(D, heads, hidden, bias=True, norm_first=False)
+            for _ in range(config.num_hidden_layers)
+        ]
+
+    @property
+    def sampling_rate(self) -> int:
+        """Samples per second that it hears."""
+        return self.config.sample_rate
+
+    def __call__(self, audio: mx.array) -> mx.array:
+        """What the last layer makes of samples (B, N): (B, T, hidden_size)."""
+        x = audio[..., None]
+        for i, conv in enumerate(self.convs):
+            x = conv(x)
+            x = nn.gelu(self.conv_norm(x) if i == 0 else x)
+        x = self.projection(self.projection_norm(x))
+        # An even kernel, with half of it on both sides, gives a frame too many.
+        places = self.positions(x)[:, : x.shape[1]]
+        x = self.norm(x + nn.gelu(places))
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    @staticmethod
+    def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The published names and layouts -> ours, in float32. Raises ValueError for
+        what is no float, and parts of the positional weight that do not match."""
+        kept = {}
+        for name, weight in weights.items():
+            if not mx.issubdtype(weight.dtype, mx.floating):
+                raise ValueError(f"{name} must hold floats, but holds {weight.dtype}")
+            for pattern, ours in RENAMES:
+                name = re.sub(pattern, ours, name)
+            kept[name] = weight.astype(mx.float32)
+        kept.pop("masked_spec_embed", None)  # of the training
+        if "positions.weight_v" not in kept:
+            return kept  # ours already
+        kept["positions.weight"] = fold(kept)
+        return {
+            name: weight.swapaxes(1, 2) if weight.ndim == 3 else weight
+            for name, weight in kept.items()
+        }
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | Path = REPO) -> "MERT":
+        """Load `config.json` and `pytorch_model.bin` of a local folder or Hub id.
+
+        Raises ValueError or OSError naming the file and what is wrong with it.
+        """
+        config, weights = locate(path_or_repo)
+        try:
+            model = cls(MERTConfig.from_dict(read_config(config)))
+            model.load_weights(list(cls.sanitize(load_state(weights)).items()))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"MERT in {config.parent} does not load: {error}"
+            ) from error
+        mx.eval(model.parameters())
+        return model
+
+
+RENAMES = (  # published names -> ours
+    (r"^feature_extractor\.conv_layers\.(\d+)\.conv\.", r"convs.\1."),
+    (r"^feature_extractor\.conv_layers\.0\.layer_norm\.", "conv_norm."),
+    (r"^feature_projection\.layer_norm\.", "projection_norm."),
+    (r"^feature_projection\.projection\.", "projection."),
+    (r"^encoder\.pos_conv_embed\.conv\.", "positions."),
+    (r"^positions\.parametrizations\.weight\.original0$", "positions.weight_g"),
+    (r"^positions\.parametrizations\.weight\.original1$", "positions.weight_v"),
+    (r"^encoder\.layer_norm\.", "norm."),
+    (r"^encoder\.layers\.", "layers."),
+    (r"\.attention\.q_proj\.", ".attention.query_proj."),
+    (r"\.attention\.k_proj\.", ".attention.key_proj."),
+    (r"\.attention\.v_proj\.", ".attention.value_proj."),
+    (r"^(layers\.\d+)\.layer_norm\.", r"\1.norm1."),
+    (r"\.feed_forward\.intermediate_dense\.", ".linear1."),
+    (r"\.feed_forward\.output_dense\.", ".linear2."),
+    (r"\.final_layer_norm\.", ".norm2."),
+)
+
+
+def fold(weights: dict[str, mx.array]) -> mx.array:
+    """Take the positional weight's two parts out: g * v / |v| (C', C, k), the norm
+    taken for each place k of the kernel."""
+    v = weights.pop("positions.weight_v")
+    g = weights.pop("positions.weight_g", None)
+    if v.ndim != 3 or g is None or g.shape != (1, 1, v.shape[2]):
+        found = "nothing" if g is None else g.shape
+        raise ValueError(
+            f"weight_g of the positions must have the shape (1, 1, k), got {found} "
+            f"for {v.shape}"
+        )
+    return g * v / mx.sqrt((v**2).sum(axis=(0, 1), keepdims=True))
+
+
+def read_config(path: Path) -> dict:
+    """The settings in a `config.json`. Raises ValueError when it holds none."""
+    try:
+        config = json.loads(path.read_text())
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path.name} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path.name} must hold an object, got {config!r:.40}")
+    return config
+
+
+def locate(path_or_repo: str | Path) -> list[Path]:
+    """The two FILES: in a local folder, or from the Hub through its cache."""
+    folder = Path(path_or_repo)
+    if not folder.is_dir():
+        try:
+            return [Path(hf_hub_download(str(path_or_repo), name)) for name in FILES]
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise OSError(
+                f"'{path_or_repo}' is no local folder, and the Hub did not give it: "
+                f"{error}. To work offline, name a folder with {' and '.join(FILES)}."
+            ) from error
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} must hold {' and '.join(FILES)}, but {name} is missing."
+            )
+    return [folder / name for name in FILES]
+
+
+def main() -> None:
+    """Tell the shape of the features of a sound file."""
+    from encodec import load_audio
+
+    try:
+        model = MERT.from_pretrained()
+        audio = load_audio(sys.argv[1], model.sampling_rate, 1)
+        print(model(audio.T).shape)
+    except (OSError, ValueError) as error:
+        sys.exit(f"mert.py: error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    main()
