@@ -24,7 +24,7 @@ import settings
 import stream
 from encodec import check_writable, choose_subtype, save_audio
 from jobs import Job, Made
-from melody import draw, extract_chroma
+from melody import draw
 from musicgen import MODELS, MusicGen, check_name, row_seeds
 
 HELP = {
@@ -58,6 +58,14 @@ HELP = {
     "that Demucs finds in it",
     "show_melody": "draw the notes of the melody",
     "save_melody": "file to write the separated sound to",
+    "style": "sound file in whose manner to play, with --model style",
+    "style_start": "second of it at which the excerpt begins (default: any, by the "
+    "seed)",
+    "style_length": "seconds of the excerpt, 1.5 to 4.5 (default: 3)",
+    "style_quantizers": "how much of the excerpt to keep to, 1 to 6; fewer are freer "
+    "(default: 3)",
+    "guidance_beta": "weight of the prompt beside the style, such as 5 (default: they "
+    "count alike)",
     "loudness": "LUFS to bring the output to, such as -14 (default: as it comes)",
     "peak": "dB of full scale to bring the output's peak to (default: as it comes)",
     "subtype": "pcm_16 with dither (default), pcm_24 (wav, flac) or float (wav)",
@@ -109,6 +117,11 @@ def make_parser() -> Parser:
     parser.add("no_separate", action="store_true")
     parser.add("show_melody", action="store_true")
     parser.add("save_melody")
+    parser.add("style")
+    parser.add("style_start", type=float)
+    parser.add("style_length", type=float)
+    parser.add("style_quantizers", type=int)
+    parser.add("guidance_beta", type=float)
     parser.add("loudness", type=float)
     parser.add("peak", type=float)
     parser.add("subtype", type=str.upper)
@@ -136,6 +149,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for what does not go together or cannot be made."""
+    if args.style and args.prompt is None and args.prompts is None:
+        args.prompt = [""]
     if (args.prompt is None) == (args.prompts is None):
         raise ValueError("either --prompt or --prompts must be given")
     for name in ("takes", "batch_size"):
@@ -167,6 +182,7 @@ REPLACES = {  # flags, and the settings of a file that they put out of force
     "prompts": {"prompt"},
     "audio_prompt": {*jobs.AUDIO_KEYS},
     "melody": {*jobs.MELODY_KEYS},
+    "style": {*jobs.STYLE_KEYS} - {"guidance_beta"},
     "loudness": {"peak"},
     "peak": {"loudness"},
     "stream": {"loudness", "peak", "subtype", "drop_prompt"},
@@ -322,7 +338,7 @@ def make(
             group=together,
         )
         if not (args.prompts or args.redecode):  # while Ctrl-C still ends it at once
-            tell_melody(args, model, good[0])
+            tell_followed(args, model, good[0])
         stop = None if args.prompts or together else Stop()
         course = begin(args, model, stop)
         if args.redecode:
@@ -338,11 +354,12 @@ def make(
     return 1 if failures else 0
 
 
-def tell_melody(args: argparse.Namespace, model: MusicGen, job: Job) -> None:
-    """Hear the melody, and show and keep it where that is wanted."""
-    tune = job.tune(model)
+def tell_followed(args: argparse.Namespace, model: MusicGen, job: Job) -> None:
+    """Hear the sounds to follow; show and keep the melody where that is wanted."""
+    tune, _ = job.tune(model), job.manner(model)
     if args.show_melody:
-        drawn = draw(extract_chroma(tune, model.sampling_rate))
+        notes, _ = model.conditioner.states([tune], None)
+        drawn = draw(notes[0])
         tqdm.write(drawn, file=sys.stderr if args.output == "-" else sys.stdout)
     if args.save_melody:
         save_audio(args.save_melody, tune, model.sampling_rate)

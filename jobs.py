@@ -25,9 +25,8 @@ import numpy as np
 import settings
 from encodec import check_audio_path, load_audio, save_audio
 from loudness import to_loudness, to_peak
-from melody import check as check_melody
-from melody import published_demucs, take_melody
-from musicgen import MusicGen, Options, row_seeds
+from melody import take as take_melody
+from musicgen import STYLE_OPTIONS, MusicGen, Options, row_seeds
 
 SHORTEST = 0.4  # seconds over which loudness is measured
 BATCH_OF_FILE = 8  # lines at once, so that an interruption loses little
@@ -70,15 +69,16 @@ class Melody(NamedTuple):
     start: float = 0.0
     separate: bool = True
 
-    def load(self, model: MusicGen) -> mx.array:
-        """The sound that holds the melody, (N, 1) at the model's rate. Raises
-        ValueError or OSError."""
-        model.check_melody_model()
-        return load_melody(self, model.sampling_rate)
+    def load(self, model: MusicGen, duration: float) -> mx.array:
+        """The sound that holds the melody for a take of `duration` seconds, (N, 1) at
+        the model's rate. Raises ValueError or OSError."""
+        model.check_follows("melody")
+        seconds = model.conditioner.heard(duration)
+        return load_melody(self, model.sampling_rate, seconds)
 
 
 @functools.lru_cache(maxsize=32)
-def load_melody(melody: Melody, sampling_rate: int) -> mx.array:
+def load_melody(melody: Melody, sampling_rate: int, seconds: float) -> mx.array:
     """Kept, since takes share it and Demucs is slow."""
     audio = load_audio(melody.path, sampling_rate, 1)
     first = int(melody.start * sampling_rate)
@@ -87,9 +87,13 @@ def load_melody(melody: Melody, sampling_rate: int) -> mx.array:
             f"melody_start must be less than the {len(audio) / sampling_rate:g} s of "
             f"{melody.path}, got {melody.start:g}."
         )
-    if not melody.separate:
-        return check_melody(audio[first:], sampling_rate)
-    return take_melody(audio[first:], sampling_rate, published_demucs())
+    return take_melody(audio[first:], sampling_rate, seconds, melody.separate)
+
+
+@functools.lru_cache(maxsize=32)
+def load_style(path: str, sampling_rate: int) -> mx.array:
+    """The sound (N, 1) in whose manner to play; kept, since takes share it."""
+    return load_audio(path, sampling_rate, 1)
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class Job:
     options: Options
     audio_prompt: AudioPrompt | None = None
     melody: Melody | None = None
+    style: str | None = None  # sound file
     loudness: float | None = None  # LUFS
     peak: float | None = None  # dB of full scale
     subtype: str | None = None  # of the file's samples; None: the format's own
@@ -127,10 +132,11 @@ class Job:
             )
         if reads and self.audio_prompt and not Path(self.audio_prompt.path).is_file():
             raise FileNotFoundError(f"There is no sound file {self.audio_prompt.path}.")
-        if reads and self.melody and not Path(self.melody.path).is_file():
-            raise FileNotFoundError(f"There is no sound file {self.melody.path}.")
-        if self.melody and writes and same_file(self.melody.path, self.output):
-            raise ValueError(f"output must not be the melody, {self.output}.")
+        for name, path in self.followed().items():
+            if reads and not Path(path).is_file():
+                raise FileNotFoundError(f"There is no sound file {path}.")
+            if writes and same_file(path, self.output):
+                raise ValueError(f"output must not be the {name}, {self.output}.")
 
     def is_done(self) -> bool:
         """Whether its file is there."""
@@ -157,9 +163,23 @@ class Job:
         """Samples (N, C) of the audio prompt, if there is one."""
         return self.audio_prompt and self.audio_prompt.load(model)
 
+    def followed(self) -> dict[str, str]:
+        """The sound files that it follows."""
+        paths = {"melody": self.melody and self.melody.path, "style": self.style}
+        return {name: path for name, path in paths.items() if path}
+
     def tune(self, model: MusicGen) -> mx.array | None:
         """Samples (N, 1) of the melody, if there is one."""
-        return self.melody and self.melody.load(model)
+        return self.melody and self.melody.load(model, self.options.duration)
+
+    def manner(self, model: MusicGen) -> mx.array | None:
+        """Samples (N, 1) of the style, if there is one, with the excerpt in them."""
+        if self.style is None:
+            return None
+        model.check_follows("style")
+        sound = load_style(self.style, model.sampling_rate)
+        model.conditioner.excerpt(sound, self.seed, self.options)
+        return sound
 
 
 def check_level(loudness: float | None, peak: float | None) -> None:
@@ -177,7 +197,8 @@ LEVELS = ("loudness", "peak")
 KEYS = ("prompt", "seed", "output", *OPTIONS, *LEVELS, "subtype")
 AUDIO_KEYS = ("audio_prompt", "prompt_start", "prompt_length", "drop_prompt")
 MELODY_KEYS = ("melody", "melody_start", "no_separate")
-ALL_KEYS = (*KEYS, *AUDIO_KEYS, *MELODY_KEYS)
+STYLE_KEYS = ("style", *STYLE_OPTIONS)
+ALL_KEYS = (*dict.fromkeys((*KEYS, *AUDIO_KEYS, *MELODY_KEYS, *STYLE_KEYS)),)
 ALIASES = {"guidance": "guidance_coef", "negative": "negative_prompt"}
 
 
@@ -213,17 +234,33 @@ def make_melody(path, start, no_separate, alone: bool) -> Melody | None:
     return Melody(str(path), start or 0.0, not no_separate) if path else None
 
 
+def make_style(values: dict[str, Any], alone: bool) -> tuple[str | None, dict]:
+    """The path among values of STYLE_KEYS, and the options. Raises ValueError naming a
+    bad one, and if options come `alone`, as with `make_melody`."""
+    path = values.get("style")
+    if not isinstance(path, str | Path | None):
+        raise ValueError(f"style must name a sound file, got {path!r}.")
+    given = {k: v for k in STYLE_OPTIONS if (v := values.get(k)) is not None}
+    if path:
+        return str(path), given
+    if given and alone:
+        raise ValueError(f"{', '.join(given)} must come with a style.")
+    return None, {}
+
+
 def make_job(values: dict[str, Any], line: int | None = None) -> Job:
     """A job from values of ALL_KEYS. Raises ValueError naming a bad one."""
     sound = make_audio_prompt(*(values.get(key) for key in AUDIO_KEYS))
     alone = line is None and not values.get("prompts")
     melody = make_melody(*(values.get(key) for key in MELODY_KEYS), alone)
-    options = Options(**{key: values[key] for key in OPTIONS if key in values})
+    style, options = make_style(values, alone)
+    options |= {k: values[k] for k in OPTIONS if k in values and k not in STYLE_KEYS}
+    options = Options(**options)
     output = Path(str(values["output"]))
     levels = [values.get(key) for key in LEVELS]
     own = (values["prompt"], values["seed"], output)
     subtype = values.get("subtype") and str(values["subtype"]).upper()
-    return Job(*own, options, sound, melody, *levels, subtype, line)
+    return Job(*own, options, sound, melody, style, *levels, subtype, line)
 
 
 def numbered(output: str, index: int, count: int) -> str:
@@ -357,8 +394,9 @@ def generate(
             seed=[job.seed for job in batch],
             audio_prompt=sound,
             codes_prompt=known,
-            melody=melodies(model, batch),
+            melody=each(batch, lambda job: job.tune(model)),
             separate=False,  # done already
+            style=each(batch, lambda job: job.manner(model)),
             callback=callback,
             stop=stop,
             batch_size=len(batch),
@@ -376,10 +414,12 @@ def generate(
     return mx.concatenate(parts)
 
 
-def melodies(model: MusicGen, batch: list[Job]) -> list[mx.array | None] | None:
-    """The jobs' melodies; None where no job has one."""
-    found = [job.tune(model) for job in batch]
-    return None if all(melody is None for melody in found) else found
+def each(
+    batch: list[Job], load: Callable[[Job], mx.array | None]
+) -> list[mx.array | None] | None:
+    """A sound for each job; None where no job has one."""
+    found = [load(job) for job in batch]
+    return None if all(sound is None for sound in found) else found
 
 
 def made_of(model: MusicGen, job: Job, prompt_frames: int = 0) -> dict[str, Any]:
@@ -393,6 +433,9 @@ def made_of(model: MusicGen, job: Job, prompt_frames: int = 0) -> dict[str, Any]
     if job.melody:
         path, start, separate = job.melody
         found |= dict(melody=path, melody_start=start, no_separate=not separate)
+    if job.style:
+        start = model.conditioner.start(job.manner(model), job.seed, job.options)
+        found |= dict(style=job.style, style_start=start)
     if model.config.quantization:
         found["q_bits"] = model.config.quantization["bits"]
     dtype = str(model.decoder.dtype).removeprefix("mlx.core.")
@@ -457,12 +500,12 @@ def check(
     return [(jobs[i], error) for i, error in found.items()]
 
 
-def with_melodies(model: MusicGen, batch: list[Job]) -> tuple[list[Job], list[Failure]]:
-    """The jobs whose melody can be heard, if they have one, and the others."""
+def audible(model: MusicGen, batch: list[Job]) -> tuple[list[Job], list[Failure]]:
+    """The jobs whose melody or style can be heard, if they have one, and the others."""
     good, failures = [], []
     for job in batch:
         try:
-            job.tune(model)
+            job.tune(model), job.manner(model)
             good.append(job)
         except (OSError, ValueError) as error:
             failures.append((job, error))
@@ -496,7 +539,7 @@ def run(
         if course.stopped():
             break
         start = time.perf_counter()
-        batch, unheard = with_melodies(model, batch)
+        batch, unheard = audible(model, batch)
         failures += unheard
         if not batch:
             continue

@@ -15,22 +15,26 @@ import argparse
 import functools
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
-from encodec import load_audio, resample
+from encodec import Encodec, load_audio, resample
 
 if TYPE_CHECKING:
     from demucs import HTDemucs
+    from musicgen import Options
 
 RATE = 32000  # samples per second at which the notes are sought
 WINDOW, HOP = 16384, 4096  # samples of a frame, and from one to the next
 NOTES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 MELODY = ("vocals", "other")  # the stems that hold it
 FRAMES_AT_ONCE = 500
+MARGIN = 10  # seconds beyond what is heard, on which Demucs and the last frame depend
 
 
 def extract_chroma(audio: mx.array, sampling_rate: int) -> mx.array:
@@ -151,6 +155,109 @@ def published_demucs() -> "HTDemucs":
     from demucs import HTDemucs
 
     return HTDemucs.from_pretrained()
+
+
+@dataclass(frozen=True)
+class MelodyConfig:
+    """Sizes, spelled as in transformers' `config.json`."""
+
+    kind: str = "melody"
+    num_chroma: int = 12
+    chroma_length: int = 235  # frames
+
+    def __post_init__(self):
+        for name, most in (("num_chroma", 2**10), ("chroma_length", 2**12)):
+            size = getattr(self, name)
+            if type(size) is not int or not 1 <= size <= most:
+                raise ValueError(f"{name} must be from 1 to {most}, got {size!r}.")
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "MelodyConfig":
+        return cls(**config)
+
+    @property
+    def width(self) -> int:
+        """Numbers of a frame."""
+        return self.num_chroma
+
+    def build(self, codec: Encodec, window: float) -> "MelodyConditioner":
+        """The conditioner of a model with this codec, and windows of so many seconds."""
+        return MelodyConditioner(self, codec.sampling_rate, window)
+
+
+class MelodyConditioner(nn.Module):
+    """What comes of a melody before the codes: notes, C throughout where there is none."""
+
+    kind = "melody"
+
+    def __init__(self, config: MelodyConfig, sampling_rate: int, window: float):
+        super().__init__()
+        self.config, self.longest = config, config.chroma_length
+        self.sampling_rate, self.window = sampling_rate, window
+
+    def frames(self, taken: mx.array | None) -> int:
+        """Frames that come before the codes."""
+        return self.longest
+
+    def heard(self, duration: float) -> float:
+        """Seconds of a melody that matter to a take of `duration` seconds."""
+        return self.window + MARGIN + (duration if duration > self.window else 0)
+
+    def take_all(
+        self,
+        sounds: list[mx.array | None],
+        seeds: list[int],
+        options: "Options",
+        separate: bool,
+    ) -> list[mx.array | None]:
+        """Of each sound (N, C) the samples (N', 1) that hold its melody. Raises as
+        `extract_chroma`."""
+        rest = (self.sampling_rate, self.heard(options.duration), separate)
+        taken = {id(x): x if x is None else take(x, *rest) for x in sounds}
+        return [taken[id(x)] for x in sounds]
+
+    def states(
+        self, taken: list[mx.array | None], place: int | None
+    ) -> tuple[mx.array, mx.array]:
+        """What rows hold: notes (B, T, num_chroma), and a mask (B, T) of those that
+        count, all. In long audio they begin at the sample `place`, and go round."""
+        notes = {id(x): self._notes(x, place) for x in taken}  # takes share one
+        values = mx.stack([fit(notes[id(x)], self.longest) for x in taken])
+        return values, mx.ones(values.shape[:2], mx.bool_)
+
+    def null_states(self, shape: tuple[int, ...]) -> tuple[mx.array, mx.array]:
+        """What rows without a sound hold, beside others of this shape (B, T, C)."""
+        notes = (mx.arange(shape[-1]) == 0).astype(mx.float32)
+        return mx.broadcast_to(notes, shape), mx.ones(shape[:2], mx.bool_)
+
+    def _notes(self, melody: mx.array | None, place: int | None) -> mx.array:
+        """Notes (T', num_chroma) of samples (N, 1); C where they are silent."""
+        if melody is None:
+            return (mx.arange(self.config.num_chroma)[None] == 0).astype(mx.float32)
+        if place is not None:
+            samples = int(self.window * self.sampling_rate)
+            melody = melody[(place + mx.arange(samples)) % len(melody)]
+        return one_hot(strengths(melody, self.sampling_rate))
+
+    @classmethod
+    def from_audiocraft(
+        cls, weights: dict, cfg: dict[str, Any], folder: Path, codec: Encodec
+    ) -> "MelodyConditioner":
+        """By audiocraft's settings; there are no weights."""
+        seconds = float(cfg.get("dataset.segment_duration", 30))
+        notes = int(cfg.get("conditioners.self_wav.chroma_stem.n_chroma", len(NOTES)))
+        return MelodyConfig("melody", notes, frames_of(seconds)).build(codec, seconds)
+
+
+def take(
+    sound: mx.array, sampling_rate: int, seconds: float, separate: bool
+) -> mx.array:
+    """The samples (N', 1) that hold the melody of the first `seconds` of a sound
+    (N, C). Raises as `extract_chroma`."""
+    sound = check(sound, sampling_rate)[: int(seconds * sampling_rate)]
+    if separate:
+        return take_melody(sound, sampling_rate, published_demucs())
+    return sound.mean(axis=1, keepdims=True)
 
 
 def draw(chroma: mx.array, width: int = 72) -> str:

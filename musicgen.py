@@ -3,7 +3,8 @@
 The single-stage language model over EnCodec codes of Copet et al.
 (https://arxiv.org/abs/2306.05284): a decoder that attends a text and writes K
 codes for every frame of 20 ms, the k-th codebook a little later than the first.
-Needs `t5.py` and `encodec.py` beside it, and `convert.py` to read `.bin` files.
+Needs `t5.py`, `encodec.py`, `melody.py`, `style.py` and `mert.py` beside it, and
+`convert.py` to read `.bin` files.
 
     model = MusicGen.from_pretrained("stereo-small")
     audio = model.generate(["happy rock", "calm piano"], duration=8.0, seed=0)
@@ -33,9 +34,11 @@ from mlx.nn.layers.distributed import shard_linear
 from safetensors import SafetensorError, safe_open
 
 from encodec import Encodec, EncodecConfig, add, parallel_streams
-from melody import check as check_melody
-from melody import fit, frames_of, one_hot, published_demucs, strengths, take_melody
+from melody import MelodyConditioner, MelodyConfig
+from style import StyleConditioner, StyleConfig
 from t5 import T5, T5Config, Tokenizer
+
+Sounds = mx.array | list[mx.array | None] | None  # one (N, C), or one for each prompt
 
 MODELS = {
     name: f"facebook/musicgen-{name}"
@@ -50,9 +53,9 @@ MODELS = {
         "melody-large",
         "stereo-melody",
         "stereo-melody-large",
+        "style",
     )
 }
-UNSUPPORTED = ("style",)
 AUDIOCRAFT_FILES = ("state_dict.bin", "compression_state_dict.bin")
 T5_REPO = "google-t5/t5-base"
 
@@ -71,8 +74,7 @@ LIMITS = {  # least and largest value of each size
     "ffn_dim": (1, 2**17),
     "num_codebooks": (1, 64),
     "audio_channels": (1, 2),
-    "num_chroma": (0, 2**10),
-    "chroma_length": (1, 2**12),
+    "sound_width": (0, 2**14),
 }
 DTYPES = {name: getattr(mx, name) for name in ("float16", "bfloat16", "float32")}
 
@@ -91,8 +93,8 @@ class DecoderConfig:
     activation_function: str = "gelu"
     scale_embedding: bool = False
     delays: tuple[int, ...] | None = None  # None: what DELAYS says
-    num_chroma: int = 0  # notes of a melody; with any, it and the text come first
-    chroma_length: int = 235  # frames of the melody
+    sound_width: int = 0  # of what comes of a sound before the text and the codes; 0:
+    # nothing does, and the text is attended
 
     def __post_init__(self):
         for name, (low, high) in LIMITS.items():
@@ -145,15 +147,20 @@ class DecoderConfig:
         return cls(**known)
 
 
+Conditioner = MelodyConditioner | StyleConditioner  # of a sound
+CONDITIONERS = {"melody": MelodyConfig, "style": StyleConfig}
+
+
 @dataclass
 class MusicGenConfig:
-    """The three models, and the longest audio in seconds the decoder knows."""
+    """The models, and the longest audio in seconds the decoder knows."""
 
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     text_encoder: T5Config = field(default_factory=T5Config)
     audio_encoder: EncodecConfig = field(default_factory=EncodecConfig)
     max_duration: float = 30.0
     quantization: dict[str, int] | None = None  # bits and group_size, of the decoder
+    conditioner: MelodyConfig | StyleConfig | None = None
 
     def __post_init__(self):
         seconds = self.max_duration
@@ -163,6 +170,12 @@ class MusicGenConfig:
             )
         if self.quantization is not None:
             check_quantization(self.quantization)
+        width = self.conditioner.width if self.conditioner else 0
+        if self.decoder.sound_width != width:
+            raise ValueError(
+                f"sound_width must be that of the conditioner, {width}, got "
+                f"{self.decoder.sound_width}."
+            )
         self._check_codec()
 
     def _check_codec(self) -> None:
@@ -193,20 +206,37 @@ class MusicGenConfig:
         if config.get("model_type") not in ("musicgen", "musicgen_melody"):
             raise ValueError(
                 "model_type must be 'musicgen' or 'musicgen_melody', got "
-                f"'{config.get('model_type')}'. Style checkpoints are not supported yet."
+                f"'{config.get('model_type')}'."
             )
         for part in ("decoder", "text_encoder", "audio_encoder"):
             if not isinstance(config.get(part), dict):
                 raise ValueError(f"It must have '{part}', an object, but lacks it.")
-        notes = ("num_chroma", "chroma_length")  # transformers has them outside
-        melody = {name: config[name] for name in notes if name in config}
+        conditioner = read_conditioner(config)
+        width = {"sound_width": conditioner.width if conditioner else 0}
         return cls(
-            DecoderConfig.from_dict(config["decoder"] | melody),
+            DecoderConfig.from_dict(config["decoder"] | width),
             T5Config.from_dict(config["text_encoder"]),
             EncodecConfig.from_dict(config["audio_encoder"]),
             config.get("max_duration", 30.0),
             config.get("quantization"),
+            conditioner,
         )
+
+
+def read_conditioner(config: dict) -> MelodyConfig | StyleConfig | None:
+    """What a `config.json` says of it, ours or transformers', which knows melodies."""
+    told = config.get("conditioner")
+    if told is None and config["model_type"] == "musicgen_melody":
+        notes = ("num_chroma", "chroma_length")
+        told = {name: config[name] for name in notes if name in config}
+        told["kind"] = "melody"
+    if told is None:
+        return None
+    if not isinstance(told, dict) or told.get("kind") not in CONDITIONERS:
+        raise ValueError(
+            f"conditioner must be of the kind {' or '.join(CONDITIONERS)}, got {told}."
+        )
+    return CONDITIONERS[told["kind"]].from_dict(told)
 
 
 BITS = (2, 3, 4, 6, 8)
@@ -242,6 +272,7 @@ class KVCache:
         return mx.split(self._buffer[:, :, :end], 2)
 
 
+States = tuple[mx.array, mx.array]  # values (R, L, width), and a mask (R, L)
 Memory = tuple[mx.array, mx.array] | None  # text keys and values (R', H, L, d)
 
 
@@ -448,10 +479,10 @@ class Decoder(nn.Module):
         K, V, D = config.num_codebooks, config.vocab_size, config.hidden_size
         self.output_proj = nn.Linear(text_width, D)  # of the text, as audiocraft has it
         self.emb = nn.Embedding(K * (V + 1), D)
-        kind = Layer if config.num_chroma else CrossLayer
+        kind = Layer if config.sound_width else CrossLayer
         self.layers = [kind(config) for _ in range(config.num_hidden_layers)]
-        if config.num_chroma:
-            self.melody_proj = nn.Linear(config.num_chroma, D)
+        if config.sound_width:
+            self.sound_proj = nn.Linear(config.sound_width, D)
         self.out_norm = nn.LayerNorm(D)
         self.linears = nn.Linear(D, K * V, bias=False)
         self.group: mx.distributed.Group | None = None  # among which it is shared
@@ -481,12 +512,16 @@ class Decoder(nn.Module):
         mx.eval(memory, bias, positions)
         return Conditioning(memory, bias, positions)
 
-    def prefix(self, text: mx.array, mask: mx.array, chroma: mx.array) -> mx.array:
-        """What comes before the codes (R, P, D): a melody (R, T, 12), one-hot, then
-        the text states (R, L, width), zeroed where the mask (R, L) is false."""
-        text = self.output_proj(text.astype(self.dtype)) * mask[..., None]
+    def prefix(self, sound: States, text: States) -> mx.array:
+        """What comes before the codes (R, P, D): a sound, then the text, each zeroed
+        where its mask is false."""
+        pairs = (self.sound_proj, sound), (self.output_proj, text)
         return mx.concatenate(
-            [self.melody_proj(chroma.astype(self.dtype)), text], axis=1
+            [
+                project(values.astype(self.dtype)) * mask[..., None]
+                for project, (values, mask) in pairs
+            ],
+            axis=1,
         )
 
     def cache_bytes(self, steps: int) -> int:
@@ -650,7 +685,7 @@ RENAMES = (  # transformers' names -> audiocraft's -> ours
     (r"^embed_tokens\.", "emb."),
     (r"^lm_heads\.", "linears."),
     (r"^enc_to_dec_proj\.", "output_proj."),
-    (r"^audio_enc_to_dec_proj\.", "melody_proj."),
+    (r"^audio_enc_to_dec_proj\.", "sound_proj."),
     (r"^layer_norm\.", "out_norm."),
     (r"\.self_attn_layer_norm\.", ".norm1."),
     (r"\.encoder_attn_layer_norm\.", ".norm_cross."),
@@ -659,7 +694,7 @@ RENAMES = (  # transformers' names -> audiocraft's -> ours
     (r"\.fc([12])\.", r".linear\1."),
     (r"^transformer\.", ""),
     (r"^condition_provider\.conditioners\.description\.", ""),
-    (r"^condition_provider\.conditioners\.self_wav\.output_", "melody_"),
+    (r"^condition_provider\.conditioners\.self_wav\.output_", "sound_"),
     (r"\.in_proj_weight$", ".in_proj.weight"),
 )
 
@@ -774,16 +809,20 @@ def undelay(sequence: mx.array, delays: tuple[int, ...]) -> mx.array:
     return mx.stack(aligned, axis=-1)
 
 
-def guide(logits: mx.array, guidance_coef: float) -> mx.array:
-    """Classifier-free guidance: rows [text; null] (2B, S, K, V) -> (B, S, K, V).
+def guide(logits: mx.array, options: "Options") -> mx.array:
+    """Classifier-free guidance in float32: rows (R, S, K, V) -> (B, S, K, V).
 
-    In float32. Guidance 1 is the text alone and comes without null rows.
+    The rows are [all; null], or all alone for guidance 1. With `guidance_beta` they
+    are [all; style without text; null], and the text counts beta times (section 4.3 of
+    https://arxiv.org/abs/2407.12563).
     """
-    logits = logits.astype(mx.float32)
-    if guidance_coef == 1:
-        return logits
-    text, null = mx.split(logits, 2)
-    return null + guidance_coef * (text - null)
+    *given, null = mx.split(logits.astype(mx.float32), options.copies)
+    if not given:
+        return null
+    aim = given[-1]
+    if options.guidance_beta is not None:
+        aim = aim + options.guidance_beta * (given[0] - aim)
+    return null + options.guidance_coef * (aim - null)
 
 
 Sampler = Callable[[mx.array, mx.array], mx.array]
@@ -825,7 +864,7 @@ Chooser = Callable[[mx.array, mx.array, mx.array, mx.array], mx.array]
 
 
 def make_chooser(options: "Options") -> Chooser:
-    """A function from logits (2B, 1, K, V), keys (B, 2), which cells are free (K,)
+    """A function from logits (R, 1, K, V), keys (B, 2), which cells are free (K,)
     and what the others hold (B, 1, K), to tokens (B, 1, K)."""
     sample = make_sampler(options.temp, options.top_k, options.top_p)
 
@@ -833,7 +872,7 @@ def make_chooser(options: "Options") -> Chooser:
     def choose(
         logits: mx.array, keys: mx.array, free: mx.array, given: mx.array
     ) -> mx.array:
-        tokens = sample(guide(logits, options.guidance_coef), keys)
+        tokens = sample(guide(logits, options), keys)
         return mx.where(free, tokens, given)
 
     return choose
@@ -850,6 +889,9 @@ def sampling_keys(seeds: list[int], steps: int) -> mx.array:
     return mx.stack([words, numbers], axis=-1)
 
 
+STYLE_OPTIONS = ("guidance_beta", "style_start", "style_length", "style_quantizers")
+
+
 @dataclass(frozen=True)
 class Options:
     """What shapes a take, besides its prompt and seed."""
@@ -861,13 +903,23 @@ class Options:
     guidance_coef: float = 3.0
     negative_prompt: str = ""
     extend_stride: float | None = None  # seconds; None: 3/5 of the longest window
+    guidance_beta: float | None = None  # None: text and style count alike
+    style_start: float | None = None  # second of the sound; None: any, by the seed
+    style_length: float | None = None  # seconds; None: the model's, 3
+    style_quantizers: int | None = None  # None: the model's, 3; fewer are freer
+
+    @property
+    def copies(self) -> int:
+        """Rows that each take needs."""
+        return 3 if self.guidance_beta is not None else 1 + (self.guidance_coef != 1)
 
     def check(self, max_duration: float = 30.0, frame_rate: int = 50) -> None:
         """Raise ValueError, saying what must hold, for what `generate` cannot do."""
-        for name in ("duration", "temp", "top_p", "guidance_coef"):
+        for name in ("duration", "temp", "top_p", "guidance_coef", *STYLE_OPTIONS):
             number = getattr(self, name)
             whole = isinstance(number, Real) and not isinstance(number, bool)
-            if not (whole and abs(number) < 1e6):
+            left_out = number is None and name in STYLE_OPTIONS
+            if not (left_out or whole and abs(number) < 1e6):
                 raise ValueError(f"{name} must be a number, got {number!r}.")
         if self.duration < 1 / frame_rate:
             raise ValueError(
@@ -885,6 +937,14 @@ class Options:
             )
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p must be between 0 (off) and 1, got {self.top_p}.")
+        if not (self.style_start is None or self.style_start >= 0):
+            raise ValueError(
+                f"style_start must be 0 s or more, got {self.style_start}."
+            )
+        if not isinstance(self.style_quantizers, Integral | None):
+            raise ValueError(
+                f"style_quantizers must be whole, got {self.style_quantizers}."
+            )
         self._check_null_rows()
         stride = self.extend_stride
         if stride is not None and not (
@@ -900,7 +960,7 @@ class Options:
             raise ValueError(
                 f"negative_prompt must be a text, got {self.negative_prompt!r}."
             )
-        if self.negative_prompt and self.guidance_coef == 1:
+        if self.negative_prompt and self.copies == 1:
             raise ValueError(
                 "negative_prompt must come with a guidance_coef other than 1, "
                 "which leaves out the rows it stands in."
@@ -937,14 +997,14 @@ class Run:
     """The decoder under given texts, ready to step: what is prepared once.
 
     `rows` takes run under as many text states (R, L, width) with their mask (R, L),
-    or under twice as many, for up to `steps` steps. On the CPU the rows are two
-    halves, computed side by side.
+    or a whole number of times as many, for up to `steps` steps. On the CPU the rows
+    are two halves, computed side by side.
     """
 
     def __init__(
         self, decoder: Decoder, text: mx.array, mask: mx.array, rows: int, steps: int
     ):
-        R = len(text)  # rows, or twice as many with those of the negative prompt
+        R = len(text)
         self._decoder, self._copies = decoder, R // rows
         on_cpu = mx.default_device() == mx.cpu
         self._cut = R // 2 if on_cpu and R > 1 and decoder.group is None else R
@@ -964,18 +1024,17 @@ class Run:
             parts.append(tuple(x[self._cut :] for x in arrays))
         return parts
 
-    def rewind(self, chroma: mx.array | None = None) -> None:
-        """Forget all steps; the buffers are used again. A melody model goes on from
-        `chroma` (B, T, 12) of the takes, and from the note C in rows without text."""
+    def rewind(self, sound: States | None = None, null: States | None = None) -> None:
+        """Forget all steps; the buffers are used again. What comes of a sound before
+        the codes, of B takes and of as many null rows, is given anew."""
         for part in self._parts:
             for layer in part.cache:
                 layer.offset = 0
-        if chroma is not None:
-            null = mx.broadcast_to(mx.arange(chroma.shape[-1]) == 0, chroma.shape)
-            rows = mx.concatenate([chroma, *[null] * (self._copies - 1)])
+        if sound is not None:
+            rows = [sound] * max(self._copies - 1, 1) + [null] * (self._copies > 1)
             self._prefixes = self._on_streams(
-                lambda part, rows: self._decoder.prefix(*part.text, rows),
-                [x for x, in self._split(rows)],
+                lambda part, sound: self._decoder.prefix(sound, part.text),
+                self._split(*map(mx.concatenate, zip(*rows))),
             )
 
     def __call__(self, tokens: mx.array) -> mx.array:
@@ -1026,6 +1085,10 @@ class MusicGen(nn.Module):
         self.text_encoder = T5(config.text_encoder)
         self.decoder = Decoder(config.decoder, config.text_encoder.d_model)
         self.audio_encoder = Encodec(config.audio_encoder)
+        self.conditioner: Conditioner | None = None
+        if config.conditioner:
+            parts = (self.audio_encoder, config.max_duration)
+            self.conditioner = config.conditioner.build(*parts)
         self._load_text_encoder: Callable[[], T5] | None = None  # after it was freed
         self.name, self.revision = "", None  # that from_pretrained loaded
         if config.quantization:
@@ -1088,11 +1151,13 @@ class MusicGen(nn.Module):
         negative_prompt: str = "",
         audio_prompt: mx.array | None = None,
         codes_prompt: mx.array | None = None,
-        melody: mx.array | list[mx.array | None] | None = None,
+        melody: Sounds = None,
         separate: bool = True,
+        style: Sounds = None,
         extend_stride: float | None = None,
         batch_size: int | None = None,
         stop: Callable[[], bool] | None = None,
+        **style_options,
     ) -> mx.array:
         """Codes (B, T, K) for each prompt, T = int(duration * frame_rate).
 
@@ -1112,6 +1177,11 @@ class MusicGen(nn.Module):
             melody: sound (N, C) at `sampling_rate` whose tune a melody model follows,
                 or one or None for each prompt. Repeated where it is too short.
             separate: take drums and bass away from it first, with Demucs.
+            style: sound (N, C) in whose manner a style model plays, or one or None for
+                each prompt.
+            style_start, style_length, style_quantizers, guidance_beta: which seconds
+                of it, how much of what they tell, and how often the text counts
+                beside it; see `Options`.
             extend_stride: seconds from one window's start to the next's; what
                 lies between that and the window's end begins the next. None: 3/5
                 of the window, so 18 of 30.
@@ -1122,13 +1192,12 @@ class MusicGen(nn.Module):
 
         Raises ValueError for options out of range.
         """
-        options = Options(
-            duration, temp, top_k, top_p, guidance_coef, negative_prompt, extend_stride
-        )
+        options = (duration, temp, top_k, top_p, guidance_coef)
+        options = Options(*options, negative_prompt, extend_stride, **style_options)
         prompts, seeds = self._check(prompts, seed, options)
         known = self._known(audio_prompt, codes_prompt, options)
-        batches = self._batches(prompts, batch_size, options)
-        melodies = self._melodies(melody, len(prompts), separate)
+        sounds = self._sounds(melody, style, seeds, options, separate)
+        batches = self._batches(prompts, sounds, batch_size, options)
 
         codes = {}
         for i, rows in enumerate(batches):
@@ -1136,7 +1205,7 @@ class MusicGen(nn.Module):
             def report(step: int, steps: int, i: int = i) -> None:
                 callback(i * steps + step, len(batches) * steps)
 
-            chosen = ([x[row] for row in rows] for x in (prompts, seeds, melodies))
+            chosen = ([x[row] for row in rows] for x in (prompts, seeds, sounds))
             work = (*chosen, known, options, callback and report)
             pieces = [p for p in self._codes(*work, stop=stop) if p is not None]
             if not pieces:
@@ -1147,84 +1216,70 @@ class MusicGen(nn.Module):
         return mx.stack(first_whole(codes))
 
     def _batches(
-        self, prompts: list[str], size: int | None, options: Options
+        self,
+        prompts: list[str],
+        sounds: list[mx.array | None],
+        size: int | None,
+        options: Options,
     ) -> list[list[int]]:
-        """The prompts' numbers, up to `size` together, or what memory holds. A melody
-        model has the text before the codes, and so in a batch only texts of one
-        length."""
+        """The prompts' numbers, up to `size` together, or what memory holds. Where
+        sound and text come before the codes, a batch has those of one length."""
         if size is not None and not (isinstance(size, Integral) and size > 0):
             raise ValueError(f"batch_size must be 1 or more, got {size!r}.")
         size, groups = size or self.rows_that_fit(options), {0: range(len(prompts))}
-        if self.config.decoder.num_chroma:
+        if self.conditioner is not None:
             texts, groups = [*prompts, options.negative_prompt], {}
             *tokens, least = (len(self.tokenizer.encode(text)) for text in texts)
             for row, count in enumerate(tokens):
-                groups.setdefault(max(count, least), []).append(row)
+                length = (max(count, least), self.conditioner.frames(sounds[row]))
+                groups.setdefault(length, []).append(row)
         return [
             rows[start : start + size]
             for rows in groups.values()
             for start in range(0, len(rows), size)
         ]
 
-    def _melodies(
+    def _sounds(
         self,
-        melody: mx.array | list[mx.array | None] | None,
-        count: int,
+        melody: Sounds,
+        style: Sounds,
+        seeds: list[int],
+        options: Options,
         separate: bool,
     ) -> list[mx.array | None]:
-        """For each prompt the sound (N, 1) that holds its melody."""
-        several = isinstance(melody, list | tuple)
-        given = list(melody) if several else [melody]
-        if several and len(given) != count:
+        """What the conditioner takes of each row's sound; None where there is none."""
+        given = {"melody": melody, "style": style}
+        rows = {k: one_each(k, sound, len(seeds)) for k, sound in given.items()}
+        if options.guidance_beta is not None and any(
+            sound is None for sound in rows["style"]
+        ):
+            raise ValueError("guidance_beta must come with a style for each prompt.")
+        found = [None] * len(seeds)
+        for kind, sounds in rows.items():
+            if any(sound is not None for sound in sounds):
+                self.check_follows(kind)
+                rest = (seeds, options, separate)
+                found = self.conditioner.take_all(sounds, *rest)
+        return found
+
+    def check_follows(self, kind: str) -> None:
+        """Raise ValueError unless this model follows sounds so: "melody", "style"."""
+        if self.conditioner is None or self.conditioner.kind != kind:
             raise ValueError(
-                f"melody must be one sound, or one for each of {count} prompts, got "
-                f"{len(given)}."
-            )
-        if all(sound is None for sound in given):
-            return [None] * count
-        self.check_melody_model()
-        taken = {id(sound): self._melody(sound, separate) for sound in given}
-        taken = [taken[id(sound)] for sound in given]
-        return taken if several else taken * count
-
-    def check_melody_model(self) -> None:
-        """Raise ValueError unless this model follows melodies."""
-        if self.config.decoder.num_chroma == 0:
-            raise ValueError(
-                "melody must go with a melody model, such as 'melody'; this is none."
+                f"{kind} must go with a {kind} model, such as '{kind}'; this is none."
             )
 
-    def _melody(self, sound: mx.array | None, separate: bool) -> mx.array | None:
-        if sound is None:
-            return None
-        if separate:
-            return take_melody(sound, self.sampling_rate, published_demucs())
-        return check_melody(sound, self.sampling_rate).mean(axis=1, keepdims=True)
-
-    def _chroma(
-        self, melodies: list[mx.array | None], start: int, frames: int
-    ) -> mx.array | None:
-        """Notes (B, T, 12) for the window from frame `start` on, of a take of
-        `frames`: C throughout where there is no melody."""
-        config = self.config.decoder
-        if config.num_chroma == 0:
-            return None
+    def _states(
+        self, sounds: list[mx.array | None], start: int, frames: int
+    ) -> tuple[States, States] | tuple[()]:
+        """What comes of the sounds before the codes, in takes and in null rows, for the
+        window from frame `start` on of `frames`."""
+        if self.conditioner is None:
+            return ()
         longest = int(self.config.max_duration * self.frame_rate)
-        place = (
-            start * self.config.audio_encoder.hop_length if frames > longest else None
-        )
-        notes = {id(x): self._notes(x, place) for x in melodies}  # takes share one
-        return mx.stack([fit(notes[id(x)], config.chroma_length) for x in melodies])
-
-    def _notes(self, melody: mx.array | None, place: int | None) -> mx.array:
-        """Notes (T', 12) of a melody (N, 1); for a window of long audio, those from
-        the sample `place` on, going round. C where it is silent or there is none."""
-        if melody is None:
-            return mx.arange(self.config.decoder.num_chroma)[None] == 0
-        if place is not None:
-            samples = int(self.config.max_duration * self.sampling_rate)
-            melody = melody[(place + mx.arange(samples)) % len(melody)]
-        return one_hot(strengths(melody, self.sampling_rate))
+        place = start * self.config.audio_encoder.hop_length
+        states = self.conditioner.states(sounds, place if frames > longest else None)
+        return states, self.conditioner.null_states(states[0].shape)
 
     def stream(
         self,
@@ -1237,6 +1292,7 @@ class MusicGen(nn.Module):
         codes_prompt: mx.array | None = None,
         melody: mx.array | None = None,
         separate: bool = True,
+        style: mx.array | None = None,
         callback: Callable[[int, int], None] | None = None,
         stop: Callable[[], bool] | None = None,
         on_codes: Callable[[mx.array], None] | None = None,
@@ -1259,8 +1315,8 @@ class MusicGen(nn.Module):
             )
         known = self._known(audio_prompt, codes_prompt, options)
         every = int(chunk * self.frame_rate)
-        melodies = self._melodies(melody, 1, separate)
-        work = (prompts, seeds, melodies, known, options, callback)
+        sounds = self._sounds(melody, style, seeds, options, separate)
+        work = (prompts, seeds, sounds, known, options, callback)
         return self._sound(self._codes(*work, every=every, stop=stop), on_codes)
 
     def _check(
@@ -1308,7 +1364,7 @@ class MusicGen(nn.Module):
         self,
         prompts: list[str],
         seeds: list[int],
-        melodies: list[mx.array | None],
+        sounds: list[mx.array | None],
         known: mx.array,
         options: Options,
         callback: Callable[[int, int], None] | None,
@@ -1324,7 +1380,7 @@ class MusicGen(nn.Module):
         frames = int(options.duration * self.frame_rate)
         plan = windows(frames, *self._window(options))
         plan = [(start, end) for start, end in plan if end > known.shape[1]]
-        run = self._prepare(prompts, options, plan[0][1] - plan[0][0])
+        run = self._prepare(prompts, sounds, options, plan[0][1] - plan[0][0])
         choose = make_chooser(options)
         keys = sampling_keys(seeds, frames + max(delays))
         report = progress(callback, known.shape[1], plan, max(delays))
@@ -1334,7 +1390,7 @@ class MusicGen(nn.Module):
         if known.shape[1] > 0:
             yield known
         for start, end in plan:
-            run.rewind(self._chroma(melodies, start, frames))
+            run.rewind(*self._states(sounds, start, frames))
             known, offset = known[:, start - offset :], start
             sequence, columns, done = [], 0, known.shape[1]
             for tokens in self._steps(run, choose, known, end - start, keys[start:]):
@@ -1388,13 +1444,21 @@ class MusicGen(nn.Module):
         stride = options.extend_stride or 0.6 * longest
         return int(longest * self.frame_rate), int(stride * self.frame_rate)
 
-    def _prepare(self, prompts: list[str], options: Options, frames: int) -> Run:
+    def _prepare(
+        self,
+        prompts: list[str],
+        sounds: list[mx.array | None],
+        options: Options,
+        frames: int,
+    ) -> Run:
         """The decoder under the prompts, for windows of up to `frames` frames."""
-        guided = options.guidance_coef != 1
+        guided = options.copies > 1
         text, mask = self.encode_text(prompts, guided, options.negative_prompt)
+        if options.copies > 2:
+            text, mask = (add_empty_rows(x, len(prompts)) for x in (text, mask))
         steps = frames + max(self.config.decoder.delays)
-        if self.config.decoder.num_chroma:
-            steps += self.config.decoder.chroma_length + text.shape[1]
+        if self.conditioner is not None:
+            steps += self.conditioner.frames(sounds[0]) + text.shape[1]
         self._make_room(len(text) * self.decoder.cache_bytes(steps))
         return Run(self.decoder, text, mask, len(prompts), steps)
 
@@ -1402,12 +1466,9 @@ class MusicGen(nn.Module):
         """How many prompts fit into memory at once, at least one."""
         longest, _ = self._window(options)
         frames = min(longest, int(options.duration * self.frame_rate))
-        if self.config.decoder.num_chroma:
-            most = self.config.text_encoder.n_positions
-            frames += self.config.decoder.chroma_length + most
-        row = self.decoder.cache_bytes(frames) * (
-            2 if options.guidance_coef != 1 else 1
-        )
+        if self.conditioner is not None:
+            frames += self.conditioner.longest + self.config.text_encoder.n_positions
+        row = self.decoder.cache_bytes(frames) * options.copies
         room = memory_size() - mx.get_active_memory() - DECODING_MEMORY
         return max(int(room // row), 1)
 
@@ -1585,6 +1646,23 @@ class MusicGen(nn.Module):
         return model
 
 
+def one_each(name: str, sounds: Sounds, count: int) -> list[mx.array | None]:
+    """A sound or None for each of `count` rows."""
+    if not isinstance(sounds, list | tuple):
+        return [sounds] * count
+    if len(sounds) != count:
+        raise ValueError(
+            f"{name} must be one sound, or one for each of {count} prompts, got "
+            f"{len(sounds)}."
+        )
+    return list(sounds)
+
+
+def add_empty_rows(rows: mx.array, count: int) -> mx.array:
+    """The first `count` rows, as many of zeros, and the others."""
+    return mx.concatenate([rows[:count], mx.zeros_like(rows[:count]), rows[count:]])
+
+
 def check_prompts(prompts: str | list[str]) -> list[str]:
     """A list of at least one text. Raises ValueError for anything else."""
     prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -1655,8 +1733,6 @@ def row_seeds(seed: int | list[int] | None, rows: int) -> list[int]:
 def check_name(name: str) -> None:
     """Raise ValueError for what is no short name, Hub id or local folder."""
     folder = name != "" and os.path.isdir(name)
-    if name.removeprefix("facebook/musicgen-") in UNSUPPORTED and not folder:
-        raise ValueError(f"The model '{name}' is not supported yet.")
     hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not os.path.exists(name)
     if not (name in MODELS or folder or hub_id):
         raise ValueError(
@@ -1712,19 +1788,39 @@ def is_audiocraft(folder: Path) -> bool:
 def load_audiocraft(folder: Path) -> tuple[MusicGen, mx.Dtype]:
     """Build from `state_dict.bin` and its companions, with the published dtype."""
     path = folder / AUDIOCRAFT_FILES[0]
-    weights, decoder, cfg = read_audiocraft(path)
+    weights, of_sound, decoder, cfg = read_audiocraft(path)
     text_encoder, tokenizer, reload = load_t5(folder, cfg)
     audio_encoder = Encodec.from_pretrained(folder)
     try:
-        seconds = float(cfg.get("dataset.segment_duration", 30))
+        conditioner = None
+        if decoder.sound_width:
+            conditioner = load_conditioner(of_sound, cfg, folder, audio_encoder)
         parts = (decoder, text_encoder.config, audio_encoder.config)
-        model = MusicGen(MusicGenConfig(*parts, seconds), tokenizer)
+        seconds = float(cfg.get("dataset.segment_duration", 30))
+        of_sound = None if conditioner is None else conditioner.config
+        config = MusicGenConfig(*parts, seconds, conditioner=of_sound)
+        model = MusicGen(config, tokenizer)
         model.text_encoder, model.audio_encoder = text_encoder, audio_encoder
-        model._load_text_encoder = reload
+        model.conditioner, model._load_text_encoder = conditioner, reload
         model.decoder.load_weights(list(weights.items()))
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not load: {error}") from error
     return model, mx.float16
+
+
+OF_SOUND = "condition_provider.conditioners.self_wav."  # but for its projection
+READERS = {"chroma_stem": MelodyConditioner, "style": StyleConditioner}
+
+
+def load_conditioner(
+    weights: dict[str, mx.array], cfg: dict, folder: Path, codec: Encodec
+) -> Conditioner:
+    """The conditioner of audiocraft's `weights`, by the name that its settings give."""
+    known = "style" if weights else "chroma_stem"  # where they are silent
+    kind = cfg.get("conditioners.self_wav.model", known)
+    if kind not in READERS:
+        raise ValueError(f"self_wav must be one of {', '.join(READERS)}, got {kind}")
+    return READERS[kind].from_audiocraft(weights, cfg, folder, codec)
 
 
 def load_t5(folder: Path, cfg: dict) -> tuple[T5, Tokenizer, Callable[[], T5]]:
@@ -1758,21 +1854,39 @@ def check_settings(cfg: dict) -> None:
             raise ValueError(f"{name} must be {known}, got {cfg[name]}")
 
 
-def read_audiocraft(path: Path) -> tuple[dict[str, mx.array], DecoderConfig, dict]:
-    """The decoder's weights and config, and the settings, of a `state_dict.bin`."""
+def read_audiocraft(
+    path: Path,
+) -> tuple[dict[str, mx.array], dict[str, mx.array], DecoderConfig, dict]:
+    """The decoder's weights, those of the conditioner of sounds, the decoder's config
+    and the settings, of a `state_dict.bin`."""
     from convert import load_package, read_yaml
 
     package = load_package(path)
     try:
-        weights, cfg = package["best_state"], read_yaml(package.get("xp.cfg", ""))
-        if any(".conditioners.self_wav.embed" in name for name in weights):
-            raise ValueError("style checkpoints are not supported yet")
+        cfg = read_yaml(package.get("xp.cfg", ""))
         check_settings(cfg)
-        return Decoder.sanitize(weights), audiocraft_config(weights, cfg), cfg
+        weights, of_sound = part_sound(package["best_state"])
+        config = audiocraft_config(weights, cfg)
+        return Decoder.sanitize(weights), of_sound, config, cfg
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}.") from error
     except (IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not load: {error}") from error
+
+
+def part_sound(
+    weights: dict[str, mx.array],
+) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+    """All weights but those of the conditioner of sounds; and these, by their names
+    there."""
+    rest, of_sound = {}, {}
+    for name, weight in weights.items():
+        stem = name.removeprefix(OF_SOUND)
+        if stem == name or stem.startswith("output_proj.") or name.endswith(COMPUTED):
+            rest[name] = weight
+        else:
+            of_sound[stem] = weight
+    return rest, of_sound
 
 
 def audiocraft_config(weights: dict[str, mx.array], cfg: dict) -> DecoderConfig:
@@ -1786,7 +1900,7 @@ def audiocraft_config(weights: dict[str, mx.array], cfg: dict) -> DecoderConfig:
     layers = {name.split(".")[2] for name in weights if "transformer.layers." in name}
     stereo = cfg.get("interleave_stereo_codebooks.use", str(K == 8).lower())
     delays = cfg.get("codebooks_pattern.delay.delays")
-    notes = weights.get("condition_provider.conditioners.self_wav.output_proj.weight")
+    of_sound = weights.get(f"{OF_SOUND}output_proj.weight")
     return DecoderConfig(
         vocab_size=entries - 1,
         hidden_size=D,
@@ -1796,8 +1910,7 @@ def audiocraft_config(weights: dict[str, mx.array], cfg: dict) -> DecoderConfig:
         num_codebooks=K,
         audio_channels=2 if stereo == "true" else 1,
         delays=tuple(map(int, delays)) if delays else None,
-        num_chroma=0 if notes is None else notes.shape[1],
-        chroma_length=frames_of(float(cfg.get("dataset.segment_duration", 30))),
+        sound_width=0 if of_sound is None else of_sound.shape[1],
     )
 
 
@@ -1917,6 +2030,7 @@ def read_file(path: Path) -> dict[str, mx.array]:
 def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Names and layouts of a whole model, transformers' or ours -> ours."""
     parts = {"text_encoder.": T5, "audio_encoder.": Encodec, "decoder.": Decoder}
+    parts["conditioner."] = StyleConditioner  # another has no weights
     grouped = {prefix: {} for prefix in parts}
     for name, weight in weights.items():
         prefix = next((p for p in parts if name.startswith(p)), "decoder.")

@@ -132,6 +132,7 @@ def run(
         codes_prompt=course.known,
         melody=job.tune(model),
         separate=False,  # done already
+        style=job.manner(model),
         callback=callback,
         stop=course.stop,
         on_codes=codes.append,

@@ -53,8 +53,10 @@ import melody
 import musicgen
 import settings
 import stream
+import style
 import t5
 from encodec import Encodec, EncodecConfig, load_audio, resample, save_audio
+from mert import MERT, MERTConfig
 from musicgen import MusicGen, delay_mask, make_sampler, sampling_keys, undelay
 from t5 import T5, Tokenizer
 
@@ -233,7 +235,7 @@ class TestT5(Test):
             T5.sanitize({"shared.weight": mx.zeros((2, 2), mx.int32)})
 
     def test_missing_file(self):
-        with self.assertRaisesRegex(FileNotFoundError, "config.json is missing"):
+        with self.assertRaisesRegex(OSError, "config.json is missing"):
             T5.from_pretrained(self.folder)
 
     def test_float32_always(self):
@@ -863,7 +865,8 @@ class TestSampling(Test):
     def test_guidance_is_in_float32(self):
         logits = mx.array([[[[1.0, 2049.0]]], [[[1.0, 2048.0]]]]).astype(mx.float16)
         for coefficient in (1, 3):
-            guided = musicgen.guide(logits, coefficient)
+            options = musicgen.Options(guidance_coef=coefficient)
+            guided = musicgen.guide(logits, options)
             self.assertEqual(guided.dtype, mx.float32)
 
     def test_seeds_of_64_bits_differ(self):
@@ -1331,6 +1334,29 @@ class TestPublishedCheckpoints(Test):
                 found = musicgen.Decoder.sanitize(weights)
                 decoder.load_weights(list(found.items()))
 
+    def test_style(self):
+        weights, of_sound = musicgen.part_sound(
+            self.arrays(f"{manifests.STYLE[0]}.audiocraft")
+        )
+        decoder = musicgen.audiocraft_config(weights, {})
+        self.assertEqual((decoder.hidden_size, decoder.num_hidden_layers), (1536, 48))
+        self.assertEqual(decoder.sound_width, 512)
+        model = musicgen.Decoder(decoder, text_width=768)
+        model.load_weights(list(musicgen.Decoder.sanitize(weights).items()))
+        weights = MERT.sanitize(self.arrays("mert-v1-95m.transformers"))
+        again = {
+            respell(k): v for k, v in self.arrays("mert-v1-95m.transformers").items()
+        }
+        for weights in (weights, MERT.sanitize(again)):
+            mert = MERT(MERTConfig())
+            mert.load_weights(list(weights.items()))
+        with patch.object(MERT, "from_pretrained", return_value=mert):
+            codec = Encodec(EncodecConfig.from_dict(self.config("encodec_32khz")))
+            found = style.StyleConditioner.from_audiocraft(
+                of_sound, {}, self.folder, codec
+            )
+        self.assertEqual(found.config, style.StyleConfig())
+
     def test_codecs(self):
         for name in ("encodec_24khz", "encodec_32khz", "encodec_48khz"):
             config = EncodecConfig.from_dict(self.config(name))
@@ -1358,7 +1384,7 @@ class TestPublishedCheckpoints(Test):
         folder = HERE.parent / "shared" / "checkpoints"
         if not folder.is_dir():
             skip(self, f"{folder} is not there")
-        for name in manifests.MUSICGEN + manifests.MELODY:
+        for name in manifests.MUSICGEN + manifests.STYLE + manifests.MELODY:
             full = json.loads((folder / f"{name}.audiocraft.json").read_text())
             full = full["state_dict.bin"]["best_state"]
             ours = manifests.expand(manifests.read()["tensors"][f"{name}.audiocraft"])
@@ -1530,7 +1556,7 @@ class TestMelodyModels(Test):
         """One window, and several, through which the melody moves and wraps."""
         model, want = exact("melody-audiocraft"), expected("melody-audiocraft")
         told, prompts = (EXPECTED["melody-audiocraft"], EXPECTED["mono-transformers"])
-        self.assertEqual(model.config.decoder.chroma_length, 8)
+        self.assertEqual(model.config.conditioner.chroma_length, 8)
         self.assertEqual(model.config.max_duration, 1.0)
         for frames in told["frames"]:
             for which in (0, 1, "none"):
@@ -1574,7 +1600,8 @@ class TestMelodyModels(Test):
             model = MusicGen.from_pretrained(REFERENCE / "melody-transformers", dtype)
             text, mask = model.encode_text(["drums"], with_null=True)
             run = musicgen.Run(model.decoder, text, mask, 1, 40)
-            run.rewind(mx.eye(12)[None, :9])
+            notes = (mx.eye(12)[None, :9], mx.ones((1, 9), mx.bool_))
+            run.rewind(notes, notes)
             for _ in range(2):
                 logits = run(mx.zeros((1, 1, 4), mx.int32))
                 self.assertEqual(logits.dtype, dtype)
@@ -1645,7 +1672,7 @@ class TestMelodyCommands(Test):
         kept = self.folder / "kept.wav"
         flags = ["-p", "drums", "--melody", self.tune, "--save-melody", kept]
         jobs.load_melody.cache_clear()
-        with patch("jobs.published_demucs", return_value=tiny) as loaded:
+        with patch("melody.published_demucs", return_value=tiny) as loaded:
             audio = self.make("a.wav", *flags, "--takes", "1", "--show-melody")
             self.assertEqual(loaded.call_count, 1)  # for all that wants it
             bare = self.make("b.wav", *flags[:4], "--no-separate")
@@ -1741,6 +1768,312 @@ class TestMelodyCommands(Test):
             status, _, err = self.run_script(*flags)
         self.assertEqual(status, 1)
         self.assertRegex(err, "must go with a melody model")
+
+
+class TestStyle(Test):
+    name = "style-audiocraft"
+    path = str(REFERENCE / name)
+
+    def setUp(self):
+        super().setUp()
+        # The tiny model's heads show nowhere: it calls itself "default".
+        self.enterContext(patch.dict(style.SCALES, default=4))
+        self.told = EXPECTED[self.name]
+        self.start = self.told["start"] / 32000
+        self.tunes = [
+            mx.array(sounds.tune(32000, notes)) for notes in self.told["tunes"]
+        ]
+
+    def codes(self, model: MusicGen, prompts, **options) -> mx.array:
+        frames = options.pop("frames", self.told["frames"])
+        return model.generate_codes(
+            prompts, duration=(frames + 0.5) / 50, temp=0, **options
+        )
+
+    def test_features_and_tokens(self):
+        model, want = exact(self.name), expected(self.name)
+        hear = model.conditioner
+        for i, tune in enumerate(self.tunes):
+            options = musicgen.Options(style_start=self.start)
+            excerpt = hear.excerpt(tune, 0, options)
+            self.assertEqual(excerpt.shape, (96000, 1))
+            audio = resample(np.array(excerpt), 32000, 24000)
+            features = hear.mert(mx.array(audio).T)[0]
+            self.assertClose(features, want[f"mert_{i}"], 1e-4)
+            for quantizers in self.told["quantizers"]:
+                tokens = want[f"style_{i}_q{quantizers}"]
+                self.assertSame(hear(excerpt, quantizers), tokens)
+        for length in self.told["lengths"]:
+            options = dataclasses.replace(options, style_length=length)
+            tokens = hear(hear.excerpt(self.tunes[0], 0, options))
+            self.assertSame(tokens, want[f"style_0_len{length}"])
+            self.assertLessEqual(len(tokens), hear.longest)
+
+    def test_greedy_codes(self):
+        model, want, prompts = (
+            exact(self.name),
+            expected(self.name),
+            self.told["prompts"],
+        )
+        self.assertSame(last(self.codes(model, prompts)), want["text_only"])
+        for i, tune in enumerate(self.tunes):
+            options = dict(style=tune, style_start=self.start)
+            for name, prompt, more in (
+                ("text_style_{}_q1", prompts, dict(style_quantizers=1)),
+                ("text_style_{}_q3", prompts, dict()),
+                ("text_style_{}_q6", prompts, dict(style_quantizers=6)),
+                ("style_only_{}", "", dict()),
+                ("beta_{}", prompts, dict(guidance_beta=5)),
+                ("unguided_{}", prompts, dict(guidance_coef=1)),
+            ):
+                with self.subTest(name.format(i)):
+                    codes = self.codes(model, prompt, **options, **more)
+                    self.assertSame(last(codes), want[name.format(i)])
+
+    def test_long_audio(self):
+        """One excerpt for all windows."""
+        model, want = exact(self.name), expected(self.name)
+        model.config.max_duration = float(self.told["window_seconds"])
+        for i, tune in enumerate(self.tunes):
+            options = dict(style=tune, style_start=self.start)
+            options |= dict(extend_stride=self.told["stride"] / 50)
+            options |= dict(frames=self.told["long_frames"])
+            codes = self.codes(model, self.told["prompts"], **options)
+            self.assertSame(last(codes), want[f"long_{i}"])
+
+    def test_features_of_the_codec(self):
+        name = "style-encodec-audiocraft"
+        model, want = exact(name), expected(name)
+        options = dict(style_start=self.start)
+        excerpt = model.conditioner.excerpt(
+            self.tunes[0], 0, musicgen.Options(**options)
+        )
+        features = model.conditioner.features(excerpt)[0]
+        self.assertClose(features, want["features_0"], 1e-5)
+        self.assertSame(model.conditioner(excerpt), want["style_0_q3"])
+        codes = self.codes(model, self.told["prompts"], style=self.tunes[0], **options)
+        self.assertSame(last(codes), want["text_style_0_q3"])
+
+    def test_alone_and_in_a_batch(self):
+        model, prompts = exact(self.name), ["a", "slow piano", "a", "drums"]
+        sounds = [self.tunes[0], None, self.tunes[1], self.tunes[0]]
+        for sounds, more in (
+            (sounds, {}),
+            ([self.tunes[0]] * 4, dict(guidance_beta=2, negative_prompt="strings")),
+        ):
+            options = dict(duration=0.4, style_length=1.5, **more)
+            batch = model.generate_codes(prompts, seed=4, style=sounds, **options)
+            for i, (prompt, sound) in enumerate(zip(prompts, sounds)):
+                options["style"] = sound
+                alone = model.generate_codes(prompt, seed=4 + i, **options)
+                self.assertSame(alone[0], batch[i])
+
+    def test_start_is_drawn_from_the_seed(self):
+        model, options = exact(self.name), musicgen.Options()
+        starts = [model.conditioner.start(self.tunes[0], s, options) for s in range(9)]
+        self.assertEqual(len(set(starts)), 9)
+        self.assertTrue(all(0 <= start <= 2 for start in starts))
+        drawn = model.generate_codes("a", 0.4, seed=3, style=self.tunes[0])
+        told = dict(style=self.tunes[0], style_start=starts[3])
+        self.assertSame(model.generate_codes("a", 0.4, seed=3, **told), drawn)
+
+    def test_stream_and_go_on(self):
+        model = exact(self.name)
+        options = dict(duration=0.6, seed=1, style=self.tunes[0], guidance_beta=3.0)
+        whole = model.generate_codes("drums", **options)
+        pieces = list(model.stream("drums", chunk=0.1, **options))
+        self.assertClose(mx.concatenate(pieces), model.decode(whole)[0], 1e-5)
+        begun = whole[:, :11]
+        self.assertSame(
+            model.generate_codes("drums", codes_prompt=begun, **options), whole
+        )
+
+    def test_bad_input(self):
+        model, tune = exact(self.name), self.tunes[0]
+        for options, pattern in (
+            (dict(style=[tune]), "one for each of 2 prompts, got 1"),
+            (dict(style=tune[:64000]), "at least the 3 s .* got 2 s"),
+            (dict(style=tune, style_length=1.4), "from 1.5 to 4.5 s, got 1.4"),
+            (dict(style=tune, style_length=9), "from 1.5 to 4.5 s, got 9"),
+            (dict(style=tune, style_start=2.1), "at most 2 s .* got 2.1"),
+            (dict(style=tune, style_start=-1), "0 s or more"),
+            (dict(style=tune, style_quantizers=0), "from 1 to 6, got 0"),
+            (dict(style=tune, style_quantizers=7), "from 1 to 6, got 7"),
+            (dict(style=tune, style_quantizers=1.5), "must be whole"),
+            (dict(style=tune, guidance_beta=math.nan), "must be a number"),
+            (dict(guidance_beta=5), "come with a style"),
+            (dict(style=[tune, None], guidance_beta=5), "come with a style for each"),
+            (dict(style=0 * tune), "must not be silent"),
+            (dict(style=tune * math.nan), "must be finite"),
+            (dict(style=tune[:, 0]), r"must have the shape \(N, C\)"),
+            (dict(style="song.wav"), "must be samples"),
+            (dict(melody=tune), "must go with a melody model"),
+        ):
+            with self.subTest(pattern=pattern):
+                with self.assertRaisesRegex(ValueError, pattern):
+                    model.generate_codes(["a", "b"], duration=0.2, **options)
+        with self.assertRaisesRegex(ValueError, "must go with a style model"):
+            exact("melody-transformers").generate_codes("a", style=tune)
+
+    def test_convert(self):
+        convert.convert(self.path, self.folder / "out", mx.float32)
+        model, again = exact(self.name), MusicGen.from_pretrained(self.folder / "out")
+        self.assertEqual(again.config, model.config)
+        options = dict(duration=0.3, seed=2, style=self.tunes[0])
+        self.assertSame(
+            again.generate_codes("a", **options), model.generate_codes("a", **options)
+        )
+
+    def test_settings_of_the_checkpoint(self):
+        def load(cfg: dict) -> style.StyleConfig:
+            with patch.object(convert, "read_yaml", return_value=told | cfg):
+                return MusicGen.from_pretrained(self.path).config.conditioner
+
+        package = convert.load_package(Path(self.path) / "state_dict.bin")
+        told, own = convert.read_yaml(package["xp.cfg"]), "conditioners.self_wav.style."
+        self.assertEqual(load({}).eval_q, 3)
+        found = load({own + "eval_q": "2", own + "ds_factor": "5", own + "length": "4"})
+        self.assertEqual((found.eval_q, found.ds_factor, found.length), (2, 5, 4.0))
+        bare = {k: v for k, v in told.items() if not k.startswith("conditioners.")}
+        with patch.object(convert, "read_yaml", return_value=bare):
+            found = MusicGen.from_pretrained(self.path).config.conditioner
+        self.assertEqual(found, load({}))
+        for key, value, pattern in (
+            ("use_middle_of_segment", "true", "must be false"),
+            ("eval_q", "9", "eval_q be at most"),
+            ("length", "x", "could not convert"),
+        ):
+            with self.assertRaisesRegex(ValueError, f"state_dict.bin.*{pattern}"):
+                load({own + key: value})
+        with self.assertRaisesRegex(ValueError, "self_wav must be one of"):
+            load({"conditioners.self_wav.model": "clap"})
+
+    def test_damaged_mert(self):
+        folder = self.copy(self.name)
+        config = folder / "MERT-v1-95M" / "config.json"
+        told = json.loads(config.read_text())
+        for change, pattern in (
+            ({"feat_extract_norm": "layer"}, "feat_extract_norm must be 'group'"),
+            ({"hidden_size": 18}, "must divide hidden_size|shape"),
+            ({"conv_dim": []}, "as many sizes"),
+            ({"num_hidden_layers": 3}, "layers.2"),
+        ):
+            config.write_text(json.dumps(told | change))
+            with self.assertRaisesRegex(ValueError, f"(?s)MERT-v1-95M.*{pattern}"):
+                MusicGen.from_pretrained(folder)
+        config.unlink()
+        with self.assertRaisesRegex(OSError, "config.json is missing"):
+            MusicGen.from_pretrained(folder)
+
+
+class TestStyleCommands(Test):
+    model = TestStyle.path
+
+    def setUp(self):
+        super().setUp()
+        self.enterContext(patch.dict(style.SCALES, default=4))
+        self.tune = self.folder / "tune.wav"
+        notes = EXPECTED["style-audiocraft"]["tunes"][0]
+        save_audio(self.tune, sounds.tune(44100, notes), 44100)
+
+    run_script, make = TestMelodyCommands.run_script, TestMelodyCommands.make
+
+    def test_style(self):
+        flags = ["-p", "drums", "--style", self.tune]
+        audio = self.make("a.wav", *flags)
+        model = MusicGen.from_pretrained(self.model)
+        sound = load_audio(self.tune, 32000, 1)
+        want = model.generate("drums", duration=0.3, seed=3, style=sound)[0]
+        want = want / max(1, mx.abs(want).max().item())
+        self.assertClose(mx.array(audio)[:, None], want, 2e-4)
+        told = settings.read_settings(self.folder / "a.wav")
+        start = model.conditioner.start(sound, 3, musicgen.Options())
+        self.assertEqual(told["style"], str(self.tune))
+        self.assertEqual(told["style_start"], start)
+        self.assertSame(self.make("again.wav", "--again", self.folder / "a.wav"), audio)
+        for more in (
+            ["--style-start", "0.5"],
+            ["--style-length", "1.5"],
+            ["--style-quantizers", "6"],
+            ["--guidance-beta", "5"],
+        ):
+            other = self.make("other.wav", *flags, *more)
+            self.assertNotEqual(other.tolist(), audio.tolist())
+        self.make("stream.wav", *flags, "--stream")
+        free = self.make("free.wav", "--style", self.tune)  # the excerpt alone
+        self.assertNotEqual(free.tolist(), audio.tolist())
+
+    def test_takes_each_have_their_excerpt(self):
+        self.make("a.wav", "-p", "a", "--takes", "1", "--style", self.tune)
+        output = ["--output", self.folder / "b.wav"]
+        flags = ["-p", "a", "--takes", "2", "--style", self.tune]
+        self.assertEqual(self.run_script(*output, *flags)[0], 0)
+        paths = [self.folder / name for name in ("a.wav", "b-1.wav", "b-2.wav")]
+        starts = [settings.read_settings(path)["style_start"] for path in paths]
+        self.assertEqual(starts[0], starts[1])
+        self.assertNotEqual(starts[1], starts[2])
+        self.assertSame(soundfile.read(paths[0])[0], soundfile.read(paths[1])[0])
+
+    def test_resume(self):
+        codes = self.folder / "codes.safetensors"
+        flags = ["-p", "a", "--style", self.tune, "--dtype", "float32"]
+        self.make("short.wav", *flags, "--save-codes", codes)
+        whole = self.folder / "whole.safetensors"
+        output = ["--output", self.folder / "long.wav", "--save-codes", whole]
+        script = TestCommandLine.run_script
+        status, _, err = script(
+            self, *output, "--resume", codes, "--duration", "0.6", "--seed", "3"
+        )
+        self.assertEqual(status, 0, err)
+        model = exact("style-audiocraft")
+        sound = load_audio(self.tune, 32000, 1)
+        want = model.generate_codes("a", duration=0.6, seed=3, style=sound)
+        self.assertSame(settings.load_codes(whole)[0], want)
+
+    def test_lines(self):
+        lines, none = self.folder / "lines.jsonl", str(self.folder / "none.wav")
+        told = [
+            dict(prompt="a", style=str(self.tune), guidance_beta=5),
+            dict(prompt="a", style=str(self.tune), style_start=99),
+            dict(prompt="a"),
+            dict(prompt="a", style=none),
+        ]
+        lines.write_text("\n".join(map(json.dumps, told)))
+        output = ["--output", self.folder / "x.wav", "--style-quantizers", "2"]
+        status, _, err = self.run_script("--prompts", lines, *output)
+        self.assertEqual(status, 1)
+        self.assertIn("line 2: style_start must be at most", err)
+        self.assertIn("line 4: There is no sound file", err)
+        made = sorted(path.name for path in self.folder.glob("x-*.wav"))
+        self.assertEqual(made, ["x-1.wav", "x-3.wav"])
+
+    def test_bad_input(self):
+        short = self.folder / "short.wav"
+        save_audio(short, sounds.tune(32000, [60, 64]), 32000)
+        with_style = ["--style", self.tune]
+        for flags, status, pattern in (
+            (["--style", "none.wav"], 1, "no sound file none.wav"),
+            (["--style", short], 1, "at least the 3 s"),
+            ([*with_style, "--style-length", "5"], 1, "from 1.5 to 4.5"),
+            ([*with_style, "--style-quantizers", "7"], 1, "from 1 to 6"),
+            ([*with_style, "--style-start", "3"], 1, "at most 2 s"),
+            ([*with_style, "--style-start", "-3"], 2, "0 s or more"),
+            ([*with_style, "--guidance-beta", "nan"], 2, "must be a number"),
+            (["--guidance-beta", "5"], 2, "come with a style"),
+            (["--style-start", "1"], 2, "come with a style"),
+            ([*with_style, "--melody", self.tune], 1, "go with a melody model"),
+        ):
+            with self.subTest(flags=flags):
+                output = ["--output", self.folder / "no.wav", "-p", "a"]
+                got, _, err = self.run_script(*output, *flags)
+                self.assertEqual(got, status, err)
+                self.assertRegex(err, f"generate.py: error: .*{pattern}.*\n$")
+                self.assertFalse((self.folder / "no.wav").exists())
+        output = ["-p", "a", "--output", self.folder / "no.wav", *with_style]
+        with patch.object(self, "model", str(REFERENCE / "mono-transformers")):
+            status, _, err = self.run_script(*output)
+        self.assertEqual(status, 1)
+        self.assertRegex(err, "must go with a style model")
 
 
 class TestMelody(Test):
@@ -2054,7 +2387,7 @@ class TestLoading(Test):
         path.write_text("[]")
         self.fails("config.json does not load", folder)
         path.write_text(json.dumps(config | {"model_type": "musicgen_style"}))
-        self.fails("not supported yet", folder)
+        self.fails("model_type must be", folder)
         for part, key in (
             ("decoder", "hidden_size"),
             ("decoder", "num_codebooks"),
@@ -2191,8 +2524,6 @@ class TestLoading(Test):
             (f"{self.folder}/nothing", "model must be one of"),
             ("../x", "model must be one of"),
             ("a/b/c", "model must be one of"),
-            ("style", "'style' is not supported yet"),
-            ("facebook/musicgen-style", "not supported yet"),
         ):
             with self.assertRaisesRegex(ValueError, pattern):
                 musicgen.locate(name)
@@ -2231,13 +2562,6 @@ class TestLoading(Test):
         for text in ("[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": "../b"}}'):
             (folder / "pytorch_model.bin.index.json").write_text(text)
             self.fails("index.json is damaged", folder)
-
-    def test_style_in_audiocraft_layout(self):
-        name = "condition_provider.conditioners.self_wav.embed.weight"
-        package = {"best_state": {name: mx.zeros((4, 12))}, "xp.cfg": ""}
-        (self.folder / "state_dict.bin").touch()
-        with patch.object(convert, "load_torch", return_value=package):
-            self.fails("state_dict.bin.*not supported yet", self.folder)
 
     def test_unknown_name(self):
         with self.assertRaisesRegex(ValueError, "must be one of small, medium, large"):
@@ -2827,7 +3151,8 @@ class TestCommandLine(Test):
                 guidance_coef=2,
             )
             want |= dict(negative_prompt="b", extend_stride=7, batch_size=2)
-            want |= dict(duration=0.1, codes_prompt=None)
+            want |= dict(duration=0.1, codes_prompt=None, style=None)
+            want |= dict.fromkeys(musicgen.STYLE_OPTIONS)
             self.assertEqual((prompts, options), (["a", "a"], want))
             return mx.zeros((2, 5, 8), mx.int32)
 
@@ -2869,7 +3194,6 @@ class TestCommandLine(Test):
             (["--model", "sm\nal"], "must be one of small"),
             (["--model", ""], "must be one of small"),
             (["--model", "a" * 300], "must be one of small"),
-            (["--model", "style"], "not supported yet"),
             (["--output", "out.xyz"], "must end in one of"),
         ):
             with self.subTest(bad):
