@@ -24,7 +24,7 @@ import settings
 import stream
 from encodec import check_writable, choose_subtype, save_audio
 from jobs import Job, Made
-from melody import draw
+from melody import draw, extract_chroma
 from musicgen import MODELS, MusicGen, check_name, row_seeds
 
 HELP = {
@@ -171,7 +171,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.seed is not None:
         row_seeds(args.seed, rows=1)
     values = vars(args) | {"prompt": "", "seed": args.seed or 0}
-    jobs.make_job(values).options.check(max_duration=math.inf)
+    own = set() if args.prompts else None
+    jobs.make_job(values, own=own).options.check(max_duration=math.inf)
     jobs.check_level(args.loudness, args.peak)
 
 
@@ -182,7 +183,8 @@ REPLACES = {  # flags, and the settings of a file that they put out of force
     "prompts": {"prompt"},
     "audio_prompt": {*jobs.AUDIO_KEYS},
     "melody": {*jobs.MELODY_KEYS},
-    "style": {*jobs.STYLE_KEYS} - {"guidance_beta"},
+    "style": {*jobs.STYLE_KEYS},
+    "style_length": {"style_start"},
     "loudness": {"peak"},
     "peak": {"loudness"},
     "stream": {"loudness", "peak", "subtype", "drop_prompt"},
@@ -338,7 +340,7 @@ def make(
             group=together,
         )
         if not (args.prompts or args.redecode):  # while Ctrl-C still ends it at once
-            tell_followed(args, model, good[0])
+            tell_melody(args, model, good[0])
         stop = None if args.prompts or together else Stop()
         course = begin(args, model, stop)
         if args.redecode:
@@ -354,12 +356,11 @@ def make(
     return 1 if failures else 0
 
 
-def tell_followed(args: argparse.Namespace, model: MusicGen, job: Job) -> None:
-    """Hear the sounds to follow; show and keep the melody where that is wanted."""
-    tune, _ = job.tune(model), job.manner(model)
+def tell_melody(args: argparse.Namespace, model: MusicGen, job: Job) -> None:
+    """Hear the melody, and show and keep it where that is wanted."""
+    tune = job.tune(model)
     if args.show_melody:
-        notes, _ = model.conditioner.states([tune], None)
-        drawn = draw(notes[0])
+        drawn = draw(extract_chroma(tune, model.sampling_rate))
         tqdm.write(drawn, file=sys.stderr if args.output == "-" else sys.stdout)
     if args.save_melody:
         save_audio(args.save_melody, tune, model.sampling_rate)

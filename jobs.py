@@ -90,7 +90,7 @@ def load_melody(melody: Melody, sampling_rate: int, seconds: float) -> mx.array:
     return take_melody(audio[first:], sampling_rate, seconds, melody.separate)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=2)
 def load_style(path: str, sampling_rate: int) -> mx.array:
     """The sound (N, 1) in whose manner to play; kept, since takes share it."""
     return load_audio(path, sampling_rate, 1)
@@ -173,13 +173,16 @@ class Job:
         return self.melody and self.melody.load(model, self.options.duration)
 
     def manner(self, model: MusicGen) -> mx.array | None:
-        """Samples (N, 1) of the style, if there is one, with the excerpt in them."""
+        """Samples (N, 1) of the style, if there is one."""
+        return self.style and load_style(self.style, model.sampling_rate)
+
+    def excerpt(self, model: MusicGen) -> tuple[float, mx.array] | None:
+        """Where its excerpt of the style starts, and the samples (N, 1)."""
         if self.style is None:
             return None
         model.check_follows("style")
-        sound = load_style(self.style, model.sampling_rate)
-        model.conditioner.excerpt(sound, self.seed, self.options)
-        return sound
+        options = (self.options.style_start, self.options.style_length)
+        return model.conditioner.excerpt(self.manner(model), self.seed, *options)
 
 
 def check_level(loudness: float | None, peak: float | None) -> None:
@@ -220,47 +223,51 @@ def make_audio_prompt(path, start, length, drop) -> AudioPrompt | None:
     return path and AudioPrompt(str(path), start or 0.0, length, bool(drop))
 
 
-def make_melody(path, start, no_separate, alone: bool) -> Melody | None:
-    """From values of MELODY_KEYS. Raises ValueError naming a bad one, and if they come
-    `alone`, which is not as defaults of a file of prompts, for one without a melody."""
+def make_melody(path, start, no_separate, own: set[str]) -> Melody | None:
+    """From values of MELODY_KEYS. Raises ValueError naming a bad one, or one of the
+    job's `own`, which is no default of a file of prompts, without a melody."""
     if not isinstance(path, str | Path | None):
         raise ValueError(f"melody must name a sound file, got {path!r}.")
     if start is not None and not (type(start) in (int, float) and 0 <= start < 1e6):
         raise ValueError(f"melody_start must be 0 s or more, got {start!r}.")
     if no_separate not in (None, False, True):
         raise ValueError(f"no_separate must be true or false, got {no_separate!r}.")
-    if alone and not path and (start is not None or no_separate):
+    lone = {"melody_start": start is not None, "no_separate": no_separate}
+    if not path and any(given and name in own for name, given in lone.items()):
         raise ValueError("melody_start and no_separate need a melody.")
     return Melody(str(path), start or 0.0, not no_separate) if path else None
 
 
-def make_style(values: dict[str, Any], alone: bool) -> tuple[str | None, dict]:
+def make_style(values: dict[str, Any], own: set[str]) -> tuple[str | None, dict]:
     """The path among values of STYLE_KEYS, and the options. Raises ValueError naming a
-    bad one, and if options come `alone`, as with `make_melody`."""
+    bad path, or one of the job's `own` options without one, as `make_melody`."""
     path = values.get("style")
     if not isinstance(path, str | Path | None):
         raise ValueError(f"style must name a sound file, got {path!r}.")
     given = {k: v for k in STYLE_OPTIONS if (v := values.get(k)) is not None}
     if path:
         return str(path), given
-    if given and alone:
-        raise ValueError(f"{', '.join(given)} must come with a style.")
+    if lone := given.keys() & own:
+        raise ValueError(f"{min(lone)} must come with a style.")
     return None, {}
 
 
-def make_job(values: dict[str, Any], line: int | None = None) -> Job:
-    """A job from values of ALL_KEYS. Raises ValueError naming a bad one."""
+def make_job(
+    values: dict[str, Any], line: int | None = None, own: set[str] | None = None
+) -> Job:
+    """A job from values of ALL_KEYS, of which those named in `own` are no defaults;
+    None: all. Raises ValueError naming a bad one."""
     sound = make_audio_prompt(*(values.get(key) for key in AUDIO_KEYS))
-    alone = line is None and not values.get("prompts")
-    melody = make_melody(*(values.get(key) for key in MELODY_KEYS), alone)
-    style, options = make_style(values, alone)
+    own = {*values} if own is None else own
+    melody = make_melody(*(values.get(key) for key in MELODY_KEYS), own)
+    style, options = make_style(values, own)
     options |= {k: values[k] for k in OPTIONS if k in values and k not in STYLE_KEYS}
     options = Options(**options)
     output = Path(str(values["output"]))
     levels = [values.get(key) for key in LEVELS]
-    own = (values["prompt"], values["seed"], output)
+    first = (values["prompt"], values["seed"], output)
     subtype = values.get("subtype") and str(values["subtype"]).upper()
-    return Job(*own, options, sound, melody, style, *levels, subtype, line)
+    return Job(*first, options, sound, melody, style, *levels, subtype, line)
 
 
 def numbered(output: str, index: int, count: int) -> str:
@@ -289,7 +296,7 @@ def plan_file(path: Path, values: dict[str, Any]) -> list[Job]:
         default = dict(seed=values["seed"] + i)
         default["output"] = numbered(values["output"], i, max(len(lines), 2))
         try:
-            job = make_job(values | default | own, number)
+            job = make_job(values | default | own, number, {*own})
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
         place = os.path.realpath(job.output) if "\0" not in str(job.output) else i
@@ -434,8 +441,9 @@ def made_of(model: MusicGen, job: Job, prompt_frames: int = 0) -> dict[str, Any]
         path, start, separate = job.melody
         found |= dict(melody=path, melody_start=start, no_separate=not separate)
     if job.style:
-        start = model.conditioner.start(job.manner(model), job.seed, job.options)
-        found |= dict(style=job.style, style_start=start)
+        found["style"] = job.style
+        if job.options.style_start is None:
+            found["style_start"], _ = job.excerpt(model)
     if model.config.quantization:
         found["q_bits"] = model.config.quantization["bits"]
     dtype = str(model.decoder.dtype).removeprefix("mlx.core.")
@@ -505,7 +513,7 @@ def audible(model: MusicGen, batch: list[Job]) -> tuple[list[Job], list[Failure]
     good, failures = [], []
     for job in batch:
         try:
-            job.tune(model), job.manner(model)
+            job.tune(model), job.excerpt(model)
             good.append(job)
         except (OSError, ValueError) as error:
             failures.append((job, error))

@@ -15,7 +15,7 @@ import argparse
 import functools
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +173,9 @@ class MelodyConfig:
 
     @classmethod
     def from_dict(cls, config: dict) -> "MelodyConfig":
-        return cls(**config)
+        """Take the known keys."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: config[name] for name in names & config.keys()})
 
     @property
     def width(self) -> int:
@@ -181,12 +183,12 @@ class MelodyConfig:
         return self.num_chroma
 
     def build(self, codec: Encodec, window: float) -> "MelodyConditioner":
-        """The conditioner of a model with this codec, and windows of so many seconds."""
+        """The conditioner of a model with this codec, and windows of `window` s."""
         return MelodyConditioner(self, codec.sampling_rate, window)
 
 
 class MelodyConditioner(nn.Module):
-    """What comes of a melody before the codes: notes, C throughout where there is none."""
+    """What comes of a melody before the codes: notes; C throughout without one."""
 
     kind = "melody"
 
@@ -254,10 +256,11 @@ def take(
 ) -> mx.array:
     """The samples (N', 1) that hold the melody of the first `seconds` of a sound
     (N, C). Raises as `extract_chroma`."""
-    sound = check(sound, sampling_rate)[: int(seconds * sampling_rate)]
+    heard = min(len(check(sound, sampling_rate)), int(seconds * sampling_rate))
+    sound = mx.array(sound)[:heard]
     if separate:
         return take_melody(sound, sampling_rate, published_demucs())
-    return sound.mean(axis=1, keepdims=True)
+    return check(sound, sampling_rate).mean(axis=1, keepdims=True)
 
 
 def draw(chroma: mx.array, width: int = 72) -> str:

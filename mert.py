@@ -7,9 +7,11 @@ HuBERT (https://arxiv.org/abs/2106.07447) that was trained on music. Convolution
     model = MERT.from_pretrained("m-a-p/MERT-v1-95M")
     features = model(audio)  # (B, N) at model.sampling_rate -> (B, T, 768)
 
-Needs `convert.py` beside it, to read the published `pytorch_model.bin`.
+or `python mert.py song.mp3`. Only to read the published `pytorch_model.bin` it needs
+`convert.py` beside it.
 """
 
+import argparse
 import json
 import re
 import sys
@@ -20,8 +22,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
-
-from convert import load_state
 
 REPO = "m-a-p/MERT-v1-95M"
 FILES = ("config.json", "pytorch_model.bin")
@@ -153,8 +153,25 @@ class MERT(nn.Module):
         """Samples per second that it hears."""
         return self.config.sample_rate
 
+    @property
+    def shortest(self) -> int:
+        """Samples of one frame: 400."""
+        needed = 1
+        config = self.config
+        for kernel, stride in zip(config.conv_kernel[::-1], config.conv_stride[::-1]):
+            needed = (needed - 1) * stride + kernel
+        return needed
+
     def __call__(self, audio: mx.array) -> mx.array:
-        """What the last layer makes of samples (B, N): (B, T, hidden_size)."""
+        """What the last layer makes of samples (B, N): (B, T, hidden_size).
+
+        Raises ValueError for another shape, or less than a frame.
+        """
+        if audio.ndim != 2 or audio.shape[1] < self.shortest:
+            raise ValueError(
+                f"audio must have the shape (B, N) with N from {self.shortest} on, got "
+                f"{audio.shape}."
+            )
         x = audio[..., None]
         for i, conv in enumerate(self.convs):
             x = conv(x)
@@ -193,6 +210,8 @@ class MERT(nn.Module):
 
         Raises ValueError or OSError naming the file and what is wrong with it.
         """
+        from convert import load_state
+
         config, weights = locate(path_or_repo)
         try:
             model = cls(MERTConfig.from_dict(read_config(config)))
@@ -269,14 +288,23 @@ def locate(path_or_repo: str | Path) -> list[Path]:
     return [folder / name for name in FILES]
 
 
-def main() -> None:
-    """Tell the shape of the features of a sound file."""
+def demo(model: MERT, path: str) -> None:
+    """Print the shape of a sound file's features, and how much they vary."""
     from encodec import load_audio
 
+    features = model(load_audio(path, model.sampling_rate, 1).T)
+    print(f"{path}: features {features.shape}, deviation {features.std().item():.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Features of a sound file.")
+    parser.add_argument("source", help="sound file to read")
+    parser.add_argument("--model", default=REPO, help="folder or Hub id (%(default)s)")
+    args = parser.parse_args()
     try:
-        model = MERT.from_pretrained()
-        audio = load_audio(sys.argv[1], model.sampling_rate, 1)
-        print(model(audio.T).shape)
+        if not Path(args.source).is_file():
+            raise FileNotFoundError(f"There is no sound file {args.source}.")
+        demo(MERT.from_pretrained(args.model), args.source)
     except (OSError, ValueError) as error:
         sys.exit(f"mert.py: error: {' '.join(str(error).split())}")
 

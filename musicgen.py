@@ -227,14 +227,15 @@ def read_conditioner(config: dict) -> MelodyConfig | StyleConfig | None:
     """What a `config.json` says of it, ours or transformers', which knows melodies."""
     told = config.get("conditioner")
     if told is None and config["model_type"] == "musicgen_melody":
-        notes = ("num_chroma", "chroma_length")
-        told = {name: config[name] for name in notes if name in config}
-        told["kind"] = "melody"
+        told = config | {"kind": "melody"}
+    elif told is None and config["decoder"].get("num_chroma"):  # we wrote it so once
+        told = config["decoder"] | {"kind": "melody"}
     if told is None:
         return None
-    if not isinstance(told, dict) or told.get("kind") not in CONDITIONERS:
+    if not isinstance(told, dict) or told.get("kind") not in list(CONDITIONERS):
         raise ValueError(
-            f"conditioner must be of the kind {' or '.join(CONDITIONERS)}, got {told}."
+            f"conditioner must be an object of the kind {' or '.join(CONDITIONERS)}, "
+            f"got {told!r:.80}."
         )
     return CONDITIONERS[told["kind"]].from_dict(told)
 
@@ -685,7 +686,7 @@ RENAMES = (  # transformers' names -> audiocraft's -> ours
     (r"^embed_tokens\.", "emb."),
     (r"^lm_heads\.", "linears."),
     (r"^enc_to_dec_proj\.", "output_proj."),
-    (r"^audio_enc_to_dec_proj\.", "sound_proj."),
+    (r"^(audio_enc_to_dec|melody)_proj\.", "sound_proj."),
     (r"^layer_norm\.", "out_norm."),
     (r"\.self_attn_layer_norm\.", ".norm1."),
     (r"\.encoder_attn_layer_norm\.", ".norm_cross."),
@@ -937,14 +938,7 @@ class Options:
             )
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p must be between 0 (off) and 1, got {self.top_p}.")
-        if not (self.style_start is None or self.style_start >= 0):
-            raise ValueError(
-                f"style_start must be 0 s or more, got {self.style_start}."
-            )
-        if not isinstance(self.style_quantizers, Integral | None):
-            raise ValueError(
-                f"style_quantizers must be whole, got {self.style_quantizers}."
-            )
+        self._check_style()
         self._check_null_rows()
         stride = self.extend_stride
         if stride is not None and not (
@@ -953,6 +947,16 @@ class Options:
             raise ValueError(
                 f"extend_stride must be from 1/{frame_rate} to less than the longest "
                 f"window of {max_duration:g} seconds, got {stride}."
+            )
+
+    def _check_style(self) -> None:
+        if self.style_start is not None and self.style_start < 0:
+            raise ValueError(
+                f"style_start must be 0 s or more, got {self.style_start}."
+            )
+        if not isinstance(self.style_quantizers, Integral | None):
+            raise ValueError(
+                f"style_quantizers must be whole, got {self.style_quantizers}."
             )
 
     def _check_null_rows(self) -> None:
@@ -1157,7 +1161,10 @@ class MusicGen(nn.Module):
         extend_stride: float | None = None,
         batch_size: int | None = None,
         stop: Callable[[], bool] | None = None,
-        **style_options,
+        guidance_beta: float | None = None,
+        style_start: float | None = None,
+        style_length: float | None = None,
+        style_quantizers: int | None = None,
     ) -> mx.array:
         """Codes (B, T, K) for each prompt, T = int(duration * frame_rate).
 
@@ -1179,9 +1186,10 @@ class MusicGen(nn.Module):
             separate: take drums and bass away from it first, with Demucs.
             style: sound (N, C) in whose manner a style model plays, or one or None for
                 each prompt.
-            style_start, style_length, style_quantizers, guidance_beta: which seconds
-                of it, how much of what they tell, and how often the text counts
-                beside it; see `Options`.
+            style_start, style_length: seconds of it that are heard. None: from
+                anywhere on, by the seed, and the model's own, 3.
+            style_quantizers: how much to keep to it, 1 to 6. None: the model's own, 3.
+            guidance_beta: how many times the text counts beside it.
             extend_stride: seconds from one window's start to the next's; what
                 lies between that and the window's end begins the next. None: 3/5
                 of the window, so 18 of 30.
@@ -1193,7 +1201,8 @@ class MusicGen(nn.Module):
         Raises ValueError for options out of range.
         """
         options = (duration, temp, top_k, top_p, guidance_coef)
-        options = Options(*options, negative_prompt, extend_stride, **style_options)
+        of_style = (guidance_beta, style_start, style_length, style_quantizers)
+        options = Options(*options, negative_prompt, extend_stride, *of_style)
         prompts, seeds = self._check(prompts, seed, options)
         known = self._known(audio_prompt, codes_prompt, options)
         sounds = self._sounds(melody, style, seeds, options, separate)
@@ -1250,9 +1259,11 @@ class MusicGen(nn.Module):
         """What the conditioner takes of each row's sound; None where there is none."""
         given = {"melody": melody, "style": style}
         rows = {k: one_each(k, sound, len(seeds)) for k, sound in given.items()}
-        if options.guidance_beta is not None and any(
-            sound is None for sound in rows["style"]
-        ):
+        bare = [sound is None for sound in rows["style"]]
+        alone = [k for k in STYLE_OPTIONS if getattr(options, k) is not None]
+        if alone and all(bare):
+            raise ValueError(f"{', '.join(alone)} must come with a style.")
+        if options.guidance_beta is not None and any(bare):
             raise ValueError("guidance_beta must come with a style for each prompt.")
         found = [None] * len(seeds)
         for kind, sounds in rows.items():

@@ -3,17 +3,16 @@
 The style conditioner of MusicGen-Style (https://arxiv.org/abs/2407.12563): features of
 an excerpt go through a transformer and then through a narrow place, of which only a
 few residual codebooks are used, so that the manner of the music stays and its notes do
-not. Needs mert.py beside it, which makes the features.
+not. Needs mert.py beside it, which makes the features, encodec.py and, to read `.bin`
+files, convert.py. Of a style model that is loaded:
 
-    audio = model.generate("8-bit arcade", style=sound)  # (N, C) at the model's rate
-
-`style=`, `style_start=`, `style_length=` and `style_quantizers=` of
-`MusicGen.generate_codes` end here.
+    start, excerpt = model.conditioner.excerpt(sound, seed=7)  # sound: (N, C)
+    followed = model.conditioner(excerpt)  # (T, 512), five times a second
 """
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +21,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from encodec import Encodec, resample
+from encodec import Encodec, add, resample
 from mert import MERT, REPO, EncoderLayer, MERTConfig
 
 if TYPE_CHECKING:
     from musicgen import Options
 
 SCALES = {"xsmall": 8, "default": 8, "large": 16}  # heads of each transformer_scale
+CODECS = ("//pretrained/facebook/encodec_32khz", "facebook/encodec_32khz")
 LIMITS = {  # least and largest value of each size
     "width": (4, 2**14),
     "num_layers": (0, 200),
@@ -72,18 +72,28 @@ class StyleConfig:
             )
         if (self.mert is None) == (self.encodec_n_q == 0):
             raise ValueError("Style must have either mert or encodec_n_q.")
-        seconds = (self.length, *self.varying_lengths)
+        lengths = self.varying_lengths
+        pair = isinstance(lengths, tuple) and len(lengths) == 2
+        seconds = (self.length, *lengths) if pair else ()
         real = all(type(x) in (int, float) and 0.1 <= x <= 30 for x in seconds)
-        if len(seconds) != 3 or not real or seconds[1] > seconds[2]:
-            raise ValueError(f"The excerpts of {seconds} seconds must be 0.1 to 30.")
+        if not (pair and real and lengths[0] <= lengths[1]):
+            raise ValueError(
+                "length and varying_lengths, the least and the most, must be seconds "
+                f"from 0.1 to 30, got {self.length!r} and {lengths!r}."
+            )
 
     @classmethod
     def from_dict(cls, config: dict) -> "StyleConfig":
-        """Read what `convert.py` wrote."""
-        mert = config.get("mert")
-        lengths = tuple(config.get("varying_lengths", cls.varying_lengths))
-        given = dict(mert=mert and MERTConfig.from_dict(mert), varying_lengths=lengths)
-        return cls(**config | given)
+        """Take the known keys of what `convert.py` wrote."""
+        names = {field.name for field in fields(cls)}
+        given = {name: config[name] for name in names & config.keys()}
+        if isinstance(lengths := given.get("varying_lengths"), list):
+            given["varying_lengths"] = tuple(lengths)
+        mert = given.get("mert", {})
+        if mert is not None and not isinstance(mert, dict):
+            raise ValueError(f"mert must be an object, got {mert!r:.80}.")
+        given["mert"] = None if mert is None else MERTConfig.from_dict(mert)
+        return cls(**given)
 
     def build(self, codec: Encodec, window: float) -> "StyleConditioner":
         """The conditioner of a model with this codec."""
@@ -102,6 +112,11 @@ class StyleConditioner(nn.Module):
         if config.mert:
             self.mert = MERT(config.mert)
             self.embed = nn.Linear(config.mert.hidden_size, D)
+        elif config.encodec_n_q > codec.config.num_codebooks():
+            raise ValueError(
+                f"encodec_n_q must be at most the codec's "
+                f"{codec.config.num_codebooks()} codebooks, got {config.encodec_n_q}."
+            )
         else:
             entries = codec.config.codebook_size
             self.embed = [nn.Embedding(entries, D) for _ in range(config.encodec_n_q)]
@@ -115,13 +130,20 @@ class StyleConditioner(nn.Module):
         self.codebooks = mx.zeros((config.num_quantizers, config.bins, D))
 
     def __call__(self, audio: mx.array, quantizers: int | None = None) -> mx.array:
-        """Audio (N, 1) at the codec's rate -> what is followed, (T, width)."""
+        """Audio (N, 1) at the codec's rate -> what is followed, (T, width).
+
+        Raises ValueError unless `quantizers` are None, the model's own, or in range.
+        """
+        used, most = self.config.eval_q, self.config.num_quantizers
+        used = used if quantizers is None else quantizers
+        if not 1 <= used <= most:
+            raise ValueError(f"style_quantizers must be from 1 to {most}, got {used}.")
         x = self.features(audio)
         x = x + self._positions(mx.arange(x.shape[1]))
         for layer in self.layers:
             x = layer(x)
         x = (x - self.mean) * mx.rsqrt(self.variance + 1e-5)
-        x = quantize(x, self.codebooks[: quantizers or self.config.eval_q])
+        x = quantize(x, self.codebooks[:used])
         return x[0, :: self.config.ds_factor]
 
     def features(self, audio: mx.array) -> mx.array:
@@ -152,63 +174,62 @@ class StyleConditioner(nn.Module):
         options: "Options",
         separate: bool,
     ) -> list[mx.array | None]:
-        """What is followed of an excerpt of each sound (N, C), (T, width): of one that
-        starts where the options say, or anywhere, by the seed. Raises ValueError for
-        what cannot be an excerpt, and settings out of range."""
-        quantizers, most = options.style_quantizers, self.config.num_quantizers
-        if quantizers is not None and not 1 <= quantizers <= most:
-            raise ValueError(
-                f"style_quantizers must be from 1 to {most}, got {quantizers}."
-            )
+        """What is followed of an excerpt of each sound (N, C): (T, width). Raises as
+        `excerpt`, and for other quantizers than there are."""
+        where = (options.style_start, options.style_length)
         taken, found = [], {}
         for sound, seed in zip(sounds, seeds):
-            start = None if sound is None else self.start(sound, seed, options)
-            if (key := (id(sound), start)) not in found:
-                excerpt = None if sound is None else self.excerpt(sound, seed, options)
+            key = (id(sound), 0.0)
+            if sound is not None:
+                start, excerpt = self.excerpt(sound, seed, *where)
+                key = (id(sound), start)
+            if key not in found:
+                quantizers = options.style_quantizers
                 found[key] = None if sound is None else self(excerpt, quantizers)
             taken.append(found[key])
-        mx.eval(taken)
         return taken
 
-    def start(self, sound: mx.array, seed: int, options: "Options") -> float:
-        """Second at which the excerpt of a sound (N, C) starts. Raises ValueError."""
-        sound, rate = check(sound), self._codec.sampling_rate
-        length = self._length(options)
-        last = len(sound) - int(length * rate)
-        if last < 0:
-            raise ValueError(
-                f"style must have at least the {length:g} s of the excerpt "
-                f"(style_length), got {len(sound) / rate:g} s."
-            )
-        if options.style_start is None:
-            return int(np.random.default_rng(seed).integers(last + 1)) / rate
-        if round(options.style_start * rate) > last:
-            raise ValueError(
-                f"style_start must be at most {last / rate:g} s for an excerpt of "
-                f"{length:g} s, got {options.style_start:g}."
-            )
-        return options.style_start
+    def excerpt(
+        self,
+        sound: mx.array,
+        seed: int,
+        start: float | None = None,
+        length: float | None = None,
+    ) -> tuple[float, mx.array]:
+        """The second at which the excerpt of a sound (N, C) starts, and its samples
+        (N', 1). `start` None draws it from the seed; `length` None is the model's.
 
-    def _length(self, options: "Options") -> float:
+        Raises ValueError for another shape, a length out of range, an excerpt that
+        does not lie in the sound, and NaN or silence in it.
+        """
+        if isinstance(sound, str | Path):
+            raise ValueError(f"style must be samples (N, C), got {sound!r}.")
+        sound, rate = mx.array(sound), self._codec.sampling_rate
+        if sound.ndim != 2 or not 1 <= sound.shape[1] <= 8:
+            raise ValueError(f"style must have the shape (N, C), got {sound.shape}.")
+        size = int(self._length(length) * rate)
+        first = find_start(len(sound), size, rate, seed, start)
+        excerpt = sound[first : first + size].astype(mx.float32)
+        excerpt = excerpt.mean(axis=1, keepdims=True)
+        loudest = mx.abs(excerpt).max().item()
+        if not math.isfinite(loudest):
+            raise ValueError("style must be finite, but it holds NaN or infinity.")
+        if loudest < 1e-4:
+            raise ValueError(
+                f"The excerpt of style, from {first / rate:g} s on, must not be silent; "
+                "choose a style_start."
+            )
+        return first / rate if start is None else start, excerpt
+
+    def _length(self, length: float | None) -> float:
         least, most = self.config.varying_lengths
-        length = options.style_length
-        if length is not None and not least <= length <= most:
+        if length is None:
+            return self.config.length
+        if not least <= length <= most:
             raise ValueError(
                 f"style_length must be from {least:g} to {most:g} s, got {length:g}."
             )
-        return length or self.config.length
-
-    def excerpt(self, sound: mx.array, seed: int, options: "Options") -> mx.array:
-        """The excerpt (N, 1) of a sound (N', C). Raises ValueError."""
-        start, rate = self.start(sound, seed, options), self._codec.sampling_rate
-        first, length = round(start * rate), int(self._length(options) * rate)
-        excerpt = check(sound)[first : first + length].mean(axis=1, keepdims=True)
-        if mx.abs(excerpt).max().item() < 1e-4:
-            raise ValueError(
-                f"The excerpt of style, from {start:g} s on, must not be silent; choose "
-                "a style_start."
-            )
-        return excerpt
+        return length
 
     def states(
         self, taken: list[mx.array | None], place: int | None
@@ -248,19 +269,24 @@ class StyleConditioner(nn.Module):
 
     @staticmethod
     def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """audiocraft's names, or ours -> ours, in float32."""
+        """audiocraft's names, or ours -> ours, in float32. Raises ValueError for what
+        is no float, comes twice, or lacks a part."""
         kept, codebooks = {}, {}
         for name, weight in weights.items():
+            if re.fullmatch(UNUSED, name):
+                continue
+            if not mx.issubdtype(weight.dtype, mx.floating):
+                raise ValueError(f"{name} must hold floats, but holds {weight.dtype}")
+            weight = weight.astype(mx.float32)
             if match := re.fullmatch(CODEBOOK, name):
-                codebooks[int(match[1])] = weight.astype(mx.float32)
-            elif not re.fullmatch(UNUSED, name):
-                for pattern, ours in RENAMES:
-                    name = re.sub(pattern, ours, name)
-                kept |= split(name, weight.astype(mx.float32))
+                codebooks[int(match[1])] = weight
+                continue
+            for pattern, ours in RENAMES:
+                name = re.sub(pattern, ours, name)
+            for part, own in split(name, weight).items():
+                add(kept, part, own)
         if codebooks:
-            if len({book.shape for book in codebooks.values()}) > 1:
-                raise ValueError("the codebooks of style must have one shape")
-            kept["codebooks"] = mx.stack([codebooks[i] for i in range(len(codebooks))])
+            add(kept, "codebooks", stack_codebooks(codebooks))
         return kept
 
 
@@ -285,6 +311,16 @@ def split(name: str, weight: mx.array) -> dict[str, mx.array]:
     return dict(zip(names, mx.split(weight, 3)))
 
 
+def stack_codebooks(codebooks: dict[int, mx.array]) -> mx.array:
+    """Entries (V, D) of each codebook -> (K, V, D)."""
+    if missing := {*range(len(codebooks))} - codebooks.keys():
+        raise ValueError(f"codebook {min(missing)} of style is missing")
+    shapes = {book.shape for book in codebooks.values()}
+    if len(shapes) > 1 or len(codebooks[0].shape) != 2:
+        raise ValueError(f"the codebooks of style must have one shape, got {shapes}")
+    return mx.stack([codebooks[i] for i in range(len(codebooks))])
+
+
 def quantize(x: mx.array, codebooks: mx.array) -> mx.array:
     """The sum of the nearest entries, each of what the last left over: (B, T, D)."""
     total = mx.zeros_like(x)
@@ -295,16 +331,25 @@ def quantize(x: mx.array, codebooks: mx.array) -> mx.array:
     return total
 
 
-def check(sound: mx.array) -> mx.array:
-    """The samples (N, C) of a style. Raises ValueError for anything else."""
-    if isinstance(sound, str | Path):
-        raise ValueError(f"style must be samples (N, C), got {sound!r}.")
-    sound = mx.array(sound).astype(mx.float32)
-    if sound.ndim != 2 or not 1 <= sound.shape[1] <= 8:
-        raise ValueError(f"style must have the shape (N, C), got {sound.shape}.")
-    if not mx.isfinite(sound).all().item():
-        raise ValueError("style must be finite, but it holds NaN or infinity.")
-    return sound
+def find_start(
+    samples: int, size: int, rate: int, seed: int, start: float | None
+) -> int:
+    """The sample at which an excerpt of `size` of the samples starts: at a second, or
+    anywhere. Raises ValueError where it does not lie in them."""
+    last = samples - size
+    if last < 0:
+        raise ValueError(
+            f"style must have at least the {size / rate:g} s of the excerpt "
+            f"(style_length), got {samples / rate:g} s."
+        )
+    if start is None:
+        return int(np.random.default_rng(seed).integers(last + 1))
+    if round(start * rate) > last:
+        raise ValueError(
+            f"style_start must be at most {last / rate:g} s for an excerpt of "
+            f"{size / rate:g} s, got {start:g}."
+        )
+    return round(start * rate)
 
 
 def settings_of_style(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -312,10 +357,28 @@ def settings_of_style(cfg: dict[str, Any]) -> dict[str, Any]:
     Raises ValueError for values that are not ported."""
     prefix = "conditioners.self_wav.style."
     own = {k.removeprefix(prefix): v for k, v in cfg.items() if k.startswith(prefix)}
-    for name, known in (("use_middle_of_segment", "false"), ("batch_norm", "true")):
-        if own.get(name, known) != known:
-            raise ValueError(f"{name} must be {known}, got {own[name]}")
+    for name, known in (
+        ("use_middle_of_segment", ("false",)),
+        ("batch_norm", ("true",)),
+        ("transformer_scale", tuple(SCALES)),
+        ("encodec_checkpoint", CODECS),
+    ):
+        if own.get(name, known[0]) not in known:
+            raise ValueError(f"{name} must be {' or '.join(known)}, got {own[name]}")
     return own
+
+
+def check_settings(found: dict[str, Any], own: dict[str, Any]) -> None:
+    """Raise ValueError where the settings tell of other weights than were found."""
+    extractor = "encodec" if found["encodec_n_q"] else "mert"
+    for name, value in (
+        ("model_name", extractor),
+        ("n_q_out", str(found["num_quantizers"])),
+    ):
+        if own.get(name, value) != value:
+            raise ValueError(
+                f"{name} must be {value}, as in the weights, got {own[name]}"
+            )
 
 
 def load_mert(folder: Path) -> MERT:
@@ -329,18 +392,28 @@ def load_mert(folder: Path) -> MERT:
 
 def sizes(weights: dict[str, mx.array], own: dict[str, Any]) -> dict[str, Any]:
     """Values of StyleConfig, from our weights and audiocraft's settings of style."""
+    for name in ("codebooks", "layers.0.linear1.weight"):
+        if name not in weights:
+            raise ValueError(f"style must have {name}, but the weights lack it")
     quantizers, bins, width = weights["codebooks"].shape
+    hidden = weights["layers.0.linear1.weight"].shape[0]
     layers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
-    hidden = weights["layers.0.linear1.weight"].shape[0] if layers else 4 * width
-    heads = SCALES.get(own.get("transformer_scale", "default"), width // 64)
+    heads = SCALES[own.get("transformer_scale", "default")]
+    embeds = [n for n in weights if re.fullmatch(r"embed\.\d+\.weight", n)]
     found = dict(width=width, num_layers=len(layers), num_heads=heads, hidden=hidden)
-    found |= dict(num_quantizers=quantizers, bins=bins)
-    found |= {name: int(own[name]) for name in ("eval_q", "ds_factor") if name in own}
-    found["encodec_n_q"] = sum(
-        bool(re.fullmatch(r"embed\.\d+\.weight", n)) for n in weights
-    )
-    if "length" in own:
-        found["length"] = float(own["length"])
-    if "varying_lengths" in own:
-        found["varying_lengths"] = tuple(map(float, own["varying_lengths"]))
+    found |= dict(num_quantizers=quantizers, bins=bins, encodec_n_q=len(embeds))
+    check_settings(found, own)
+    for name in ("eval_q", "ds_factor", "length", "varying_lengths"):
+        if own.get(name, "null") != "null":  # of the training alone, where it is null
+            found[name] = number(name, own[name])
     return found
+
+
+def number(name: str, told: str | list[str]) -> int | float | tuple[float, ...]:
+    """A setting that audiocraft's `xp.cfg` gives as text."""
+    try:
+        if isinstance(told, list):
+            return tuple(map(float, told))
+        return float(told) if name == "length" else int(told)
+    except ValueError:
+        raise ValueError(f"{name} of style must be a number, got {told}") from None

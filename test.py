@@ -27,6 +27,7 @@ import time
 import unittest
 import warnings
 import zipfile
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import Mock, patch
@@ -50,6 +51,7 @@ import generate
 import jobs
 import loudness as loudness_script
 import melody
+import mert
 import musicgen
 import settings
 import stream
@@ -1348,9 +1350,9 @@ class TestPublishedCheckpoints(Test):
             respell(k): v for k, v in self.arrays("mert-v1-95m.transformers").items()
         }
         for weights in (weights, MERT.sanitize(again)):
-            mert = MERT(MERTConfig())
-            mert.load_weights(list(weights.items()))
-        with patch.object(MERT, "from_pretrained", return_value=mert):
+            features = MERT(MERTConfig())
+            features.load_weights(list(weights.items()))
+        with patch.object(MERT, "from_pretrained", return_value=features):
             codec = Encodec(EncodecConfig.from_dict(self.config("encodec_32khz")))
             found = style.StyleConditioner.from_audiocraft(
                 of_sound, {}, self.folder, codec
@@ -1570,6 +1572,23 @@ class TestMelodyModels(Test):
                         separate=False,
                     )
                     self.assertSame(last(codes), want[f"tune_{which}_{frames}"])
+
+    def test_folders_as_they_were_written_once(self):
+        path = self.folder / "out"
+        convert.convert(str(REFERENCE / "melody-transformers"), path, mx.float32)
+        config = json.loads((path / "config.json").read_text())
+        own = config.pop("conditioner")
+        del config["decoder"]["sound_width"]
+        config["decoder"] |= {k: own[k] for k in ("num_chroma", "chroma_length")}
+        (path / "config.json").write_text(json.dumps(config))
+        weights = mx.load(str(path / "model.safetensors"))
+        weights = {
+            k.replace("sound_proj", "melody_proj"): w for k, w in weights.items()
+        }
+        mx.eval(weights)
+        mx.save_safetensors(str(path / "model.safetensors"), weights)
+        model = MusicGen.from_pretrained(path)
+        self.assertEqual(model.config, exact("melody-transformers").config)
 
     def test_batch_of_with_and_without(self):
         prompts = EXPECTED["mono-transformers"]["prompts"][:2]
@@ -1794,8 +1813,8 @@ class TestStyle(Test):
         model, want = exact(self.name), expected(self.name)
         hear = model.conditioner
         for i, tune in enumerate(self.tunes):
-            options = musicgen.Options(style_start=self.start)
-            excerpt = hear.excerpt(tune, 0, options)
+            start, excerpt = hear.excerpt(tune, 0, self.start)
+            self.assertEqual(start, self.start)
             self.assertEqual(excerpt.shape, (96000, 1))
             audio = resample(np.array(excerpt), 32000, 24000)
             features = hear.mert(mx.array(audio).T)[0]
@@ -1804,8 +1823,8 @@ class TestStyle(Test):
                 tokens = want[f"style_{i}_q{quantizers}"]
                 self.assertSame(hear(excerpt, quantizers), tokens)
         for length in self.told["lengths"]:
-            options = dataclasses.replace(options, style_length=length)
-            tokens = hear(hear.excerpt(self.tunes[0], 0, options))
+            _, excerpt = hear.excerpt(self.tunes[0], 0, self.start, length)
+            tokens = hear(excerpt)
             self.assertSame(tokens, want[f"style_0_len{length}"])
             self.assertLessEqual(len(tokens), hear.longest)
 
@@ -1845,9 +1864,7 @@ class TestStyle(Test):
         name = "style-encodec-audiocraft"
         model, want = exact(name), expected(name)
         options = dict(style_start=self.start)
-        excerpt = model.conditioner.excerpt(
-            self.tunes[0], 0, musicgen.Options(**options)
-        )
+        _, excerpt = model.conditioner.excerpt(self.tunes[0], 0, self.start)
         features = model.conditioner.features(excerpt)[0]
         self.assertClose(features, want["features_0"], 1e-5)
         self.assertSame(model.conditioner(excerpt), want["style_0_q3"])
@@ -1864,18 +1881,29 @@ class TestStyle(Test):
             options = dict(duration=0.4, style_length=1.5, **more)
             batch = model.generate_codes(prompts, seed=4, style=sounds, **options)
             for i, (prompt, sound) in enumerate(zip(prompts, sounds)):
-                options["style"] = sound
-                alone = model.generate_codes(prompt, seed=4 + i, **options)
+                own = options | dict(style=sound)
+                own |= dict(style_length=None) if sound is None else {}
+                alone = model.generate_codes(prompt, seed=4 + i, **own)
                 self.assertSame(alone[0], batch[i])
 
     def test_start_is_drawn_from_the_seed(self):
-        model, options = exact(self.name), musicgen.Options()
-        starts = [model.conditioner.start(self.tunes[0], s, options) for s in range(9)]
+        model = exact(self.name)
+        starts = [model.conditioner.excerpt(self.tunes[0], s)[0] for s in range(9)]
         self.assertEqual(len(set(starts)), 9)
         self.assertTrue(all(0 <= start <= 2 for start in starts))
         drawn = model.generate_codes("a", 0.4, seed=3, style=self.tunes[0])
         told = dict(style=self.tunes[0], style_start=starts[3])
         self.assertSame(model.generate_codes("a", 0.4, seed=3, **told), drawn)
+
+    def test_features_of_a_file(self):
+        path = self.folder / "x.wav"
+        save_audio(path, self.tunes[0], 32000)
+        with redirect_stdout(io.StringIO()) as out:
+            mert.demo(MERT.from_pretrained(Path(self.path) / "MERT-v1-95M"), path)
+        self.assertIn("features (1, 374, 16)", out.getvalue())
+        for shape in ((400,), (1, 399), (400, 1)):
+            with self.assertRaisesRegex(ValueError, "from 400 on"):
+                exact(self.name).conditioner.mert(mx.zeros(shape))
 
     def test_stream_and_go_on(self):
         model = exact(self.name)
@@ -1902,6 +1930,7 @@ class TestStyle(Test):
             (dict(style=tune, style_quantizers=1.5), "must be whole"),
             (dict(style=tune, guidance_beta=math.nan), "must be a number"),
             (dict(guidance_beta=5), "come with a style"),
+            (dict(style_quantizers=3), "style_quantizers must come with a style"),
             (dict(style=[tune, None], guidance_beta=5), "come with a style for each"),
             (dict(style=0 * tune), "must not be silent"),
             (dict(style=tune * math.nan), "must be finite"),
@@ -1941,12 +1970,41 @@ class TestStyle(Test):
         for key, value, pattern in (
             ("use_middle_of_segment", "true", "must be false"),
             ("eval_q", "9", "eval_q be at most"),
-            ("length", "x", "could not convert"),
+            ("length", "x", "length of style must be a number, got x"),
+            ("transformer_scale", "huge", "must be xsmall or default or large"),
+            ("encodec_checkpoint", "//sig/1", "must be //pretrained/facebook/enc"),
+            ("model_name", "encodec", "must be mert, as in the weights"),
+            ("n_q_out", "0", "must be 6, as in the weights"),
+            ("varying_lengths", ["3", "1"], "the least and the most"),
         ):
             with self.assertRaisesRegex(ValueError, f"state_dict.bin.*{pattern}"):
                 load({own + key: value})
         with self.assertRaisesRegex(ValueError, "self_wav must be one of"):
             load({"conditioners.self_wav.model": "clap"})
+
+    def test_damaged_weights(self):
+        whole = convert.load_package(Path(self.path) / "state_dict.bin")
+        prefix = musicgen.OF_SOUND
+
+        def fails(pattern: str, change: Callable[[dict], object]) -> None:
+            package = {**whole, "best_state": dict(whole["best_state"])}
+            change(package["best_state"])
+            load = convert.load_package
+            replaced = lambda p: package if p.name == "state_dict.bin" else load(p)
+            with patch.object(convert, "load_package", replaced):
+                with self.assertRaisesRegex(ValueError, f"(?s)state_dict.*{pattern}"):
+                    MusicGen.from_pretrained(self.path)
+
+        book = prefix + "rvq.vq.layers.{}._codebook.embed"
+        fails("codebook 2 .* missing", lambda w: w.pop(book.format(2)))
+        fails("lack it", lambda w: [w.pop(book.format(k)) for k in range(6)])
+        fails("must have one shape", lambda w: w.update({book.format(1): mx.ones(3)}))
+        fails("twice", lambda w: w.update({prefix + "mean": mx.ones(32)}))
+        embed = prefix + "embed.weight"
+        fails(
+            "must hold floats",
+            lambda w: w.update({embed: w[embed].astype(mx.int32)}),
+        )
 
     def test_damaged_mert(self):
         folder = self.copy(self.name)
@@ -1987,7 +2045,7 @@ class TestStyleCommands(Test):
         want = want / max(1, mx.abs(want).max().item())
         self.assertClose(mx.array(audio)[:, None], want, 2e-4)
         told = settings.read_settings(self.folder / "a.wav")
-        start = model.conditioner.start(sound, 3, musicgen.Options())
+        start, _ = model.conditioner.excerpt(sound, 3)
         self.assertEqual(told["style"], str(self.tune))
         self.assertEqual(told["style_start"], start)
         self.assertSame(self.make("again.wav", "--again", self.folder / "a.wav"), audio)
@@ -2002,6 +2060,39 @@ class TestStyleCommands(Test):
         self.make("stream.wav", *flags, "--stream")
         free = self.make("free.wav", "--style", self.tune)  # the excerpt alone
         self.assertNotEqual(free.tolist(), audio.tolist())
+
+    def test_settings_that_replace_others(self):
+        flags = ["-p", "drums", "--style", self.tune, "--guidance-beta", "5"]
+        self.make("a.wav", *flags)
+        again = ["--again", self.folder / "a.wav"]
+        self.make("text.wav", *again, "--style", "")
+        told = settings.read_settings(self.folder / "text.wav")
+        self.assertNotIn("style", told)
+        self.assertIsNone(told["guidance_beta"])
+        self.make("long.wav", *again, "--style-length", "4.5")
+        told = settings.read_settings(self.folder / "long.wav")
+        self.assertEqual((told["style_length"], told["guidance_beta"]), (4.5, 5))
+
+    def test_redecode_needs_no_style(self):
+        codes = self.folder / "codes.safetensors"
+        flags = ["-p", "a", "--style", self.tune, "--save-codes", codes]
+        audio = self.make("a.wav", *flags)
+        self.tune.unlink()
+        output = ["--output", self.folder / "b.wav"]
+        status, _, err = TestCommandLine.run_script(self, "--redecode", codes, *output)
+        self.assertEqual(status, 0, err)
+        self.assertSame(soundfile.read(self.folder / "b.wav")[0], audio)
+
+    def test_silent_excerpts_fail_alone(self):
+        half = self.folder / "half.wav"
+        tune = np.array(sounds.tune(32000, [60] * 8))
+        save_audio(half, np.concatenate([tune, tune, 0 * tune]), 32000)
+        output = ["--output", self.folder / "x.wav", "--takes", "6", "--style", half]
+        status, _, err = self.run_script("-p", "a", *output)
+        self.assertEqual(status, 1)
+        self.assertIn("must not be silent", err)
+        made = len(list(self.folder.glob("x-*.wav")))
+        self.assertIn(made, range(1, 6), err)
 
     def test_takes_each_have_their_excerpt(self):
         self.make("a.wav", "-p", "a", "--takes", "1", "--style", self.tune)
@@ -2038,6 +2129,11 @@ class TestStyleCommands(Test):
             dict(prompt="a"),
             dict(prompt="a", style=none),
         ]
+        bad = self.folder / "bad.jsonl"
+        bad.write_text(json.dumps(dict(prompt="a", guidance_beta=5)))
+        status, _, err = self.run_script("--prompts", bad)
+        self.assertEqual(status, 1)
+        self.assertRegex(err, "line 1: guidance_beta must come with a style.\n$")
         lines.write_text("\n".join(map(json.dumps, told)))
         output = ["--output", self.folder / "x.wav", "--style-quantizers", "2"]
         status, _, err = self.run_script("--prompts", lines, *output)
