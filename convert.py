@@ -390,14 +390,18 @@ def convert(
     dtype: mx.Dtype,
     q_bits: int | None = None,
     q_group_size: int = 64,
+    adapter: Path | None = None,
+    adapter_scale: float = 1.0,
 ) -> None:
     """Write the model `source` (short name, Hub id or folder) to `target`.
 
     `q_bits` quantizes the decoder's layers, with a scale for `q_group_size` weights.
+    An `adapter` of `train.py lora` is worked in, `adapter_scale` times.
 
     Raises FileExistsError when `target` is there already. What is written
     appears under its name only when it is whole.
     """
+    from lora import has_adapters
     from musicgen import MusicGen
 
     if target.exists() or target.is_symlink():
@@ -406,8 +410,15 @@ def convert(
         raise FileNotFoundError(f"The folder {target.parent} must exist.")
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        options = (dtype, q_bits, q_group_size)
-        save(MusicGen.from_pretrained(source, *options, lazy=True), folder)
+        options = dict(lazy=True, adapter=adapter, adapter_scale=adapter_scale)
+        sizes = (dtype, q_bits, q_group_size)
+        model = MusicGen.from_pretrained(source, *sizes, **options)
+        if has_adapters(model.decoder):
+            raise ValueError(
+                f"An adapter cannot be worked into {source}, which is quantized; take "
+                "the model that it was made from."
+            )
+        save(model, folder)
         folder.chmod(0o755)
         folder.rename(target)
     finally:
@@ -497,6 +508,8 @@ def parse_arguments() -> argparse.Namespace:
         choices=GROUP_SIZES,
         help="weights that share a scale (default: 64)",
     )
+    add("--adapter", type=Path, help="file of train.py lora to work in")
+    add("--adapter-scale", type=float, default=1.0, help="how much (default: 1)")
     add(
         "--upload-repo",
         help="Hub repository to publish to, such as mlx-community/NAME; where "
@@ -519,9 +532,10 @@ def run(args: argparse.Namespace) -> None:
     if args.upload_repo and is_converted(args.mlx_path):
         print(f"{args.mlx_path} is there already and is uploaded as it is")
     else:
-        quantized = (args.q_bits or 4, args.q_group_size or 64)
-        dtype = getattr(mx, args.dtype)
-        convert(args.hf_path, args.mlx_path, dtype, *(quantized * args.quantize))
+        q_bits = (args.q_bits or 4) if args.quantize else None
+        sizes = (getattr(mx, args.dtype), q_bits, args.q_group_size or 64)
+        adapter = (args.adapter, args.adapter_scale)
+        convert(args.hf_path, args.mlx_path, *sizes, *adapter)
         print(f"Wrote {args.mlx_path}")
     if args.upload_repo:
         upload(args.mlx_path, args.upload_repo, args.hf_path)

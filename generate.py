@@ -75,6 +75,8 @@ HELP = {
     "again": "sound or codes whose settings to use, but for the flags given beside",
     "dtype": "of the decoder (default: float16 on a GPU, float32 on the CPU)",
     "q_bits": "quantize the decoder's layers while loading: 4 or 8 bits per weight",
+    "adapter": "file of train.py lora that changes the model",
+    "adapter_scale": "how much it does (default: %(default)s)",
     "tensor_parallel": "share one model among the processes of mlx.launch",
 }
 
@@ -131,6 +133,8 @@ def make_parser() -> Parser:
     parser.add("again", type=Path)
     parser.add("dtype", choices=["float16", "bfloat16", "float32"])
     parser.add("q_bits", type=int, choices=[4, 8])
+    parser.add("adapter", type=Path)
+    parser.add("adapter_scale", type=float, default=1.0)
     parser.add("tensor_parallel", action="store_true")
     return parser
 
@@ -176,7 +180,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     jobs.check_level(args.loudness, args.peak)
 
 
-RECALLED = {*jobs.ALL_KEYS, "model", "dtype", "q_bits"} - {"output"}
+OF_MODEL = ("model", "dtype", "q_bits", "adapter", "adapter_scale")
+RECALLED = {*jobs.ALL_KEYS, *OF_MODEL} - {"output"}
 KEPT = {"output", *jobs.LEVELS, "subtype"}  # flags beside --redecode
 REPLACES = {  # flags, and the settings of a file that they put out of force
     "prompt": {"prompt"},
@@ -338,6 +343,8 @@ def make(
             getattr(mx, args.dtype) if args.dtype else None,
             args.q_bits,
             group=together,
+            adapter=args.adapter,
+            adapter_scale=args.adapter_scale,
         )
         if not (args.prompts or args.redecode):  # while Ctrl-C still ends it at once
             tell_melody(args, model, good[0])

@@ -447,7 +447,7 @@ def made_of(model: MusicGen, job: Job, prompt_frames: int = 0) -> dict[str, Any]
     if model.config.quantization:
         found["q_bits"] = model.config.quantization["bits"]
     dtype = str(model.decoder.dtype).removeprefix("mlx.core.")
-    return found | dict(dtype=dtype, mlx=mx.__version__)
+    return found | model.adapter | dict(dtype=dtype, mlx=mx.__version__)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -1095,6 +1095,7 @@ class MusicGen(nn.Module):
             self.conditioner = config.conditioner.build(*parts)
         self._load_text_encoder: Callable[[], T5] | None = None  # after it was freed
         self.name, self.revision = "", None  # that from_pretrained loaded
+        self._adapter: dict[str, Any] = {}  # its file and scale, if there is one
         if config.quantization:
             self.decoder.quantize(**config.quantization)
 
@@ -1107,6 +1108,11 @@ class MusicGen(nn.Module):
     def frame_rate(self) -> int:
         """Frames per second."""
         return self.config.audio_encoder.frame_rate
+
+    @property
+    def adapter(self) -> dict[str, Any]:
+        """Under "adapter" and "adapter_scale" what `from_pretrained` was given."""
+        return self._adapter
 
     @property
     def channels(self) -> int:
@@ -1609,6 +1615,8 @@ class MusicGen(nn.Module):
         q_group_size: int = 64,
         lazy: bool = False,
         group: mx.distributed.Group | None = None,
+        adapter: str | Path | None = None,
+        adapter_scale: float = 1.0,
     ) -> "MusicGen":
         """Load a model by short name ("small"), Hub id or local folder.
 
@@ -1619,7 +1627,8 @@ class MusicGen(nn.Module):
         float16. T5 and codec are always float32. `q_bits` quantizes the decoder's
         layers while loading, unless the folder holds them so. `lazy` leaves
         the weights to be read when they are needed. `group` shares the decoder's
-        layers among its processes, which must then all generate the same. Raises
+        layers among its processes, which must then all generate the same. `adapter`
+        is a file of `train.py lora` that changes it, `adapter_scale` times. Raises
         ValueError or OSError naming the file, tensor or key and what to do.
         """
         known = isinstance(dtype, mx.Dtype) and dtype in DTYPES.values()
@@ -1636,6 +1645,16 @@ class MusicGen(nn.Module):
         if dtype is None:
             dtype = stored if mx.default_device() == mx.gpu else mx.float32
         model.decoder.set_dtype(dtype)
+        if adapter is not None:
+            from lora import has_adapters, load_adapter
+
+            load_adapter(model, adapter, adapter_scale)
+            if group is not None and group.size() > 1 and has_adapters(model.decoder):
+                raise ValueError(
+                    "An adapter on a quantized model cannot be shared by processes; "
+                    "take the model that is not quantized."
+                )
+            model._adapter = {"adapter": str(adapter), "adapter_scale": adapter_scale}
         wanted = {"bits": q_bits, "group_size": q_group_size}
         if q_bits is not None and model.config.quantization is None:
             model.decoder.quantize(**wanted)

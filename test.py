@@ -47,8 +47,10 @@ import benchmark
 import convert
 import demucs
 import encodec
+import evaluate
 import generate
 import jobs
+import lora
 import loudness as loudness_script
 import melody
 import mert
@@ -56,7 +58,9 @@ import musicgen
 import settings
 import stream
 import style
+import synth
 import t5
+import train
 from encodec import Encodec, EncodecConfig, load_audio, resample, save_audio
 from mert import MERT, MERTConfig
 from musicgen import MusicGen, delay_mask, make_sampler, sampling_keys, undelay
@@ -3173,6 +3177,270 @@ class TestConvert(Test):
         card = (target / "README.md").read_text()
         self.assertIn("license: cc-by-nc-4.0", card)
         self.assertIn("--model someone/model", card)
+
+
+class TestLora(Test):
+    path = str(REFERENCE / "mono-transformers")
+
+    def setUp(self):
+        super().setUp()
+        self.clips = self.folder / "clips"
+        self.clips.mkdir()
+        for i, notes in enumerate(([60, 64, 67], [69, 65, 62])):
+            save_audio(self.clips / f"{i}.wav", sounds.tune(32000, notes), 32000)
+            (self.clips / f"{i}.txt").write_text(f"tune number {i}\n")
+        self.adapter = self.folder / "adapter.safetensors"
+
+    def train(self, *flags: str) -> tuple[int, str, str]:
+        arguments = ["lora", "--model", self.path, "--data", self.clips]
+        arguments += ["--output", self.adapter, "--rank", "4", "--dtype", "float32"]
+        out, err, status = io.StringIO(), io.StringIO(), 0
+        with patch.object(sys, "argv", ["train.py", *map(str, [*arguments, *flags])]):
+            with redirect_stdout(out), redirect_stderr(err):
+                try:
+                    train.main()
+                except SystemExit as error:
+                    status = error.code
+        return status, out.getvalue(), err.getvalue()
+
+    def batch(self, model: MusicGen) -> tuple[mx.array, ...]:
+        texts, codes = train.load_clips(model, self.clips)
+        ids, mask = train.padded([model.tokenizer.encode(t) for t in texts], 16)
+        told = mx.array([True, False])
+        return ids, mask, told, mx.stack([c[:20] for c in codes]).astype(mx.int32)
+
+    def test_loss_is_that_of_the_decoder(self):
+        """In one pass as step by step."""
+        for name in ("mono-transformers", "stereo-transformers", "melody-transformers"):
+            model = exact(name)
+            ids, mask, told, codes = self.batch(model)
+            loss, _, _ = train.lm_loss(model, ids, mask, told, codes)
+            config, T = model.config.decoder, codes.shape[1]
+            wanted = musicgen.delay(codes, config.delays, T, config.vocab_size)
+            text = model.text_encoder(ids, mask)
+            attended = mask & told[:, None]
+            run = musicgen.Run(model.decoder, text, attended, 2, T + 60)
+            run.rewind(*model._states([None, None], 0, T))
+            token, total = mx.full((2, 1, wanted.shape[2]), config.vocab_size), 0.0
+            real = delay_mask(T, config.delays)
+            for step in range(wanted.shape[1]):
+                logits = run(token)[:, -1]
+                token = wanted[:, step : step + 1]
+                chosen = mx.where(real[step], token[:, 0], 0)
+                each = nn.losses.cross_entropy(logits, chosen) * real[step]
+                total += each.sum().item()
+            self.assertAlmostEqual(loss.item(), total / codes.size, 3)
+
+    def test_gradients(self):
+        """Against finite differences."""
+        model = exact("mono-transformers")
+        model.freeze()
+        lora.add_adapters(model.decoder, 2, 1.0)
+        layer = model.decoder.layers[0].linear1
+        layer.b = 0.1 * mx.random.normal(layer.b.shape, key=mx.random.key(1))
+        layer.unfreeze(keys=["a", "b"], recurse=False)
+        batch = self.batch(model)
+        gradient = nn.value_and_grad(model, train.lm_loss)
+        _, found = gradient(model, *batch)
+        found = found["decoder"]["layers"][0]["linear1"]
+        for name in ("a", "b"):
+            way = mx.random.normal(layer[name].shape, key=mx.random.key(2))
+            values, start = [], layer[name]
+            for step in (1e-2, -1e-2):
+                layer[name] = start + step * way
+                values.append(train.lm_loss(model, *batch)[0].item())
+            layer[name] = start
+            slope = (found[name] * way).sum().item()
+            self.assertAlmostEqual((values[0] - values[1]) / 2e-2, slope, 3)
+            self.assertGreater(abs(slope), 1e-3)
+
+    def test_learns(self):
+        before = exact("mono-transformers").generate_codes("a", duration=0.3, temp=0)
+        status, out, err = self.train("--steps", "60", "--lr", "0.02", "--batch", "2")
+        self.assertEqual((status, err), (0, ""))
+        model, batch = exact("mono-transformers"), None
+        batch = self.batch(model)
+        first = train.lm_loss(model, *batch)[0].item()
+        learned = MusicGen.from_pretrained(self.path, mx.float32, adapter=self.adapter)
+        self.assertLess(train.lm_loss(learned, *batch)[0].item(), first - 0.3)
+        none = dict(adapter=self.adapter, adapter_scale=0)
+        same = MusicGen.from_pretrained(self.path, mx.float32, **none)
+        self.assertSame(same.generate_codes("a", duration=0.3, temp=0), before)
+        self.assertLess(self.adapter.stat().st_size, 200_000)
+
+        converted = self.folder / "fused"
+        convert.convert(self.path, converted, mx.float32, adapter=self.adapter)
+        fused = MusicGen.from_pretrained(converted, mx.float32)
+        wanted = learned.generate_codes("b", duration=0.3, seed=1)
+        self.assertSame(fused.generate_codes("b", duration=0.3, seed=1), wanted)
+
+        flags = ["-p", "b", "--model", self.path, "--seed", "1", "--duration", "0.3"]
+        flags += ["--dtype", "float32"]
+        for name, more in (("a", ["--adapter", self.adapter]), ("b", [])):
+            flags += more if name == "a" else ["--again", self.folder / "a.wav"]
+            output = ["--output", self.folder / f"{name}.wav"]
+            status, _, err = TestCommandLine.run_script(self, *flags, *output)
+            self.assertEqual(status, 0, err)
+            told = settings.read_settings(self.folder / f"{name}.wav")
+            self.assertEqual(told["adapter"], str(self.adapter))
+        self.assertSame(*(soundfile.read(self.folder / f"{n}.wav")[0] for n in "ab"))
+
+    def test_goes_on(self):
+        flags = ["--lr", "0.01", "--seed", "3"]
+        self.train("--steps", "4", *flags)
+        status, out, err = self.train("--steps", "8", "--resume", *flags)
+        self.assertEqual((status, err), (0, ""))
+        self.assertIn("step 8", out)
+
+    def test_beside_quantized_layers(self):
+        sizes = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
+        config = musicgen.DecoderConfig(ffn_dim=64, **sizes)
+        decoder = musicgen.Decoder(config, text_width=16)
+        decoder.quantize(8, 32)
+        inputs = mx.random.normal((1, 3, 64))
+        layer = decoder.layers[0].linear1
+        lora.add_adapters(decoder, 2, 0.5)
+        adapted = decoder.layers[0].linear1
+        adapted.b = mx.ones(adapted.b.shape)
+        want = layer(inputs) + 0.5 * (inputs @ adapted.a) @ adapted.b
+        self.assertClose(adapted(inputs), want, 1e-5)
+        lora.fuse(decoder)
+        self.assertIs(decoder.layers[0].linear1, adapted)
+        self.assertTrue(lora.has_adapters(decoder))
+
+    def test_bad_clips(self):
+        (self.clips / "bad.wav").write_bytes(b"noise")
+        (self.clips / "bad.txt").write_text("bad")
+        status, _, err = self.train("--steps", "1")
+        self.assertEqual(status, 0)
+        self.assertRegex(err, "skipped: .*bad.wav is not a readable sound file.*\n$")
+        for name in ("0", "1"):
+            (self.clips / f"{name}.wav").write_bytes(b"noise")
+            time.sleep(0.01)
+        status, _, err = self.train("--steps", "1")
+        self.assertRegex(str(status), "must hold a sound file that can be read")
+        (self.clips / "0.txt").unlink()
+        status, _, err = self.train("--steps", "1")
+        self.assertRegex(str(status), "0.wav needs a caption in 0.txt")
+        (self.clips / "captions.jsonl").write_text('{"file": 3}')
+        status, _, err = self.train("--steps", "1")
+        self.assertRegex(str(status), "captions.jsonl, line 1 must be")
+
+    def test_bad_flags_and_files(self):
+        for flag in ("--lr", "--rank", "--steps", "--crop"):
+            status, _, err = self.train(flag, "0")
+            self.assertEqual(status, 2)
+            self.assertIn(f"{flag} must be above 0, got 0", err)
+        status, _, _ = self.train("--rank", "999")
+        self.assertRegex(str(status), "rank must be from 1 to 32, got 999")
+        status, _, _ = self.train("--resume", "--steps", "2")
+        self.assertRegex(str(status), "nothing to resume")
+        with patch.object(mx, "save_safetensors", side_effect=RuntimeError("full")):
+            status, _, _ = self.train("--steps", "1")
+        self.assertRegex(str(status), "could not be written: full")
+        self.assertFalse(self.adapter.exists())
+        self.train("--steps", "1")
+        for name, pattern in (
+            ("stereo-transformers", "belongs to another model: its num_hidden"),
+            ("mono-transformers", "adapter_scale must be"),
+        ):
+            options = dict(adapter=self.adapter, adapter_scale=1.0)
+            options["adapter_scale"] = math.nan if "scale" in pattern else 1.0
+            with self.assertRaisesRegex(ValueError, pattern):
+                MusicGen.from_pretrained(REFERENCE / name, **options)
+        (self.folder / "x.safetensors").write_bytes(b"noise")
+        for path, error in (("x", ValueError), ("none", FileNotFoundError)):
+            with self.assertRaises(error):
+                lora.read_adapter(self.folder / f"{path}.safetensors")
+
+
+class TestSynth(Test):
+    def test_world(self):
+        self.assertEqual((len(synth.KNOWN), len(synth.HELD_OUT)), (144, 36))
+        for i, j in ((a, b) for a in range(5) for b in range(a)):
+            pairs = {(clip[i], clip[j]) for clip in synth.CLIPS}
+            self.assertEqual({(clip[i], clip[j]) for clip in synth.KNOWN}, pairs)
+
+    def test_clips(self):
+        again = [synth.make(7) for _ in range(2)]
+        self.assertEqual(again[0][:2], again[1][:2])
+        self.assertSame(again[0][2], again[1][2])
+        for seed in range(8):
+            clip, text, sound = synth.make(seed, seconds=2.0)
+            self.assertIn(clip, synth.KNOWN)
+            self.assertEqual(sound.shape, (64000,))
+            self.assertTrue(0.05 < np.abs(sound).max() <= 1)
+            self.assertGreater(len(text.split()), 1)
+
+    def test_words_tell_all_traits(self):
+        random = np.random.default_rng(0)
+        for clip in synth.CLIPS:
+            text = synth.caption(clip, random)
+            for name, value in clip._asdict().items():
+                said = any(word in text for word in synth.WORDS[value])
+                self.assertTrue(said or value == "without", text)
+
+    def test_measures(self):
+        """On clips that the timbres were not fitted to."""
+        judge = evaluate.Judge(150)
+        random = np.random.default_rng(5)
+        clips = synth.CLIPS[::4]
+        own = [synth.render(clip, random, 4.0) for clip in clips]
+        found = evaluate.shares(judge, clips, own)
+        for name, least in (("register", 0.95), ("tempo", 0.95), ("drums", 0.95)):
+            self.assertGreaterEqual(found[name], least, name)
+        self.assertGreaterEqual(found["timbre"], 0.85)
+
+
+class TestTrain(Test):
+    def test_codec_and_lm(self):
+        """A few steps of both, and a model comes of them that plays."""
+        small = dict(num_filters=4, hidden_size=8, codebook_size=64)
+        codec = dataclasses.replace(train.CODEC, target_bandwidths=(1.2,), **small)
+        sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+        decoder = dataclasses.replace(train.DECODER, vocab_size=64, ffn_dim=48, **sizes)
+        text = dataclasses.replace(train.TEXT, d_model=16, d_kv=8, d_ff=16)
+        patches = dict(CODEC=codec, DECODER=decoder, TEXT=text)
+        pool = Mock()
+        pool.return_value.__enter__ = lambda _: Mock(
+            imap=lambda f, x, chunksize: map(f, x)
+        )
+        pool.return_value.__exit__ = lambda *_: None
+        flags = ["--steps", "3", "--batch", "2", "--clips", "2"]
+        out = self.folder / "tiny"
+        with patch.multiple(train, **patches), patch.object(synth, "SECONDS", 2.0):
+            with patch("train.get_context", return_value=Mock(Pool=pool)):
+                for what in ("--codec", "--lm"):
+                    argv = ["train.py", "synth", what, "--output", str(out), *flags]
+                    with patch.object(sys, "argv", argv), redirect_stdout(
+                        io.StringIO()
+                    ):
+                        train.main()
+        model = MusicGen.from_pretrained(out)
+        audio = model.generate("slow bell", duration=0.2)
+        self.assertEqual(audio.shape, (1, 6400, 1))
+        with patch.object(sys, "argv", ["train.py", "synth", "--lm", "--output", "/x"]):
+            with patch.object(Path, "mkdir"), self.assertRaises(SystemExit) as error:
+                train.main()
+        self.assertIn("train the codec first", str(error.exception))
+
+    def test_codebooks_follow(self):
+        seen = mx.random.normal((64, 4), key=mx.random.key(0)) + 3
+        books = mx.zeros((8, 4))
+        state = dict(counts=mx.zeros(8), sums=mx.zeros((8, 4)))
+        for _ in range(300):
+            _, _, (taken,) = train.quantize(seen, [books])
+            books, state = train.follow(books, state, seen, taken)
+        _, _, (taken,) = train.quantize(seen, [books])
+        self.assertEqual(len(set(taken.tolist())), 8)  # the dead were revived
+        for entry in range(8):
+            own = seen[mx.array(np.flatnonzero(np.array(taken) == entry))]
+            self.assertClose(books[entry], own.mean(axis=0), 0.1)
+
+    def test_stft_distance(self):
+        sound = mx.random.normal((1, 8000), key=mx.random.key(0))
+        self.assertEqual(train.stft_distance(sound, sound).item(), 0)
+        self.assertGreater(train.stft_distance(sound, 0.5 * sound).item(), 0.4)
 
 
 class TestCommandLine(Test):

@@ -1,0 +1,241 @@
+"""Whether music follows its prompt: measured from the sound alone.
+
+    python evaluate.py --model tiny
+    python evaluate.py --model tiny --guidance-coef 1
+    python evaluate.py --codec tiny
+
+The first makes takes of prompts whose combination of words was not in the training
+(`synth.HELD_OUT`) and tells how often the register (pitch, by autocorrelation), the
+tempo (onsets a second), the timbre (shape of the spectrum) and the drums (energy below
+the lowest note) are what the prompt says, beside what these measures make of the
+synthesizer's own clips. The last tells how much of the sound the codec keeps.
+"""
+
+import argparse
+import sys
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+import synth
+from musicgen import MusicGen
+
+FRAME, HOP = 4096, 1024  # samples in which pitch is sought
+REGISTERS = (277.0, 740.0)  # Hz between low, middle and high
+TEMPI = (1.41, 2.83)  # onsets a second between slow, medium and fast
+DRUMS = -14.0  # dB below 85 Hz, beside all, from which on there is a kick
+HARMONICS = 8
+
+
+class Measured(NamedTuple):
+    """What is found in a sound."""
+
+    pitch: float  # Hz
+    onsets: float  # a second
+    spectrum: np.ndarray  # features of the timbre
+    low: float  # dB of what lies below the notes, beside the rest
+
+
+def frames_of(sound: np.ndarray, size: int, hop: int) -> np.ndarray:
+    """(T, size) windows of samples (N,)."""
+    return np.lib.stride_tricks.sliding_window_view(sound, size)[::hop]
+
+
+def band(sound: np.ndarray, low: float, high: float) -> np.ndarray:
+    """The part of samples (N,) between two frequencies."""
+    spectrum = np.fft.rfft(sound)
+    hertz = np.fft.rfftfreq(len(sound), 1 / synth.RATE)
+    spectrum[(hertz < low) | (hertz > high)] = 0
+    return np.fft.irfft(spectrum, len(sound))
+
+
+def pitches(frames: np.ndarray) -> np.ndarray:
+    """Hz of each frame (T, size): the first lag at which it is nearly as like itself as
+    at any, from 1800 down to 95 Hz."""
+    size = frames.shape[1]
+    power = np.abs(np.fft.rfft(frames * np.hanning(size), 2 * size)) ** 2
+    alike = np.fft.irfft(power)[:, : size // 2]
+    alike = (
+        alike
+        / np.correlate(np.hanning(size), np.hanning(size), "full")[
+            size - 1 : size - 1 + size // 2
+        ]
+    )
+    first, last = int(synth.RATE / 1900), int(synth.RATE / 95)
+    found = alike[:, first:last]
+    peaks = (found[:, 1:-1] > found[:, :-2]) & (found[:, 1:-1] >= found[:, 2:])
+    high = found[:, 1:-1] > 0.85 * found.max(axis=1, keepdims=True)
+    return synth.RATE / (first + 1 + np.argmax(peaks & high, axis=1))
+
+
+def onset_rate(sound: np.ndarray) -> float:
+    """Onsets a second, by the rise of the bands, half an octave each, that rise most."""
+    frames = frames_of(sound, 1024, 256) * np.hanning(1024)
+    power = np.abs(np.fft.rfft(frames)) ** 2
+    edges = np.unique(np.geomspace(2, 256, 16).astype(int))
+    levels = np.log(np.add.reduceat(power, edges, axis=1)[:, :-1] + 0.3)
+    rise = np.sort(np.maximum(levels[3:] - levels[:-3], 0))[:, -2:].mean(axis=1)
+    second = synth.RATE / 256
+    least, near = 0.5 * np.sort(rise)[-8:].mean(), int(0.1 * second)
+    onsets = [
+        i
+        for i in range(len(rise))
+        if rise[i] > least and rise[i] == rise[max(i - near, 0) : i + near + 1].max()
+    ]
+    if len(onsets) < 2:
+        return len(onsets) / (len(sound) / synth.RATE)
+    return (len(onsets) - 1) * second / (onsets[-1] - onsets[0])
+
+
+def shape(frames: np.ndarray, hertz: np.ndarray) -> np.ndarray:
+    """How strong each harmonic is beside all, in dB, how much lies between them, and
+    how fast the sound fades: features of the timbre."""
+    size = frames.shape[1]
+    power = np.abs(np.fft.rfft(frames * np.hanning(size))) ** 2
+    places = np.arange(1, HARMONICS + 1)[:, None] * hertz / (synth.RATE / size)
+    bins = np.rint(places).astype(int)[..., None] + np.arange(-2, 3)
+    rows = np.arange(len(frames))[None, :, None]
+    found = power[rows, np.minimum(bins, size // 2)].sum(axis=-1)  # (K, T)
+    found[places > size // 2] = 0
+    total = power[:, int(100 / synth.RATE * size) :].sum(axis=1)
+    between = 1 - np.minimum(found.sum(axis=0) / total, 1)
+    shares = np.vstack([found / total, between])
+    quarters = np.quantile(10 * np.log10(shares + 1e-4), (0.25, 0.5, 0.75), axis=1)
+    return quarters.ravel()
+
+
+def measure(sound: np.ndarray) -> Measured:
+    """Samples (N,) -> what is found in them."""
+    tones = band(sound, 100, 15000)
+    frames = frames_of(tones, FRAME, HOP)
+    loud = (frames**2).mean(axis=1)
+    steady = frames[loud > 0.2 * np.sort(loud)[-5:].mean()]
+    hertz = pitches(steady)
+    level = 10 * np.log10(loud + 1e-7)
+    falls = (level[4:] - level[:-4])[level[:-4] > level.max() - 10]
+    spectrum = np.append(shape(steady, hertz), np.quantile(falls, (0.25, 0.5, 0.75)))
+    bass = frames_of(band(sound, 20, 85), 8000, 4000)
+    low = 10 * np.log10((bass**2).mean(axis=1).max() / (sound**2).mean() + 1e-6)
+    return Measured(float(np.median(hertz)), onset_rate(sound), spectrum, low)
+
+
+class Judge:
+    """Names the traits of what is measured. The timbres are told apart by the means of
+    their features over the synthesizer's clips, under their common covariance."""
+
+    def __init__(self, clips: int = 400, seconds: float = 4.0):
+        features, names = [], []
+        for seed in range(5000, 5000 + clips):
+            clip, _, sound = synth.make(seed, synth.CLIPS, seconds)
+            features.append(measure(sound).spectrum)
+            names.append(clip.timbre)
+        features, names = np.array(features), np.array(names)
+        timbres = synth.TRAITS["timbre"]
+        self.means = np.array([features[names == t].mean(axis=0) for t in timbres])
+        places = [timbres.index(name) for name in names]
+        spread = np.cov((features - self.means[places]).T)
+        self.inverse = np.linalg.inv(spread + 0.1 * np.eye(len(spread)))
+
+    def name(self, found: Measured) -> dict[str, str]:
+        """The traits, but for the mode."""
+        apart = self.means - found.spectrum
+        nearest = np.argmin(np.einsum("kd,de,ke->k", apart, self.inverse, apart))
+        register = int(np.searchsorted(REGISTERS, found.pitch))
+        tempo = int(np.searchsorted(TEMPI, found.onsets))
+        return {
+            "register": synth.TRAITS["register"][register],
+            "tempo": synth.TRAITS["tempo"][tempo],
+            "timbre": synth.TRAITS["timbre"][nearest],
+            "drums": synth.TRAITS["drums"][int(found.low > DRUMS)],
+        }
+
+
+def shares(judge: Judge, clips: list[synth.Clip], sounds) -> dict[str, float]:
+    """How often each trait of the clips is found in their sounds (N,)."""
+    right = []
+    for clip, sound in zip(clips, sounds):
+        found = judge.name(measure(sound))
+        right.append([found[name] == getattr(clip, name) for name in found])
+    return dict(zip(found, np.mean(right, axis=0)))
+
+
+def prompts(count: int, seed: int = 0) -> tuple[list[synth.Clip], list[str]]:
+    """Combinations that were held out, each trait said, in any words."""
+    random = np.random.default_rng(seed)
+    clips = [synth.HELD_OUT[i % len(synth.HELD_OUT)] for i in range(count)]
+    return clips, [synth.caption(clip, random) for clip in clips]
+
+
+def follow(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """The table of how prompts are followed."""
+    judge, model = Judge(), MusicGen.from_pretrained(args.model)
+    clips, texts = prompts(args.prompts)
+    random = np.random.default_rng(1)
+    own = [synth.render(clip, random, args.duration) for clip in clips]
+    options = dict(duration=args.duration, guidance_coef=args.guidance_coef)
+    audio = model.generate(texts, seed=args.seed, batch_size=args.batch, **options)
+    sounds = np.array(audio[..., 0])
+    takes = f"takes, guidance {args.guidance_coef:g}"
+    return {
+        "the synthesizer's clips": shares(judge, clips, own),
+        takes: shares(judge, clips, sounds),
+    }
+
+
+def si_sdr(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Scale-invariant signal-to-distortion ratio of samples (N,), in dB."""
+    aim = wanted * (found @ wanted) / (wanted @ wanted)
+    return 10 * np.log10((aim @ aim) / ((found - aim) @ (found - aim)))
+
+
+def reconstruct(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """The table of what the codec keeps of clips that it never heard."""
+    from train import stft_distance
+
+    codec = MusicGen.from_pretrained(args.codec).audio_encoder
+    sounds = [synth.make(seed, synth.HELD_OUT, 4.0)[2] for seed in range(9000, 9040)]
+    audio = mx.array(np.stack(sounds))
+    codes = codec.encode(audio[..., None])[0].codes
+    table = {}
+    for count in (1, 2, codes.shape[-1]):
+        again = codec.decode_chunk(codes[..., :count])[..., 0]
+        ratios = [si_sdr(a, b) for a, b in zip(np.array(again), sounds)]
+        distance = stft_distance(again, audio).item()
+        table[f"{count} codebooks"] = {
+            "STFT distance": distance,
+            "SI-SDR in dB": float(np.median(ratios)),
+        }
+    return table
+
+
+def show(table: dict[str, dict[str, float]], form: str) -> None:
+    columns = list(next(iter(table.values())))
+    print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    for name, row in table.items():
+        print(f"| {name} | {' | '.join(form.format(row[c]) for c in columns)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the tiny model.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="model whose takes to measure")
+    what.add_argument("--codec", help="model whose codec to measure")
+    add = parser.add_argument
+    add("--prompts", type=int, default=200, help="(default: %(default)s)")
+    add("--duration", type=float, default=4.0, help="seconds (default: %(default)s)")
+    add("--guidance-coef", type=float, default=3.0, help="(default: %(default)s)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--batch", type=int, default=50, help="takes at once (default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        if args.codec:
+            show(reconstruct(args), "{:.2f}")
+        else:
+            show(follow(args), "{:.1%}")
+    except (OSError, ValueError) as error:
+        sys.exit(f"evaluate.py: error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    main()

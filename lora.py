@@ -1,0 +1,171 @@
+"""Adapters: small changes to a decoder's layers, learned from a few clips.
+
+Low-rank adaptation (https://arxiv.org/abs/2106.09685): beside each matrix of the
+layers lies a product of two narrow ones, and only these are trained and kept. Stands
+alone; `train.py lora` makes adapters, and
+
+    model = MusicGen.from_pretrained("small")
+    load_adapter(model, "brass.safetensors", scale=0.8)
+
+or `generate.py --adapter brass.safetensors` uses one.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from safetensors import SafetensorError, safe_open
+
+VERSION = 1  # of the file
+Linear = nn.Linear | nn.QuantizedLinear
+SIZES = (  # of the decoder's config, which an adapter must share
+    "hidden_size",
+    "num_hidden_layers",
+    "ffn_dim",
+    "num_codebooks",
+    "sound_width",
+)
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with an adapter beside it: `layer(x) + scale * (x @ a) @ b`."""
+
+    def __init__(self, layer: Linear, rank: int, scale: float):
+        super().__init__()
+        outputs, inputs = shape(layer)
+        self.layer, self._scale = layer, scale
+        self.a = mx.random.uniform(-1, 1, (inputs, rank)) / math.sqrt(inputs)
+        self.b = mx.zeros((rank, outputs))  # so that it changes nothing at first
+
+    def __call__(self, x: mx.array) -> mx.array:
+        change = (x.astype(self.a.dtype) @ self.a) @ self.b
+        return self.layer(x) + (self._scale * change).astype(x.dtype)
+
+    def fused(self) -> nn.Linear:
+        """One layer that does the same."""
+        change = self._scale * (self.a @ self.b).T
+        weight = self.layer.weight
+        self.layer.weight = (weight + change).astype(weight.dtype)
+        return self.layer
+
+
+def shape(layer: Linear) -> tuple[int, int]:
+    """Outputs and inputs of a layer."""
+    outputs, inputs = layer.weight.shape
+    if isinstance(layer, nn.QuantizedLinear):
+        inputs = inputs * 32 // layer.bits
+    return outputs, inputs
+
+
+def add_adapters(decoder: nn.Module, rank: int, scale: float) -> None:
+    """Put an adapter beside each linear layer in the decoder's layers.
+
+    Raises ValueError for a rank that is not from 1 to the layers' width.
+    """
+    width = decoder.config.hidden_size
+    if type(rank) is not int or not 1 <= rank <= width:
+        raise ValueError(f"rank must be from 1 to {width}, got {rank!r}.")
+    for block in decoder.layers:
+        found = [
+            (name, LoRALinear(module, rank, scale))
+            for name, module in block.named_modules()
+            if isinstance(module, Linear)
+        ]
+        replace(block, found)
+
+
+def replace(block: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:
+    """Put modules in the places of those of the same dotted names."""
+    for name, module in modules:
+        *parents, last = name.split(".")
+        place = block
+        for parent in parents:
+            place = place[parent]
+        place[last] = module
+
+
+def fuse(decoder: nn.Module) -> None:
+    """Work every adapter into its layer; those beside quantized ones stay."""
+    for block in decoder.layers:
+        found = [
+            (name, module.fused())
+            for name, module in block.named_modules()
+            if isinstance(module, LoRALinear) and type(module.layer) is nn.Linear
+        ]
+        replace(block, found)
+
+
+def has_adapters(decoder: nn.Module) -> bool:
+    """Whether any adapter lies beside a layer, and is not worked into it."""
+    return any(isinstance(module, LoRALinear) for module in decoder.modules())
+
+
+def save_adapter(
+    path: str | Path, decoder: nn.Module, rank: int, settings: dict[str, Any]
+) -> None:
+    """Write the adapters as safetensors; whole or not at all. Raises OSError."""
+    path = Path(path)
+    part = path.with_name(f".{path.stem[:80]}.part.safetensors")
+    arrays = {
+        name: value.astype(mx.float32)
+        for name, value in tree_flatten(decoder.parameters())
+        if name.endswith((".a", ".b"))
+    }
+    sizes = {name: getattr(decoder.config, name) for name in SIZES}
+    told = dict(musicgen_adapter=VERSION, rank=rank, sizes=sizes) | settings
+    try:
+        mx.save_safetensors(str(part), arrays, {"adapter": json.dumps(told)})
+        part.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_adapter(path: str | Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """What `save_adapter` wrote. Raises FileNotFoundError, or ValueError for a file
+    that is damaged or another."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no adapter {path}.")
+    try:
+        with safe_open(path, "numpy") as file:  # which checks the header, too
+            told = json.loads((file.metadata() or {}).get("adapter", "null"))
+        arrays = mx.load(str(path))
+        mx.eval(arrays)
+    except (RuntimeError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or no adapter: {error}") from error
+    if not isinstance(told, dict) or told.get("musicgen_adapter") != VERSION:
+        raise ValueError(f"{path} must be an adapter that train.py wrote.")
+    return arrays, told
+
+
+def load_adapter(model: nn.Module, path: str | Path, scale: float = 1.0) -> None:
+    """Change the decoder of a MusicGen by an adapter, `scale` times as much.
+
+    Where the layers are not quantized the change is worked into them. Raises
+    FileNotFoundError, or ValueError for an adapter of another model.
+    """
+    if not (isinstance(scale, int | float) and abs(scale) <= 100):
+        raise ValueError(f"adapter_scale must be from -100 to 100, got {scale!r}.")
+    arrays, told = read_adapter(path)
+    for name, size in told.get("sizes", {}).items():
+        own = getattr(model.decoder.config, name, None)
+        if own != size:
+            raise ValueError(
+                f"{path} belongs to another model: its {name} is {size}, here it is "
+                f"{own}."
+            )
+    add_adapters(model.decoder, told["rank"], scale * told.get("scale", 1.0))
+    try:
+        own = {n for n, _ in tree_flatten(model.decoder.parameters())}
+        if missing := {n for n in own if n.endswith((".a", ".b"))} ^ arrays.keys():
+            raise ValueError(f"{min(missing)} is missing or not known")
+        model.decoder.load_weights(list(arrays.items()), strict=False)
+    except ValueError as error:
+        raise ValueError(f"{path} does not load: {error}") from error
+    fuse(model.decoder)
