@@ -159,6 +159,31 @@ def measure(model: MusicGen, duration: float, batch: int) -> dict[str, str]:
     }
 
 
+def measure_training(model: MusicGen, duration: float, batch: int, rank: int) -> dict:
+    """Rows of the table for steps of `train.py lora`, on any codes."""
+    from lora import add_adapters
+    from train import Training, adapt_only, lm_loss
+
+    add_adapters(model.decoder, rank, 1.0)
+    adapt_only(model)
+    frames = int(duration * model.frame_rate)
+    codes = mx.zeros((batch, frames, model.config.decoder.num_codebooks), mx.int32)
+    ids, mask = mx.ones((batch, 16), mx.int32), mx.ones((batch, 16), mx.bool_)
+    given = (ids, mask, mx.ones(batch, mx.bool_), codes)
+    training = Training(model, lm_loss, 10, 1e-4, None, {})
+    mx.reset_peak_memory()
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        mx.eval(training.step(given, 0.0), model.trainable_parameters())
+        times.append(time.perf_counter() - start)
+    return {
+        "training step": f"{statistics.median(times[2:]):.3f} s for {batch} of "
+        f"{duration:g} s, rank {rank}",
+        "peak memory": f"{mx.get_peak_memory() / 1e9:.2f} GB",
+    }
+
+
 def measure_separation(duration: float) -> dict[str, str]:
     """Rows of the table for Demucs, of the published size with random weights."""
     model = HTDemucs(HTDemucsConfig())
@@ -186,6 +211,8 @@ def measure_model(args: argparse.Namespace) -> dict[str, str]:
     else:
         model = MusicGen.from_pretrained(args.model, getattr(mx, dtype), args.q_bits)
     load = time.perf_counter() - start
+    if args.lora:
+        return measure_training(model, args.duration, args.batch, args.lora)
     model.generate("a", duration=0.1)  # compiles what MLX compiles once
     mx.reset_peak_memory()
     rows = {
@@ -205,6 +232,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--duration", type=float, default=8.0, help="seconds (default: %(default)s)")
     add("--batch", type=int, default=1, help="takes at once (default: %(default)s)")
+    add("--lora", type=int, help="measure the training of adapters of this rank")
     add("--dtype", choices=["float16", "bfloat16", "float32"])
     add("--q-bits", type=int, choices=[4, 8], help="quantize the decoder's layers")
     args = parser.parse_args()

@@ -106,7 +106,7 @@ class Training:
         loss: Callable,
         steps: int,
         rate: float,
-        folder: Path,
+        folder: Path | None,
         state: dict[str, mx.array],
     ):
         self.optimizer = optim.AdamW(rate, betas=[0.9, 0.98], weight_decay=0.01)
@@ -114,7 +114,11 @@ class Training:
         self.model, self.steps, self.folder, self.state = model, steps, folder, state
         self.done, self.rate = 0, rate
         self._gradient = nn.value_and_grad(model, loss)
-        folder.mkdir(parents=True, exist_ok=True)
+        self._compile()
+
+    def _compile(self) -> None:
+        moving = [self.model.state, self.optimizer.state]
+        self._update = mx.compile(self._apply, inputs=moving, outputs=moving)
 
     def _apply(self, gradients: dict) -> None:
         gradients, _ = optim.clip_grad_norm(gradients, 1.0)
@@ -135,6 +139,7 @@ class Training:
 
     def save(self) -> None:
         """Keep all to go on from; whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         arrays = {"model": self.model.trainable_parameters(), "state": self.state}
         arrays["optimizer"] = self.optimizer.state
         arrays["done"] = mx.array(self.done)
@@ -150,6 +155,7 @@ class Training:
         self.optimizer.state = arrays["optimizer"]
         self.state.update(arrays.get("state", {}))
         self.done = arrays["done"].item()
+        self._compile()  # for another state
 
     def run(
         self,
@@ -159,8 +165,6 @@ class Training:
         keep: Callable[[], None],
     ) -> None:
         """Train to the last step, or for so many seconds; tells and keeps on the way."""
-        moving = [self.model.state, self.optimizer.state]
-        self._update = mx.compile(self._apply, inputs=moving, outputs=moving)
         start, told = time.perf_counter(), []
         for step in range(self.done, self.steps):
             passed = time.perf_counter() - start
@@ -551,6 +555,14 @@ def load_clips(model: MusicGen, folder: Path) -> tuple[list[str], list[mx.array]
     return texts, codes
 
 
+def adapt_only(model: MusicGen) -> None:
+    """Train nothing but the adapters."""
+    model.freeze()
+    for module in model.decoder.modules():
+        if isinstance(module, LoRALinear):
+            module.unfreeze(keys=["a", "b"], recurse=False)
+
+
 def train_lora(args: argparse.Namespace) -> None:
     """Train adapters on a folder of clips, and write them."""
     mx.random.seed(args.seed)
@@ -558,11 +570,8 @@ def train_lora(args: argparse.Namespace) -> None:
     dtype = None if args.dtype is None else getattr(mx, args.dtype)
     model = MusicGen.from_pretrained(args.model, dtype, args.q_bits)
     texts, codes = load_clips(model, args.data)
-    model.freeze()
     add_adapters(model.decoder, args.rank, 1.0)
-    for _, module in model.decoder.named_modules():
-        if isinstance(module, LoRALinear):
-            module.unfreeze(keys=["a", "b"], recurse=False)
+    adapt_only(model)
     folder = args.output.with_suffix(".training")
     training = Training(model, lm_loss, args.steps, args.lr, folder, {})
     if args.resume:
