@@ -448,7 +448,7 @@ def is_converted(folder: Path) -> bool:
 
 def model_card(folder: Path, repo: str, source: str) -> str:
     """The README of `repo`, for a folder converted from `source`."""
-    from musicgen import MODELS
+    from checkpoints import MODELS
 
     dtype = json.loads((folder / "config.json").read_text())["decoder_dtype"]
     source = MODELS.get(source, source)
@@ -488,7 +488,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments() -> argparse.Namespace:
-    from musicgen import BITS, GROUP_SIZES, check_name
+    from checkpoints import check_name
+    from musicgen import BITS, GROUP_SIZES
 
     parser = Parser(description="Convert MusicGen to MLX.")
     add = parser.add_argument

@@ -22,10 +22,11 @@ from huggingface_hub.utils import logging, tqdm
 import jobs
 import settings
 import stream
+from checkpoints import MODELS, check_name
 from encodec import check_writable, choose_subtype, save_audio
 from jobs import Job, Made
 from melody import draw, extract_chroma
-from musicgen import MODELS, MusicGen, check_name, row_seeds
+from musicgen import MusicGen, row_seeds
 
 HELP = {
     "prompt": 'what to play; "" for anything; may be given several times',

@@ -44,6 +44,7 @@ from mlx.utils import tree_flatten
 from safetensors import safe_open
 
 import benchmark
+import checkpoints
 import convert
 import demucs
 import encodec
@@ -150,7 +151,7 @@ class TestTokenizer(Test):
 
 def real_spiece(test: unittest.TestCase) -> Path:
     shared = HERE.parent / "shared" / "t5" / "spiece.model"
-    cached = try_to_load_from_cache(musicgen.T5_REPO, "spiece.model")
+    cached = try_to_load_from_cache(checkpoints.T5_REPO, "spiece.model")
     if shared.is_file():
         return shared
     if isinstance(cached, str):
@@ -736,9 +737,9 @@ class TestDecoder(Test):
 
     def test_sanitize_twice(self):
         for name in TRANSFORMERS:
-            weights = musicgen.read_weights(REFERENCE / name)
-            once = musicgen.sanitize(weights)
-            twice = musicgen.sanitize(once)
+            weights = checkpoints.read_weights(REFERENCE / name)
+            once = checkpoints.sanitize(weights)
+            twice = checkpoints.sanitize(once)
             self.assertEqual(once.keys(), twice.keys())
             self.assertTrue(all(mx.array_equal(once[k], twice[k]) for k in once))
 
@@ -1324,16 +1325,16 @@ class TestPublishedCheckpoints(Test):
                 weights = self.arrays(f"{name}.transformers")
                 again = {respell(k): v for k, v in weights.items()}
                 for spelling in (weights, again):
-                    found = musicgen.sanitize(spelling)
+                    found = checkpoints.sanitize(spelling)
                     model.load_weights(list(found.items()))
-                ours = musicgen.sanitize(dict(tree_flatten(model.parameters())))
+                ours = checkpoints.sanitize(dict(tree_flatten(model.parameters())))
                 model.load_weights(list(ours.items()))
 
     def test_audiocraft(self):
         for name in manifests.MUSICGEN + manifests.MELODY:
             with self.subTest(name):
                 weights = self.arrays(f"{name}.audiocraft")
-                config = musicgen.audiocraft_config(weights, {})
+                config = checkpoints.audiocraft_config(weights, {})
                 published = musicgen.MusicGenConfig.from_dict(self.config(name))
                 self.assertEqual(config, published.decoder)
                 decoder = musicgen.Decoder(config, text_width=768)
@@ -1341,10 +1342,10 @@ class TestPublishedCheckpoints(Test):
                 decoder.load_weights(list(found.items()))
 
     def test_style(self):
-        weights, of_sound = musicgen.part_sound(
+        weights, of_sound = checkpoints.part_sound(
             self.arrays(f"{manifests.STYLE[0]}.audiocraft")
         )
-        decoder = musicgen.audiocraft_config(weights, {})
+        decoder = checkpoints.audiocraft_config(weights, {})
         self.assertEqual((decoder.hidden_size, decoder.num_hidden_layers), (1536, 48))
         self.assertEqual(decoder.sound_width, 512)
         model = musicgen.Decoder(decoder, text_width=768)
@@ -1988,7 +1989,7 @@ class TestStyle(Test):
 
     def test_damaged_weights(self):
         whole = convert.load_package(Path(self.path) / "state_dict.bin")
-        prefix = musicgen.OF_SOUND
+        prefix = checkpoints.OF_SOUND
 
         def fails(pattern: str, change: Callable[[dict], object]) -> None:
             package = {**whole, "best_state": dict(whole["best_state"])}
@@ -2540,10 +2541,10 @@ class TestLoading(Test):
         config = musicgen.DecoderConfig.from_dict(decoder | {"hidden_size": 1536})
         with self.assertNoLogs(), warnings.catch_warnings():
             warnings.simplefilter("error")
-            musicgen.warn_of_heads(Path("config.json"), config)
+            checkpoints.warn_of_heads(Path("config.json"), config)
         config = musicgen.DecoderConfig.from_dict(decoder | {"num_attention_heads": 8})
         with self.assertWarnsRegex(UserWarning, "config.json gives 8 .* have 16"):
-            musicgen.warn_of_heads(Path("config.json"), config)
+            checkpoints.warn_of_heads(Path("config.json"), config)
         del decoder["num_attention_heads"]
         config = musicgen.DecoderConfig.from_dict(decoder | {"hidden_size": 2048})
         self.assertEqual(config.num_attention_heads, 32)
@@ -2564,17 +2565,17 @@ class TestLoading(Test):
     def test_a_clone_with_both_layouts_needs_no_hub(self):
         folder = self.copy("mono-transformers")
         shutil.copy(REFERENCE / "mono-audiocraft" / "state_dict.bin", folder)
-        self.assertFalse(musicgen.is_audiocraft(folder))
+        self.assertFalse(checkpoints.is_audiocraft(folder))
         (folder / "t5-base").mkdir()
-        self.assertTrue(musicgen.is_audiocraft(folder))
+        self.assertTrue(checkpoints.is_audiocraft(folder))
         (folder / "t5-base").rmdir()
         (folder / "model.safetensors").unlink()
-        self.assertTrue(musicgen.is_audiocraft(folder))
+        self.assertTrue(checkpoints.is_audiocraft(folder))
 
     def test_safetensors_before_bin(self):
-        for name in reversed(musicgen.WEIGHTS):
+        for name in reversed(checkpoints.WEIGHTS):
             (self.folder / name).touch()
-            self.assertEqual(musicgen.find_weights(self.folder).name, name)
+            self.assertEqual(checkpoints.find_weights(self.folder).name, name)
 
     def test_text_encoder_that_the_bin_names(self):
         settings = {
@@ -2594,10 +2595,10 @@ class TestLoading(Test):
             calls.append(allow_patterns)
             return str(self.folder)
 
-        with patch("musicgen.snapshot_download", snapshot):
-            musicgen.fetch_transformers("a/b")
+        with patch("checkpoints.snapshot_download", snapshot):
+            checkpoints.fetch_transformers("a/b")
             (self.folder / "model-00001-of-00002.safetensors").touch()
-            musicgen.fetch_transformers("a/b")
+            checkpoints.fetch_transformers("a/b")
         common = ["config.json", "spiece.model"]
         files = ["model*.safetensors", "model.safetensors.index.json"]
         wanted = [common + files, common + ["pytorch_model*"], common + files]
@@ -2606,13 +2607,13 @@ class TestLoading(Test):
     def test_short_name_does_not_fall_back(self):
         missing = EntryNotFoundError("no such file")
         for name, falls_back in (("small", False), ("someone/model", True)):
-            with patch("musicgen.hf_hub_download", side_effect=missing):
-                with patch("musicgen.fetch_transformers") as fetch:
+            with patch("checkpoints.hf_hub_download", side_effect=missing):
+                with patch("checkpoints.fetch_transformers") as fetch:
                     if falls_back:
-                        musicgen.locate(name)
+                        checkpoints.locate(name)
                     else:
                         with self.assertRaisesRegex(OSError, "did not give"):
-                            musicgen.locate(name)
+                            checkpoints.locate(name)
             self.assertEqual(fetch.called, falls_back)
 
     def test_names_that_are_refused_before_the_hub_is_asked(self):
@@ -2626,7 +2627,7 @@ class TestLoading(Test):
             ("a/b/c", "model must be one of"),
         ):
             with self.assertRaisesRegex(ValueError, pattern):
-                musicgen.locate(name)
+                checkpoints.locate(name)
 
     def test_settings_of_the_bin_are_heeded(self):
         settings = {
@@ -2680,12 +2681,12 @@ class TestLoading(Test):
             (hub / repo).mkdir(parents=True, exist_ok=True)
             return shutil.copy(folders[repo] / name, hub / repo / name)
 
-        with patch("musicgen.hf_hub_download", download):
+        with patch("checkpoints.hf_hub_download", download):
             with patch("t5.hf_hub_download", download):
                 with patch("encodec.hf_hub_download", download):
                     MusicGen.from_pretrained("stereo-small")
         names = {
-            "facebook/musicgen-stereo-small": musicgen.AUDIOCRAFT_FILES,
+            "facebook/musicgen-stereo-small": checkpoints.AUDIOCRAFT_FILES,
             "facebook/encodec_32khz": encodec.FILES,
             "google-t5/t5-base": t5.FILES,
         }
@@ -3056,7 +3057,7 @@ class TestConvert(Test):
         for name, weight in weights.items():
             ours = mx.bfloat16 if name.startswith("decoder.") else mx.float32
             self.assertEqual(weight.dtype, ours, name)
-        _, stored = musicgen.load_transformers(target)
+        _, stored = checkpoints.load_transformers(target)
         self.assertEqual(stored, mx.bfloat16)
 
     def test_quantized(self):
