@@ -13,6 +13,7 @@ import re
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -170,12 +171,13 @@ def measure_training(model: MusicGen, duration: float, batch: int, rank: int) ->
     codes = mx.zeros((batch, frames, model.config.decoder.num_codebooks), mx.int32)
     ids, mask = mx.ones((batch, 16), mx.int32), mx.ones((batch, 16), mx.bool_)
     given = (ids, mask, mx.ones(batch, mx.bool_), codes)
-    training = Training(model, lm_loss, 10, 1e-4, None, {})
+    args = argparse.Namespace(lr=1e-4, steps=10, seconds=60, seed=0, resume=False)
+    training = Training(model, lm_loss, args, Path(), {}, {})
     mx.reset_peak_memory()
     times = []
     for _ in range(10):
         start = time.perf_counter()
-        mx.eval(training.step(given, 0.0), model.trainable_parameters())
+        mx.eval(training.step(given), model.trainable_parameters())
         times.append(time.perf_counter() - start)
     return {
         "training step": f"{statistics.median(times[2:]):.3f} s for {batch} of "

@@ -411,13 +411,16 @@ def convert(
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         options = dict(lazy=True, adapter=adapter, adapter_scale=adapter_scale)
-        sizes = (dtype, q_bits, q_group_size)
-        model = MusicGen.from_pretrained(source, *sizes, **options)
+        sizes = (None if adapter else q_bits, q_group_size)
+        model = MusicGen.from_pretrained(source, dtype, *sizes, **options)
         if has_adapters(model.decoder):
             raise ValueError(
                 f"An adapter cannot be worked into {source}, which is quantized; take "
                 "the model that it was made from."
             )
+        if adapter is not None and q_bits is not None:  # with the change in them
+            model.decoder.quantize(q_bits, q_group_size)
+            model.config.quantization = dict(bits=q_bits, group_size=q_group_size)
         save(model, folder)
         folder.chmod(0o755)
         folder.rename(target)

@@ -165,6 +165,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.prompts is not None and args.takes != 1:
         raise ValueError("--takes goes with --prompt; in a file repeat the line")
     check_codes(args)
+    if args.adapter_scale != 1 and not args.adapter:
+        raise ValueError("--adapter-scale needs an --adapter")
     if args.show_melody or args.save_melody:
         check_melody(args)
     check_name(args.model)
@@ -191,6 +193,8 @@ REPLACES = {  # flags, and the settings of a file that they put out of force
     "melody": {*jobs.MELODY_KEYS},
     "style": {*jobs.STYLE_KEYS},
     "style_length": {"style_start"},
+    "model": {"adapter", "adapter_scale"},
+    "adapter": {"adapter_scale"},
     "loudness": {"peak"},
     "peak": {"loudness"},
     "stream": {"loudness", "peak", "subtype", "drop_prompt"},

@@ -64,8 +64,11 @@ def shape(layer: Linear) -> tuple[int, int]:
 def add_adapters(decoder: nn.Module, rank: int, scale: float) -> None:
     """Put an adapter beside each linear layer in the decoder's layers.
 
-    Raises ValueError for a rank that is not from 1 to the layers' width.
+    Raises ValueError for a rank that is not from 1 to the layers' width, or where
+    there are adapters already.
     """
+    if has_adapters(decoder):
+        raise ValueError("The model has an adapter already, beside quantized layers.")
     width = decoder.config.hidden_size
     if type(rank) is not int or not 1 <= rank <= width:
         raise ValueError(f"rank must be from 1 to {width}, got {rank!r}.")
@@ -153,19 +156,37 @@ def load_adapter(model: nn.Module, path: str | Path, scale: float = 1.0) -> None
     if not (isinstance(scale, int | float) and abs(scale) <= 100):
         raise ValueError(f"adapter_scale must be from -100 to 100, got {scale!r}.")
     arrays, told = read_adapter(path)
-    for name, size in told.get("sizes", {}).items():
-        own = getattr(model.decoder.config, name, None)
+    check_adapter(model.decoder, arrays, told, path)
+    add_adapters(model.decoder, told["rank"], scale)
+    model.decoder.load_weights(list(arrays.items()), strict=False)
+    fuse(model.decoder)
+
+
+def check_adapter(
+    decoder: nn.Module, arrays: dict[str, mx.array], told: dict, path: str | Path
+) -> None:
+    """Raise ValueError for an adapter that does not belong to the decoder."""
+    sizes, rank = told.get("sizes"), told.get("rank")
+    if not isinstance(sizes, dict) or type(rank) is not int:
+        raise ValueError(f"{path} must tell sizes and a rank, got {told!r:.80}.")
+    for name, size in sizes.items():
+        own = getattr(decoder.config, name, None)
         if own != size:
             raise ValueError(
                 f"{path} belongs to another model: its {name} is {size}, here it is "
                 f"{own}."
             )
-    add_adapters(model.decoder, told["rank"], scale * told.get("scale", 1.0))
-    try:
-        own = {n for n, _ in tree_flatten(model.decoder.parameters())}
-        if missing := {n for n in own if n.endswith((".a", ".b"))} ^ arrays.keys():
-            raise ValueError(f"{min(missing)} is missing or not known")
-        model.decoder.load_weights(list(arrays.items()), strict=False)
-    except ValueError as error:
-        raise ValueError(f"{path} does not load: {error}") from error
-    fuse(model.decoder)
+    wanted = {}
+    for i, block in enumerate(decoder.layers):
+        for name, module in block.named_modules():
+            if isinstance(module, Linear):
+                outputs, inputs = shape(module)
+                wanted[f"layers.{i}.{name}.a"] = (inputs, rank)
+                wanted[f"layers.{i}.{name}.b"] = (rank, outputs)
+    found = {name: array.shape for name, array in arrays.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise ValueError(
+                f"{path} must have {name} of the shape {wanted.get(name)}, got "
+                f"{found.get(name)}."
+            )

@@ -1619,6 +1619,15 @@ class MusicGen(nn.Module):
         if dtype is None:
             dtype = stored if mx.default_device() == mx.gpu else mx.float32
         model.decoder.set_dtype(dtype)
+        wanted = {"bits": q_bits, "group_size": q_group_size}
+        if q_bits is not None and model.config.quantization is None:
+            model.decoder.quantize(**wanted)
+            model.config.quantization = wanted
+        elif q_bits is not None and model.config.quantization["bits"] != q_bits:
+            raise ValueError(
+                f"{folder} is quantized already, with {model.config.quantization}; "
+                f"q_bits cannot be {q_bits}."
+            )
         if adapter is not None:
             from lora import has_adapters, load_adapter
 
@@ -1629,15 +1638,6 @@ class MusicGen(nn.Module):
                     "take the model that is not quantized."
                 )
             model._adapter = {"adapter": str(adapter), "adapter_scale": adapter_scale}
-        wanted = {"bits": q_bits, "group_size": q_group_size}
-        if q_bits is not None and model.config.quantization is None:
-            model.decoder.quantize(**wanted)
-            model.config.quantization = wanted
-        elif q_bits is not None and model.config.quantization["bits"] != q_bits:
-            raise ValueError(
-                f"{folder} is quantized already, with {model.config.quantization}; "
-                f"q_bits cannot be {q_bits}."
-            )
         if group is not None and group.size() > 1:
             model.decoder.shard(group)
         if not lazy:

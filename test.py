@@ -3222,15 +3222,16 @@ class TestLora(Test):
             attended = mask & told[:, None]
             run = musicgen.Run(model.decoder, text, attended, 2, T + 60)
             run.rewind(*model._states([None, None], 0, T))
-            token, total = mx.full((2, 1, wanted.shape[2]), config.vocab_size), 0.0
+            token, total = mx.full((2, 1, wanted.shape[2]), config.vocab_size), 0
             real = delay_mask(T, config.delays)
-            for step in range(wanted.shape[1]):
+            for step in range(T):  # before the end, as in audiocraft
                 logits = run(token)[:, -1]
                 token = wanted[:, step : step + 1]
                 chosen = mx.where(real[step], token[:, 0], 0)
                 each = nn.losses.cross_entropy(logits, chosen) * real[step]
-                total += each.sum().item()
-            self.assertAlmostEqual(loss.item(), total / codes.size, 3)
+                total = total + each.sum(axis=0)
+            want = (total / (2 * real[:T].sum(axis=0))).mean()
+            self.assertAlmostEqual(loss.item(), want.item(), 3)
 
     def test_gradients(self):
         """Against finite differences."""
@@ -3287,11 +3288,62 @@ class TestLora(Test):
         self.assertSame(*(soundfile.read(self.folder / f"{n}.wav")[0] for n in "ab"))
 
     def test_goes_on(self):
-        flags = ["--lr", "0.01", "--seed", "3"]
-        self.train("--steps", "4", *flags)
-        status, out, err = self.train("--steps", "8", "--resume", *flags)
+        """As if it had never stopped; with a rate that does not depend on the end."""
+        flags = ["--lr", "0.01", "--seed", "3", "--batch", "2", "--crop", "0.4"]
+        with patch("math.cos", return_value=1.0):
+            self.train("--steps", "8", *flags)
+            whole = lora.read_adapter(self.adapter)[0]
+            self.train("--steps", "3", *flags)
+            status, out, err = self.train("--steps", "8", "--resume", *flags)
         self.assertEqual((status, err), (0, ""))
         self.assertIn("step 8", out)
+        for name, value in lora.read_adapter(self.adapter)[0].items():
+            self.assertClose(value, whole[name], 1e-5)
+        self.adapter.unlink()
+        self.train("--steps", "8", "--resume", *flags)  # it is done already
+        self.assertTrue(self.adapter.is_file())
+        status, _, _ = self.train("--resume", *flags, "--rank", "8")
+        self.assertRegex(str(status), "rank must be as it was, 4, .* got 8")
+        checkpoint = self.folder / "adapter.safetensors.training"
+        checkpoint = checkpoint / "checkpoint.safetensors"
+        checkpoint.write_bytes(checkpoint.read_bytes()[:999])
+        status, _, _ = self.train("--resume", *flags)
+        self.assertRegex(str(status), "checkpoint.safetensors is damaged")
+
+    def test_interrupted(self):
+        with patch("train.Training.tell", side_effect=KeyboardInterrupt):
+            self.assertEqual(self.train("--steps", "2")[0], 130)
+        with patch("train.lm_loss", side_effect=KeyboardInterrupt):
+            self.assertEqual(self.train("--steps", "2")[0], 130)
+        self.assertEqual(self.train("--steps", "2", "--resume")[0], 0)
+
+    def test_loss_that_is_not_finite(self):
+        def loss(model: MusicGen, *batch: mx.array) -> tuple:
+            total, losses, state = true_loss(model, *batch)
+            return total, losses * math.nan, state
+
+        true_loss = train.lm_loss
+        with patch("train.lm_loss", loss):
+            status, _, _ = self.train("--steps", "3")
+        self.assertRegex(str(status), "The loss must be finite.*step 3")
+        self.assertFalse(self.adapter.exists())
+
+    def test_kept_codes(self):
+        """Are those of the clip as it is, and of this codec."""
+        path, model = self.clips / "0.wav", exact("mono-transformers")
+        codes = train.clip_codes(model, path)
+        with patch.object(MusicGen, "encode_prompt", side_effect=AssertionError):
+            self.assertSame(train.clip_codes(model, path), codes)
+        (kept,) = self.clips.glob(".*.codes.safetensors")
+        kept.write_bytes(b"noise")
+        self.assertSame(train.clip_codes(model, path), codes)
+        other = exact("mono-audiocraft")
+        same = other.encode_prompt(load_audio(path, 32000, 1), 10**6)[0]
+        self.assertSame(train.clip_codes(other, path), same)
+        shutil.copy2(self.clips / "1.wav", path)
+        self.assertNotEqual(train.clip_codes(model, path).tolist(), codes.tolist())
+        (self.clips / "._0.wav").touch()
+        self.assertEqual(len(train.find_clips(self.clips)), 2)
 
     def test_beside_quantized_layers(self):
         sizes = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
@@ -3336,6 +3388,8 @@ class TestLora(Test):
         self.assertRegex(str(status), "rank must be from 1 to 32, got 999")
         status, _, _ = self.train("--resume", "--steps", "2")
         self.assertRegex(str(status), "nothing to resume")
+        for flag, value in (("--lr", "inf"), ("--crop", "0.01"), ("--seed", "-1")):
+            self.assertEqual(self.train(flag, value)[0], 2)
         with patch.object(mx, "save_safetensors", side_effect=RuntimeError("full")):
             status, _, _ = self.train("--steps", "1")
         self.assertRegex(str(status), "could not be written: full")
@@ -3349,6 +3403,17 @@ class TestLora(Test):
             options["adapter_scale"] = math.nan if "scale" in pattern else 1.0
             with self.assertRaisesRegex(ValueError, pattern):
                 MusicGen.from_pretrained(REFERENCE / name, **options)
+        model = exact("mono-transformers")
+        arrays, told = lora.read_adapter(self.adapter)
+        name = "layers.0.linear1.a"
+        for changed, pattern in (
+            ({name: arrays[name][:3]}, "must have layers.0.linear1.a of the shape"),
+            ({"layers.9.a": arrays[name]}, "layers.9.a of the shape None"),
+        ):
+            with self.assertRaisesRegex(ValueError, pattern):
+                lora.check_adapter(model.decoder, arrays | changed, told, "x")
+        with self.assertRaisesRegex(ValueError, "must tell sizes and a rank"):
+            lora.check_adapter(model.decoder, arrays, {"rank": "x"}, "x")
         (self.folder / "x.safetensors").write_bytes(b"noise")
         for path, error in (("x", ValueError), ("none", FileNotFoundError)):
             with self.assertRaises(error):
@@ -3361,6 +3426,10 @@ class TestSynth(Test):
         for i, j in ((a, b) for a in range(5) for b in range(a)):
             pairs = {(clip[i], clip[j]) for clip in synth.CLIPS}
             self.assertEqual({(clip[i], clip[j]) for clip in synth.KNOWN}, pairs)
+        measured = [
+            {c._replace(mode="") for c in x} for x in (synth.KNOWN, synth.HELD_OUT)
+        ]
+        self.assertFalse(measured[0] & measured[1])
 
     def test_clips(self):
         again = [synth.make(7) for _ in range(2)]
@@ -3425,13 +3494,29 @@ class TestTrain(Test):
                 train.main()
         self.assertIn("train the codec first", str(error.exception))
 
+    def test_codec_goes_on_with_its_codebooks(self):
+        def training(resume: bool, change: int) -> train.Training:
+            told = dict(lr=1e-3, steps=9, seconds=60, seed=0, resume=resume)
+            args = generate.argparse.Namespace(**told)
+            state = train.first_codebooks(mx.random.key(0))
+            state = {name: value + change for name, value in state.items()}
+            return train.Training(nn.Linear(2, 2), None, args, self.folder, state, {})
+
+        first = training(False, 1)
+        first.save()
+        again = training(True, 0)
+        self.assertEqual(again.state.keys(), first.state.keys())
+        for name, value in again.state.items():
+            self.assertSame(value, first.state[name])
+
     def test_codebooks_follow(self):
         seen = mx.random.normal((64, 4), key=mx.random.key(0)) + 3
         books = mx.zeros((8, 4))
         state = dict(counts=mx.zeros(8), sums=mx.zeros((8, 4)))
         for _ in range(300):
             _, _, (taken,) = train.quantize(seen, [books])
-            books, state = train.follow(books, state, seen, taken)
+            key = mx.random.key(1)
+            books, state = train.follow(books, state, seen, taken, key)
         _, _, (taken,) = train.quantize(seen, [books])
         self.assertEqual(len(set(taken.tolist())), 8)  # the dead were revived
         for entry in range(8):

@@ -14,6 +14,7 @@ lora.py). What `--resume` goes on from lies beside the output.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,6 +31,7 @@ import mlx.optimizers as optim
 import numpy as np
 import sentencepiece
 from mlx.utils import tree_flatten, tree_unflatten
+from safetensors import SafetensorError, safe_open
 
 import convert
 import synth
@@ -97,38 +100,42 @@ def to_float(sound: mx.array) -> mx.array:
 class Training:
     """Steps over a model's parameters, with what is needed to go on after a stop.
 
-    `state` is all that changes but the parameters: arrays by name.
+    `state` is all that changes but the parameters: arrays by name. `settings` are
+    what must be the same when it goes on.
     """
 
     def __init__(
         self,
         model: nn.Module,
         loss: Callable,
-        steps: int,
-        rate: float,
-        folder: Path | None,
+        args: argparse.Namespace,
+        folder: Path,
         state: dict[str, mx.array],
+        settings: dict[str, Any],
     ):
-        self.optimizer = optim.AdamW(rate, betas=[0.9, 0.98], weight_decay=0.01)
+        self.optimizer = optim.AdamW(args.lr, betas=[0.9, 0.98], weight_decay=0.01)
         self.optimizer.init(model.trainable_parameters())
-        self.model, self.steps, self.folder, self.state = model, steps, folder, state
-        self.done, self.rate = 0, rate
+        self.model, self.state, self.settings = model, state, settings
+        self.steps, self.rate, self.seconds = args.steps, args.lr, args.seconds
+        self.path = folder / "checkpoint.safetensors"
+        self.done, self.passed = 0, 0.0
+        self.random = np.random.default_rng(args.seed)
         self._gradient = nn.value_and_grad(model, loss)
-        self._compile()
-
-    def _compile(self) -> None:
-        moving = [self.model.state, self.optimizer.state]
+        if args.resume:
+            self.resume()
+        moving = [model.state, self.optimizer.state]
         self._update = mx.compile(self._apply, inputs=moving, outputs=moving)
 
     def _apply(self, gradients: dict) -> None:
         gradients, _ = optim.clip_grad_norm(gradients, 1.0)
         self.optimizer.update(self.model, gradients)
 
-    def step(self, batch: tuple[mx.array, ...], progress: float) -> mx.array:
+    def step(self, batch: tuple[mx.array, ...]) -> mx.array:
         """One step on a batch; returns the losses. The learning rate rises in the first
-        200 steps, and falls to a fiftieth with the progress from 0 to 1."""
+        tenth, at most 200 steps, and falls to a fiftieth."""
+        progress = min(max(self.done / self.steps, self.passed / self.seconds), 1)
         falling = 0.51 + 0.49 * math.cos(math.pi * progress)
-        rising = min(1, (self.done + 1) / 200)
+        rising = min(1, (self.done + 1) / max(1, min(200, self.steps // 10)))
         self.optimizer.learning_rate = self.rate * falling * rising
         (_, losses, state), gradients = self._gradient(self.model, *batch)
         self._update(gradients)
@@ -139,48 +146,76 @@ class Training:
 
     def save(self) -> None:
         """Keep all to go on from; whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        arrays = {"model": self.model.trainable_parameters(), "state": self.state}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        arrays = {"model": self.model.trainable_parameters()}
         arrays["optimizer"] = self.optimizer.state
-        arrays["done"] = mx.array(self.done)
-        save_whole(dict(tree_flatten(arrays)), self.folder / "checkpoint.safetensors")
+        arrays = dict(tree_flatten(arrays))
+        arrays |= {f"state/{name}": value for name, value in self.state.items()}
+        told = dict(done=self.done, passed=self.passed, settings=self.settings)
+        told["random"] = self.random.bit_generator.state
+        save_whole(arrays, self.path, {"training": json.dumps(told)})
 
     def resume(self) -> None:
-        """Go on from what `save` kept. Raises FileNotFoundError without it."""
-        path = self.folder / "checkpoint.safetensors"
-        if not path.is_file():
-            raise FileNotFoundError(f"There is nothing to resume: {path} is missing.")
-        arrays = tree_unflatten(list(mx.load(str(path)).items()))
+        """Go on from what `save` kept. Raises FileNotFoundError without it, or
+        ValueError for one that is damaged or of other settings."""
+        if not self.path.is_file():
+            raise FileNotFoundError(f"There is nothing to resume: no {self.path}.")
+        try:
+            with safe_open(self.path, "numpy") as file:
+                told = json.loads(file.metadata()["training"])
+            arrays = mx.load(str(self.path))
+            mx.eval(arrays)
+        except (KeyError, RuntimeError, SafetensorError, ValueError) as error:
+            raise ValueError(f"{self.path} is damaged: {error}") from error
+        for name, value in self.settings.items():
+            if told["settings"].get(name) != value:
+                raise ValueError(
+                    f"{name} must be as it was, {told['settings'].get(name)}, to go on "
+                    f"from {self.path}; got {value}."
+                )
+        self.done, self.passed = told["done"], told["passed"]
+        self.random.bit_generator.state = told["random"]
+        kept = {k: arrays.pop(k) for k in list(arrays) if k.startswith("state/")}
+        self.state.update({k.removeprefix("state/"): v for k, v in kept.items()})
+        arrays = tree_unflatten(list(arrays.items()))
         self.model.update(arrays["model"])
         self.optimizer.state = arrays["optimizer"]
-        self.state.update(arrays.get("state", {}))
-        self.done = arrays["done"].item()
-        self._compile()  # for another state
 
     def run(
         self,
-        batches: Callable[[int], tuple[mx.array, ...]],
+        batches: Callable[[], tuple[mx.array, ...]],
         names: tuple[str, ...],
-        seconds: float,
         keep: Callable[[], None],
     ) -> None:
-        """Train to the last step, or for so many seconds; tells and keeps on the way."""
-        start, told = time.perf_counter(), []
-        for step in range(self.done, self.steps):
-            passed = time.perf_counter() - start
-            progress = max(step / self.steps, passed / seconds)
-            told.append(self.step(batches(step), min(progress, 1)))
-            last = step + 1 == self.steps or passed > seconds
-            if len(told) == 200 or last:
-                means = mx.stack(told).mean(axis=0).tolist()
-                losses = ", ".join(f"{n} {x:.4f}" for n, x in zip(names, means))
-                print(f"{passed:.0f} s, step {step + 1}: {losses}", flush=True)
-                told = []
-            if (step + 1) % 5000 == 0 or last:
-                self.save()
-                keep()
-            if last:
-                break
+        """Train to the last step, or for so many seconds; tells every half minute, and
+        keeps what there is every two, at the end and at Ctrl-C. Raises ValueError once
+        a loss is not finite."""
+        start, told, said, kept = time.perf_counter() - self.passed, [], 0.0, 0.0
+        try:
+            while self.done < self.steps and self.passed < self.seconds:
+                told.append(self.step(batches()))
+                self.passed = time.perf_counter() - start
+                if self.passed - said > 30 or self.done == self.steps:
+                    self.tell(told, names)
+                    told, said = [], self.passed
+                if self.passed - kept > 120:
+                    self.save()
+                    kept = self.passed
+        finally:
+            if told:
+                self.tell(told, names)
+            self.save()
+        keep()
+
+    def tell(self, losses: list[mx.array], names: tuple[str, ...]) -> None:
+        means = mx.stack(losses).mean(axis=0).tolist()
+        if not all(map(math.isfinite, means)):
+            raise ValueError(
+                f"The loss must be finite, but is {means} in step {self.done}; a lower "
+                "--lr may help."
+            )
+        found = ", ".join(f"{name} {mean:.4f}" for name, mean in zip(names, means))
+        print(f"{self.passed:.0f} s, step {self.done}: {found}", flush=True)
 
 
 # The codec
@@ -221,10 +256,14 @@ def quantize(x: mx.array, codebooks: list[mx.array]) -> tuple[mx.array, list, li
 
 
 def follow(
-    entries: mx.array, state: dict[str, mx.array], seen: mx.array, taken: mx.array
+    entries: mx.array,
+    state: dict[str, mx.array],
+    seen: mx.array,
+    taken: mx.array,
+    key: mx.array,
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """Move each entry of a codebook to the mean of what took it lately, and dead ones to
-    anything that was seen."""
+    anything that was seen, by the random key."""
     V, D = entries.shape
     counts = mx.zeros(V).at[taken].add(mx.ones(len(taken)))
     sums = mx.zeros((V, D)).at[taken].add(seen)
@@ -232,7 +271,7 @@ def follow(
     sums = 0.99 * state["sums"] + 0.01 * sums
     means = sums / mx.maximum(counts, 1e-5)[:, None]
     dead = (counts < 0.02)[:, None]
-    others = seen[mx.random.randint(0, len(seen), (V,))]
+    others = seen[mx.random.randint(0, len(seen), (V,), key=key)]
     entries = mx.where(dead, others, means)
     counts = mx.where(dead[:, 0], 0.2, counts)
     return entries, dict(counts=counts, sums=entries * counts[:, None])
@@ -244,10 +283,11 @@ def codec_loss(codec: Encodec, state: dict, audio: mx.array) -> tuple:
     flat = mx.stop_gradient(x).reshape(-1, x.shape[-1])
     books = [state[f"entries.{k}"] for k in range(CODEC.num_codebooks())]
     found, seen, taken = quantize(flat, books)
-    moved = {}
+    *keys, after = mx.random.split(state["key"], len(books) + 1)
+    moved = {"key": after}
     for k, entries in enumerate(books):
         old = {name: state[f"{name}.{k}"] for name in ("counts", "sums")}
-        entries, new = follow(entries, old, seen[k], taken[k])
+        entries, new = follow(entries, old, seen[k], taken[k], keys[k])
         moved |= {f"entries.{k}": entries}
         moved |= {f"{name}.{k}": value for name, value in new.items()}
     found = found.reshape(x.shape)
@@ -262,10 +302,12 @@ def codec_loss(codec: Encodec, state: dict, audio: mx.array) -> tuple:
 
 
 def first_codebooks(random: mx.array) -> dict[str, mx.array]:
-    """Entries, and how often and by what they were taken, before the first step."""
+    """Entries, how often and by what they were taken, and the key for what is drawn,
+    before the first step."""
     V, D = CODEC.codebook_size, CODEC.hidden_size
-    state = {}
-    for k, key in enumerate(mx.random.split(random, CODEC.num_codebooks())):
+    *keys, after = mx.random.split(random, CODEC.num_codebooks() + 1)
+    state = {"key": after}
+    for k, key in enumerate(keys):
         state[f"entries.{k}"] = 0.1 * mx.random.normal((V, D), key=key)
         state[f"counts.{k}"] = mx.zeros(V)  # dead, so that they move to what is seen
         state[f"sums.{k}"] = mx.zeros((V, D))
@@ -275,19 +317,18 @@ def first_codebooks(random: mx.array) -> dict[str, mx.array]:
 def train_codec(args: argparse.Namespace) -> None:
     """Train on crops of a second, and write `codec.safetensors` to the output."""
     mx.random.seed(args.seed)
-    random = np.random.default_rng(args.seed)
     codec, state = Encodec(CODEC), first_codebooks(mx.random.key(args.seed))
     for k in range(CODEC.num_codebooks()):  # they follow, and are not trained
         codec.quantizer.layers[k].freeze()
     loss = lambda model, audio: codec_loss(model, training.state, audio)  # noqa: E731
     folder = args.output / "training" / "codec"
-    training = Training(codec, loss, args.steps, args.lr, folder, state)
-    if args.resume:
-        training.resume()
+    settings = dict(batch=args.batch, clips=args.clips, seed=args.seed)
+    training = Training(codec, loss, args, folder, state, settings)
+    random = training.random
     sounds = mx.array(np.stack([sound for _, sound in make_clips(range(args.clips))]))
     crop = mx.arange(synth.RATE)
 
-    def batch(step: int) -> tuple[mx.array]:
+    def batch() -> tuple[mx.array]:
         rows = random.integers(len(sounds), size=args.batch)
         starts = random.integers(sounds.shape[1] - synth.RATE + 1, size=args.batch)
         places = mx.array(starts)[:, None] + crop
@@ -303,17 +344,19 @@ def train_codec(args: argparse.Namespace) -> None:
         save_audio(folder / "original.wav", sample[0], synth.RATE)
 
     names = ("time", "stft", "commitment")
-    training.run(batch, names, args.seconds, keep)
+    training.run(batch, names, keep)
 
 
 CODEC_FILE = "codec.safetensors"
 
 
-def save_whole(arrays: dict[str, mx.array], path: Path) -> None:
+def save_whole(
+    arrays: dict[str, mx.array], path: Path, metadata: dict[str, str] | None = None
+) -> None:
     """Write a safetensors file, whole or not at all. Raises OSError."""
-    part = path.with_name(f".{path.stem}.part.safetensors")
+    part = path.with_name(f".{path.stem[:80]}.part.safetensors")
     try:
-        mx.save_safetensors(str(part), arrays)
+        mx.save_safetensors(str(part), arrays, metadata or {})
         part.replace(path)
     except (OSError, RuntimeError) as error:
         raise OSError(f"{path} could not be written: {error}") from error
@@ -337,7 +380,7 @@ def load_codec(folder: Path) -> Encodec:
 def train_tokenizer(folder: Path, seed: int) -> Tokenizer:
     """A vocabulary of the words that captions use, in `spiece.model`."""
     random = np.random.default_rng(seed)
-    clips = (synth.CLIPS[random.integers(len(synth.CLIPS))] for _ in range(20_000))
+    clips = (synth.KNOWN[random.integers(len(synth.KNOWN))] for _ in range(20_000))
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(synth.caption(clip, random, 0.1) for clip in clips),
         model_prefix=str(folder / "spiece"),
@@ -379,10 +422,11 @@ def condition(
 def lm_loss(
     model: MusicGen, ids: mx.array, mask: mx.array, told: mx.array, codes: mx.array
 ) -> tuple:
-    """Cross-entropy of codes (B, T, K) under texts `ids` (B, L), which rows are `told`."""
+    """Cross-entropy of codes (B, T, K) under texts `ids` (B, L), which rows are `told`.
+    As in audiocraft only the first T steps count, those before the codes' end."""
     config = model.config.decoder
     T, blank = codes.shape[1], config.vocab_size
-    wanted = delay(codes, config.delays, T, blank)
+    wanted = delay(codes, config.delays, T, blank)[:, :T]
     tokens = mx.pad(wanted[:, :-1], [(0, 0), (1, 0), (0, 0)], constant_values=blank)
     states = (model.text_encoder(ids, mask), mask & told[:, None])
     decoder, prefix = model.decoder, None
@@ -393,10 +437,9 @@ def lm_loss(
     past = [NoPast() for _ in decoder.layers]
     x = decoder.hidden(tokens, condition(decoder, *states, steps), past, prefix)
     logits = decoder.logits(x[:, -tokens.shape[1] :]).astype(mx.float32)
-    real = delay_mask(T, config.delays)[None]
-    targets = mx.where(real, wanted, 0)
-    each = nn.losses.cross_entropy(logits, targets) * real
-    losses = each.sum(axis=(0, 1)) / (len(codes) * T)  # of each codebook
+    real = delay_mask(T, config.delays)[:T]
+    each = nn.losses.cross_entropy(logits, mx.where(real, wanted, 0)) * real
+    losses = each.sum(axis=(0, 1)) / (len(codes) * real.sum(axis=0))  # of each codebook
     return losses.mean(), losses, {}
 
 
@@ -417,7 +460,6 @@ def encode_clips(codec: Encodec, count: int) -> tuple[list[synth.Clip], mx.array
 def train_lm(args: argparse.Namespace) -> None:
     """Train T5 and decoder on codes of clips, and write the whole model."""
     mx.random.seed(args.seed)
-    random = np.random.default_rng(args.seed)
     codec = load_codec(args.output / "training" / "codec")
     folder = args.output / "training" / "lm"
     folder.mkdir(parents=True, exist_ok=True)
@@ -427,12 +469,12 @@ def train_lm(args: argparse.Namespace) -> None:
     start_small(model)
     model.audio_encoder = codec
     model.audio_encoder.freeze()
-    training = Training(model, lm_loss, args.steps, args.lr, folder, {})
-    if args.resume:
-        training.resume()
+    settings = dict(batch=args.batch, clips=args.clips, seed=args.seed)
+    training = Training(model, lm_loss, args, folder, {}, settings)
+    random = training.random
     clips, codes = encode_clips(codec, args.clips)
 
-    def batch(step: int) -> tuple[mx.array, ...]:
+    def batch() -> tuple[mx.array, ...]:
         rows = random.integers(len(clips), size=args.batch)
         ids = [tokenizer.encode(synth.caption(clips[r], random, 0.1)) for r in rows]
         ids, mask = padded(ids, 32)
@@ -448,7 +490,7 @@ def train_lm(args: argparse.Namespace) -> None:
             (folder / f"sample-{i}.txt").write_text(f"{text}\n")
 
     names = tuple(f"codebook {k}" for k in range(DECODER.num_codebooks))
-    training.run(batch, names, args.seconds, keep)
+    training.run(batch, names, keep)
 
 
 def start_small(model: MusicGen) -> None:
@@ -472,7 +514,7 @@ def padded(ids: list[list[int]], length: int) -> tuple[mx.array, mx.array]:
 
 
 def save_model(model: MusicGen, folder: Path) -> None:
-    """Write the model in float16 in this project's layout; whole or not at all."""
+    """Write the model in float16 in this project's layout, each file whole."""
     half = MusicGen(model.config, model.tokenizer)
     half.update(model.parameters())
     half.set_dtype(mx.float16)
@@ -495,49 +537,68 @@ def find_clips(folder: Path) -> list[tuple[Path, str]]:
         raise FileNotFoundError(f"There is no folder {folder}.")
     lines = folder / "captions.jsonl"
     if lines.is_file():
-        return [read_caption(lines, *line) for line in enumerate(read_text(lines), 1)]
+        return [read_caption(lines, *line) for line in read_text(lines)]
+    paths = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
     found = []
-    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in SOUNDS):
+    for path in (p for p in paths if p.suffix.lower() in SOUNDS):
         text = path.with_suffix(".txt")
-        if not text.is_file():
-            raise FileNotFoundError(f"{path} needs a caption in {text.name}.")
-        found.append((path, " ".join(read_text(text))))
+        if not text.is_file() or not read_text(text):
+            raise ValueError(f"{path} needs a caption in {text.name}.")
+        found.append((path, " ".join(line for _, line in read_text(text))))
     return found
 
 
-def read_text(path: Path) -> list[str]:
-    """Lines of a text that are not empty."""
+def read_text(path: Path) -> list[tuple[int, str]]:
+    """Number and content of a text's lines that are not empty."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be a text in UTF-8: {error}") from error
-    return [line.strip() for line in lines if line.strip()]
+    return [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
 
 
 def read_caption(lines: Path, number: int, line: str) -> tuple[Path, str]:
     try:
         told = json.loads(line)
         file, text = told["file"], told["caption"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(
             f'{lines}, line {number} must be {{"file": ..., "caption": ...}}: {error!r}'
         ) from error
-    if not isinstance(file, str) or not isinstance(text, str):
+    if not isinstance(file, str) or not isinstance(text, str) or not text.strip():
         raise ValueError(f"{lines}, line {number} must hold texts, got {line:.40}")
     return lines.parent / file, text
 
 
 def clip_codes(model: MusicGen, path: Path) -> mx.array:
-    """Codes (T, K) of a sound file; kept beside it, so made only once."""
-    kept = path.with_name(f".{path.name}.{model.channels}.codes.safetensors")
-    if kept.is_file() and kept.stat().st_mtime > path.stat().st_mtime:
-        return mx.load(str(kept))["codes"]
+    """Codes (T, K) of a sound file, made in pieces of 30 s; kept beside it under what
+    the file and the codec are, so made only once."""
     audio = load_audio(path, model.sampling_rate, model.channels)
     if len(audio) < model.sampling_rate:
         raise ValueError(f"{path} must have a second of sound.")
-    codes = model.encode_prompt(audio, 10**9)[0]
-    save_whole({"codes": codes}, kept)
+    kept = path.with_name(f".{digest(model, path)}.codes.safetensors")
+    try:
+        codes = mx.load(str(kept))["codes"]
+        model.check_codes(codes[None])
+        return codes
+    except (KeyError, RuntimeError, ValueError):
+        pass  # there is none, or it is damaged
+    size = 30 * model.sampling_rate
+    pieces = [audio[i : i + size] for i in range(0, len(audio), size)]
+    codes = mx.concatenate([model.encode_prompt(x, 10**6)[0] for x in pieces])
+    try:
+        save_whole({"codes": codes}, kept)
+    except OSError:
+        pass  # made again next time
     return codes
+
+
+def digest(model: MusicGen, path: Path) -> str:
+    """A name for the codes of a file by a model's codec."""
+    found = hashlib.sha256(path.read_bytes())
+    found.update(repr((model.config.audio_encoder, model.channels)).encode())
+    found.update(np.array(model.audio_encoder.quantizer.layers[0].codebook.embed))
+    return found.hexdigest()[:24]
 
 
 def load_clips(model: MusicGen, folder: Path) -> tuple[list[str], list[mx.array]]:
@@ -566,21 +627,22 @@ def adapt_only(model: MusicGen) -> None:
 def train_lora(args: argparse.Namespace) -> None:
     """Train adapters on a folder of clips, and write them."""
     mx.random.seed(args.seed)
-    random = np.random.default_rng(args.seed)
+    if args.output.suffix != ".safetensors" or args.output.is_dir():
+        raise ValueError(f"--output must end in .safetensors, got {args.output}.")
     dtype = None if args.dtype is None else getattr(mx, args.dtype)
     model = MusicGen.from_pretrained(args.model, dtype, args.q_bits)
     texts, codes = load_clips(model, args.data)
     add_adapters(model.decoder, args.rank, 1.0)
     adapt_only(model)
-    folder = args.output.with_suffix(".training")
-    training = Training(model, lm_loss, args.steps, args.lr, folder, {})
-    if args.resume:
-        training.resume()
+    folder = args.output.with_name(f"{args.output.name}.training")
+    settings = dict(model=args.model, rank=args.rank, batch=args.batch, seed=args.seed)
+    training = Training(model, lm_loss, args, folder, {}, settings)
+    random = training.random
     ids = [model.tokenizer.encode(text) for text in texts]
     length = max(map(len, ids))
     most = int(args.crop * model.frame_rate)
 
-    def batch(step: int) -> tuple[mx.array, ...]:
+    def batch() -> tuple[mx.array, ...]:
         rows = random.integers(len(codes), size=args.batch)
         frames = min(most, min(len(codes[r]) for r in rows))
         starts = [random.integers(len(codes[r]) - frames + 1) for r in rows]
@@ -593,7 +655,7 @@ def train_lora(args: argparse.Namespace) -> None:
         save_adapter(args.output, model.decoder, args.rank, {"model": args.model})
 
     names = tuple(f"codebook {k}" for k in range(codes[0].shape[1]))
-    training.run(batch, names, args.seconds, keep)
+    training.run(batch, names, keep)
     print(f"Wrote {args.output}")
 
 
@@ -629,6 +691,11 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("steps", "batch", "lr", "seconds", "clips", "rank", "crop", "listen"):
         if (value := getattr(args, name, None)) is not None and not value > 0:
             parser.error(f"--{name} must be above 0, got {value}")
+    for name, most in (("lr", 1), ("crop", 600), ("seed", 2**32)):
+        if not 0 <= getattr(args, name, 0) <= most:
+            parser.error(f"--{name} must be at most {most}, got {getattr(args, name)}")
+    if getattr(args, "crop", 1) < 0.1:
+        parser.error(f"--crop must be at least 0.1 s, got {args.crop}")
     return args
 
 
