@@ -419,8 +419,7 @@ def convert(
                 "the model that it was made from."
             )
         if adapter is not None and q_bits is not None:  # with the change in them
-            model.decoder.quantize(q_bits, q_group_size)
-            model.config.quantization = dict(bits=q_bits, group_size=q_group_size)
+            model.quantize(q_bits, q_group_size)
         save(model, folder)
         folder.chmod(0o755)
         folder.rename(target)

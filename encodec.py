@@ -459,8 +459,13 @@ class Codebook(nn.Module):
 
     def nearest(self, x: mx.array) -> mx.array:
         """Index of the entry nearest to each vector: (B, T, D) -> (B, T)."""
-        distance = (self.embed**2).sum(axis=-1) - 2 * (x @ self.embed.T)
-        return mx.argmin(distance, axis=-1)
+        return nearest(x, self.embed)
+
+
+def nearest(x: mx.array, entries: mx.array) -> mx.array:
+    """Index of the entry (V, D) nearest to each vector: (..., D) -> (...)."""
+    distance = (entries**2).sum(axis=-1) - 2 * (x @ entries.T)
+    return mx.argmin(distance, axis=-1)
 
 
 class Quantizer(nn.Module):

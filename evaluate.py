@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 import synth
+from encodec import Parser
 from musicgen import MusicGen
 
 FRAME, HOP = 4096, 1024  # samples in which pitch is sought
@@ -55,14 +56,10 @@ def pitches(frames: np.ndarray) -> np.ndarray:
     """Hz of each frame (T, size): the first lag at which it is nearly as like itself as
     at any, from 1900 down to 95 Hz."""
     size = frames.shape[1]
-    power = np.abs(np.fft.rfft(frames * np.hanning(size), 2 * size)) ** 2
+    window = np.hanning(size)
+    power = np.abs(np.fft.rfft(frames * window, 2 * size)) ** 2
     alike = np.fft.irfft(power)[:, : size // 2]
-    alike = (
-        alike
-        / np.correlate(np.hanning(size), np.hanning(size), "full")[
-            size - 1 : size - 1 + size // 2
-        ]
-    )
+    alike = alike / np.correlate(window, window, "full")[size - 1 :][: size // 2]
     first, last = int(synth.RATE / 1900), int(synth.RATE / 95)
     found = alike[:, first:last]
     peaks = (found[:, 1:-1] > found[:, :-2]) & (found[:, 1:-1] >= found[:, 2:])
@@ -90,8 +87,8 @@ def onset_rate(sound: np.ndarray) -> float:
 
 
 def shape(frames: np.ndarray, hertz: np.ndarray) -> np.ndarray:
-    """How strong each harmonic is beside all, in dB, how much lies between them, and
-    how fast the sound fades: features of the timbre."""
+    """How strong each harmonic is beside all, and how much lies between them, in dB:
+    the quartiles of the frames (T, size) with these pitches (T,)."""
     size = frames.shape[1]
     power = np.abs(np.fft.rfft(frames * np.hanning(size))) ** 2
     places = np.arange(1, HARMONICS + 1)[:, None] * hertz / (synth.RATE / size)
@@ -232,7 +229,7 @@ def show(table: dict[str, dict[str, float]], form: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the tiny model.")
+    parser = Parser(description="Measure the tiny model.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="model whose takes to measure")
     what.add_argument("--codec", help="model whose codec to measure")

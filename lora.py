@@ -1,8 +1,8 @@
 """Adapters: small changes to a decoder's layers, learned from a few clips.
 
 Low-rank adaptation (https://arxiv.org/abs/2106.09685): beside each matrix of the
-layers lies a product of two narrow ones, and only these are trained and kept. Stands
-alone; `train.py lora` makes adapters, and
+layers lies a product of two narrow ones, and only these are trained and kept. Needs
+settings.py beside it, to write them; `train.py lora` makes adapters, and
 
     model = MusicGen.from_pretrained("small")
     load_adapter(model, "brass.safetensors", scale=0.8)
@@ -19,6 +19,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
+
+from settings import save_arrays
 
 VERSION = 1  # of the file
 Linear = nn.Linear | nn.QuantizedLinear
@@ -72,47 +74,45 @@ def add_adapters(decoder: nn.Module, rank: int, scale: float) -> None:
     width = decoder.config.hidden_size
     if type(rank) is not int or not 1 <= rank <= width:
         raise ValueError(f"rank must be from 1 to {width}, got {rank!r}.")
-    for block in decoder.layers:
-        found = [
-            (name, LoRALinear(module, rank, scale))
-            for name, module in block.named_modules()
-            if isinstance(module, Linear)
-        ]
-        replace(block, found)
+    for block, name, module in find(decoder, Linear):
+        replace(block, name, LoRALinear(module, rank, scale))
 
 
-def replace(block: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:
-    """Put modules in the places of those of the same dotted names."""
-    for name, module in modules:
-        *parents, last = name.split(".")
-        place = block
-        for parent in parents:
-            place = place[parent]
-        place[last] = module
+def find(decoder: nn.Module, kind: type) -> list[tuple[nn.Module, str, nn.Module]]:
+    """The modules of a kind in the decoder's layers: the layer, the dotted name in it,
+    and the module."""
+    return [
+        (block, name, module)
+        for block in decoder.layers
+        for name, module in block.named_modules()
+        if isinstance(module, kind)
+    ]
+
+
+def replace(block: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one of a dotted name."""
+    *parents, last = name.split(".")
+    for parent in parents:
+        block = block[parent]
+    block[last] = module
 
 
 def fuse(decoder: nn.Module) -> None:
     """Work every adapter into its layer; those beside quantized ones stay."""
-    for block in decoder.layers:
-        found = [
-            (name, module.fused())
-            for name, module in block.named_modules()
-            if isinstance(module, LoRALinear) and type(module.layer) is nn.Linear
-        ]
-        replace(block, found)
+    for block, name, module in find(decoder, LoRALinear):
+        if type(module.layer) is nn.Linear:
+            replace(block, name, module.fused())
 
 
 def has_adapters(decoder: nn.Module) -> bool:
     """Whether any adapter lies beside a layer, and is not worked into it."""
-    return any(isinstance(module, LoRALinear) for module in decoder.modules())
+    return bool(find(decoder, LoRALinear))
 
 
 def save_adapter(
     path: str | Path, decoder: nn.Module, rank: int, settings: dict[str, Any]
 ) -> None:
     """Write the adapters as safetensors; whole or not at all. Raises OSError."""
-    path = Path(path)
-    part = path.with_name(f".{path.stem[:80]}.part.safetensors")
     arrays = {
         name: value.astype(mx.float32)
         for name, value in tree_flatten(decoder.parameters())
@@ -120,13 +120,7 @@ def save_adapter(
     }
     sizes = {name: getattr(decoder.config, name) for name in SIZES}
     told = dict(musicgen_adapter=VERSION, rank=rank, sizes=sizes) | settings
-    try:
-        mx.save_safetensors(str(part), arrays, {"adapter": json.dumps(told)})
-        part.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"{path} could not be written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
+    save_arrays(path, arrays, {"adapter": json.dumps(told)})
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
@@ -176,13 +170,11 @@ def check_adapter(
                 f"{path} belongs to another model: its {name} is {size}, here it is "
                 f"{own}."
             )
-    wanted = {}
-    for i, block in enumerate(decoder.layers):
-        for name, module in block.named_modules():
-            if isinstance(module, Linear):
-                outputs, inputs = shape(module)
-                wanted[f"layers.{i}.{name}.a"] = (inputs, rank)
-                wanted[f"layers.{i}.{name}.b"] = (rank, outputs)
+    wanted, numbers = {}, {id(block): i for i, block in enumerate(decoder.layers)}
+    for block, name, module in find(decoder, Linear):
+        outputs, inputs = shape(module)
+        place = f"layers.{numbers[id(block)]}.{name}"
+        wanted |= {f"{place}.a": (inputs, rank), f"{place}.b": (rank, outputs)}
     found = {name: array.shape for name, array in arrays.items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):

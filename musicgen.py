@@ -1619,26 +1619,12 @@ class MusicGen(nn.Module):
         if dtype is None:
             dtype = stored if mx.default_device() == mx.gpu else mx.float32
         model.decoder.set_dtype(dtype)
-        wanted = {"bits": q_bits, "group_size": q_group_size}
-        if q_bits is not None and model.config.quantization is None:
-            model.decoder.quantize(**wanted)
-            model.config.quantization = wanted
-        elif q_bits is not None and model.config.quantization["bits"] != q_bits:
-            raise ValueError(
-                f"{folder} is quantized already, with {model.config.quantization}; "
-                f"q_bits cannot be {q_bits}."
-            )
+        if q_bits is not None:
+            model.quantize(q_bits, q_group_size)
+        shared = group is not None and group.size() > 1
         if adapter is not None:
-            from lora import has_adapters, load_adapter
-
-            load_adapter(model, adapter, adapter_scale)
-            if group is not None and group.size() > 1 and has_adapters(model.decoder):
-                raise ValueError(
-                    "An adapter on a quantized model cannot be shared by processes; "
-                    "take the model that is not quantized."
-                )
-            model._adapter = {"adapter": str(adapter), "adapter_scale": adapter_scale}
-        if group is not None and group.size() > 1:
+            model._adapt(adapter, adapter_scale, shared)
+        if shared:
             model.decoder.shard(group)
         if not lazy:
             try:
@@ -1648,6 +1634,31 @@ class MusicGen(nn.Module):
             if mx.default_device() == mx.cpu:
                 model.decoder.store_columns()
         return model
+
+    def quantize(self, bits: int, group_size: int = 64) -> None:
+        """Quantize the decoder's layers, unless they are so already. Raises ValueError
+        where they are in other bits, or MLX cannot do it."""
+        told = self.config.quantization
+        if told is None:
+            self.decoder.quantize(bits, group_size)
+            self.config.quantization = {"bits": bits, "group_size": group_size}
+        elif told["bits"] != bits:
+            raise ValueError(
+                f"{self.name} is quantized already, with {told}; q_bits cannot be "
+                f"{bits}."
+            )
+
+    def _adapt(self, path: str | Path, scale: float, shared: bool) -> None:
+        """Change the decoder by an adapter's file, before it is `shared`."""
+        from lora import has_adapters, load_adapter
+
+        load_adapter(self, path, scale)
+        if shared and has_adapters(self.decoder):
+            raise ValueError(
+                "An adapter on a quantized model cannot be shared by processes; take "
+                "the model that is not quantized."
+            )
+        self._adapter = {"adapter": str(path), "adapter_scale": scale}
 
 
 def one_each(name: str, sounds: Sounds, count: int) -> list[mx.array | None]:

@@ -72,12 +72,19 @@ def wav_comment(path: Path) -> str:
 
 def save_codes(path: str | Path, codes: mx.array, settings: dict[str, Any]) -> None:
     """Write codes (1, T, K) and settings as safetensors; whole or not at all."""
+    arrays = {"codes": codes.astype(mx.uint16)}
+    save_arrays(path, arrays, {"settings": to_comment(settings)})
+
+
+def save_arrays(
+    path: str | Path, arrays: dict[str, mx.array], metadata: dict[str, str]
+) -> None:
+    """Write a safetensors file; whole or not at all. Raises OSError."""
     path = Path(path)
     target = path.resolve()  # of a link
     part = target.with_name(f".{target.stem[:80]}.part.safetensors")
-    metadata = {"settings": to_comment(settings)}
     try:
-        mx.save_safetensors(str(part), {"codes": codes.astype(mx.uint16)}, metadata)
+        mx.save_safetensors(str(part), arrays, metadata)
         part.replace(target)
     except (OSError, RuntimeError) as error:
         raise OSError(f"{path} could not be written: {error}") from error

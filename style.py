@@ -21,7 +21,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from encodec import Encodec, add, resample
+from encodec import Encodec, add, nearest, resample
 from mert import MERT, REPO, EncoderLayer, MERTConfig
 
 if TYPE_CHECKING:
@@ -325,9 +325,7 @@ def quantize(x: mx.array, codebooks: mx.array) -> mx.array:
     """The sum of the nearest entries, each of what the last left over: (B, T, D)."""
     total = mx.zeros_like(x)
     for entries in codebooks:
-        rest = x - total
-        distances = (entries**2).sum(axis=-1) - 2 * (rest @ entries.T)
-        total = total + entries[mx.argmin(distances, axis=-1)]
+        total = total + entries[nearest(x - total, entries)]
     return total
 
 

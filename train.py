@@ -35,8 +35,15 @@ from safetensors import SafetensorError, safe_open
 
 import convert
 import synth
-from encodec import Encodec, EncodecConfig, load_audio, save_audio
-from lora import LoRALinear, add_adapters, save_adapter
+from encodec import (
+    Encodec,
+    EncodecConfig,
+    Parser,
+    load_audio,
+    nearest,
+    save_audio,
+)
+from lora import LoRALinear, add_adapters, find, save_adapter
 from musicgen import (
     Conditioning,
     Decoder,
@@ -47,6 +54,7 @@ from musicgen import (
     delay_mask,
     sinusoids,
 )
+from settings import save_arrays
 from t5 import T5Config, Tokenizer
 
 CODEC = EncodecConfig(
@@ -73,7 +81,6 @@ TEXT = T5Config(
     num_layers=2,
     num_heads=3,
 )
-HOP = CODEC.hop_length
 WITHOUT_TEXT = 0.15  # of the clips: so that guidance has something to lead away from
 STFT_SIZES = (2048, 512, 128)
 
@@ -153,7 +160,7 @@ class Training:
         arrays |= {f"state/{name}": value for name, value in self.state.items()}
         told = dict(done=self.done, passed=self.passed, settings=self.settings)
         told["random"] = self.random.bit_generator.state
-        save_whole(arrays, self.path, {"training": json.dumps(told)})
+        save_arrays(self.path, arrays, {"training": json.dumps(told)})
 
     def resume(self) -> None:
         """Go on from what `save` kept. Raises FileNotFoundError without it, or
@@ -195,9 +202,10 @@ class Training:
             while self.done < self.steps and self.passed < self.seconds:
                 told.append(self.step(batches()))
                 self.passed = time.perf_counter() - start
-                if self.passed - said > 30 or self.done == self.steps:
-                    self.tell(told, names)
-                    told, said = [], self.passed
+                if self.passed - said < 30 and self.done < self.steps:
+                    continue
+                self.tell(told, names)  # which looks whether they are finite
+                told, said = [], self.passed
                 if self.passed - kept > 120:
                     self.save()
                     kept = self.passed
@@ -248,9 +256,8 @@ def quantize(x: mx.array, codebooks: list[mx.array]) -> tuple[mx.array, list, li
     codebook saw, and which entries it took."""
     rest, seen, taken = x, [], []
     for entries in codebooks:
-        distances = (entries**2).sum(axis=-1) - 2 * (rest @ entries.T)
         seen.append(rest)
-        taken.append(mx.argmin(distances, axis=-1))
+        taken.append(nearest(rest, entries))
         rest = rest - entries[taken[-1]]
     return x - rest, seen, taken
 
@@ -337,7 +344,7 @@ def train_codec(args: argparse.Namespace) -> None:
     def keep() -> None:
         for k, layer in enumerate(codec.quantizer.layers):
             layer.codebook.embed = training.state[f"entries.{k}"]
-        save_whole(dict(tree_flatten(codec.parameters())), folder / CODEC_FILE)
+        save_arrays(folder / CODEC_FILE, dict(tree_flatten(codec.parameters())), {})
         sample = to_float(sounds[0])[None, :, None]
         again = codec.decode(codec.encode(sample))[0]
         save_audio(folder / "again.wav", mx.clip(again, -1, 1), synth.RATE)
@@ -348,20 +355,6 @@ def train_codec(args: argparse.Namespace) -> None:
 
 
 CODEC_FILE = "codec.safetensors"
-
-
-def save_whole(
-    arrays: dict[str, mx.array], path: Path, metadata: dict[str, str] | None = None
-) -> None:
-    """Write a safetensors file, whole or not at all. Raises OSError."""
-    part = path.with_name(f".{path.stem[:80]}.part.safetensors")
-    try:
-        mx.save_safetensors(str(part), arrays, metadata or {})
-        part.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"{path} could not be written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_codec(folder: Path) -> Encodec:
@@ -573,9 +566,6 @@ def read_caption(lines: Path, number: int, line: str) -> tuple[Path, str]:
 def clip_codes(model: MusicGen, path: Path) -> mx.array:
     """Codes (T, K) of a sound file, made in pieces of 30 s; kept beside it under what
     the file and the codec are, so made only once."""
-    audio = load_audio(path, model.sampling_rate, model.channels)
-    if len(audio) < model.sampling_rate:
-        raise ValueError(f"{path} must have a second of sound.")
     kept = path.with_name(f".{digest(model, path)}.codes.safetensors")
     try:
         codes = mx.load(str(kept))["codes"]
@@ -583,18 +573,23 @@ def clip_codes(model: MusicGen, path: Path) -> mx.array:
         return codes
     except (KeyError, RuntimeError, ValueError):
         pass  # there is none, or it is damaged
+    audio = load_audio(path, model.sampling_rate, model.channels)
+    if len(audio) < model.sampling_rate:
+        raise ValueError(f"{path} must have a second of sound.")
     size = 30 * model.sampling_rate
     pieces = [audio[i : i + size] for i in range(0, len(audio), size)]
     codes = mx.concatenate([model.encode_prompt(x, 10**6)[0] for x in pieces])
     try:
-        save_whole({"codes": codes}, kept)
+        save_arrays(kept, {"codes": codes}, {})
     except OSError:
         pass  # made again next time
     return codes
 
 
 def digest(model: MusicGen, path: Path) -> str:
-    """A name for the codes of a file by a model's codec."""
+    """A name for the codes of a file by a model's codec. Raises FileNotFoundError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no sound file {path}.")
     found = hashlib.sha256(path.read_bytes())
     found.update(repr((model.config.audio_encoder, model.channels)).encode())
     found.update(np.array(model.audio_encoder.quantizer.layers[0].codebook.embed))
@@ -619,9 +614,8 @@ def load_clips(model: MusicGen, folder: Path) -> tuple[list[str], list[mx.array]
 def adapt_only(model: MusicGen) -> None:
     """Train nothing but the adapters."""
     model.freeze()
-    for module in model.decoder.modules():
-        if isinstance(module, LoRALinear):
-            module.unfreeze(keys=["a", "b"], recurse=False)
+    for _, _, module in find(model.decoder, LoRALinear):
+        module.unfreeze(keys=["a", "b"], recurse=False)
 
 
 def train_lora(args: argparse.Namespace) -> None:
@@ -660,7 +654,7 @@ def train_lora(args: argparse.Namespace) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a tiny model, or adapters.")
+    parser = Parser(description="Train a tiny model, or adapters.")
     commands = parser.add_subparsers(dest="command", required=True)
     made = commands.add_parser("synth", help="train the tiny model from nothing")
     what = made.add_mutually_exclusive_group(required=True)
