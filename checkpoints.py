@@ -10,6 +10,7 @@ read by convert.py. Loading is strict: every tensor has its place, or an error n
 import json
 import os
 import re
+import shlex
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,7 @@ MODELS = {
         "stereo-melody-large",
         "style",
     )
-}
+} | {"tiny": str(Path(__file__).with_name("tiny"))}
 AUDIOCRAFT_FILES = ("state_dict.bin", "compression_state_dict.bin")
 T5_REPO = "google-t5/t5-base"
 
@@ -73,15 +74,28 @@ def check_name(name: str) -> None:
         )
 
 
+def local(name: str) -> Path:
+    """The path that `name` would have here. `tiny` is the folder beside this file,
+    never one of the current directory: that is `./tiny`."""
+    return Path(MODELS[name] if name == "tiny" else name)
+
+
 def locate(name: str) -> Path:
     """The folder of a model: a local one, or the Hub's cache of what it needs.
 
-    Of a short name exactly AUDIOCRAFT_FILES are fetched; of another repository
-    these, or where it has none the transformers layout.
+    `tiny` lies beside this file. Of another short name exactly AUDIOCRAFT_FILES are
+    fetched; of another repository these, or where it has none the transformers layout.
     """
     check_name(name)
-    if Path(name).is_dir():
-        return Path(name)
+    folder = local(name)
+    if folder.is_dir():
+        return folder
+    if name == "tiny":
+        raise FileNotFoundError(
+            f"{folder} must hold config.json, model.safetensors and spiece.model. Copy "
+            "that folder along with the scripts, or train it: python train.py synth "
+            f"--codec --output {shlex.quote(str(folder))}, then with --lm for --codec."
+        )
     repo = MODELS.get(name, name)
     try:
         try:
@@ -93,9 +107,9 @@ def locate(name: str) -> Path:
             return fetch_transformers(repo)
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise OSError(
-            f"The Hub did not give {repo}: {error} To work offline, name a local "
-            f"folder with {' and '.join(AUDIOCRAFT_FILES)}, T5 in t5-base/ and, for "
-            "stereo, the codec in encodec_32khz/; or one that convert.py wrote."
+            f"The Hub did not give {repo}: {error} To work offline, take --model tiny "
+            f"or a local folder with {' and '.join(AUDIOCRAFT_FILES)}, T5 in t5-base/ "
+            "and, for stereo, the codec in encodec_32khz/; or one that convert.py wrote."
         ) from error
 
 

@@ -3,13 +3,15 @@
     python evaluate.py --model tiny
     python evaluate.py --model tiny --guidance-coef 1
     python evaluate.py --codec tiny
+    python evaluate.py --model tiny --adapter brass.safetensors --timbre brass
 
 The first makes takes of prompts whose combination of words was not in the training
 (`synth.HELD_OUT`) and tells how often the register (pitch, by autocorrelation), the
-tempo (onsets a second), the timbre (shape of the spectrum) and the drums (energy below
+tempo (onsets a second), the timbre (shape of the spectrum) and the drums (beats below
 the lowest note) are what the prompt says, beside what these measures make of the
-synthesizer's own clips, as they are and as the codec gives them back. The last tells
-how much of the sound the codec keeps.
+synthesizer's own clips, as they are and as the codec gives them back. Chance is how
+often the takes are what the prompt of another one says. `--codec` tells how much of the
+sound the codec keeps; `--timbre` asks for one that an adapter was taught.
 """
 
 import argparse
@@ -24,9 +26,9 @@ from encodec import Parser
 from musicgen import MusicGen
 
 FRAME, HOP = 4096, 1024  # samples in which pitch is sought
-REGISTERS = (277.0, 740.0)  # Hz between low, middle and high
+REGISTERS = (240.0, 540.0)  # Hz between low, middle and high
 TEMPI = (1.41, 2.83)  # onsets a second between slow, medium and fast
-DRUMS = -14.0  # dB below 85 Hz, beside all, from which on there is a kick
+DRUMS = -10.0  # dB of beats below 85 Hz, beside all, from which on there is a kick
 HARMONICS = 8
 
 
@@ -36,7 +38,7 @@ class Measured(NamedTuple):
     pitch: float  # Hz
     onsets: float  # a second
     spectrum: np.ndarray  # features of the timbre
-    low: float  # dB of what lies below the notes, beside the rest
+    beat: float  # dB of what comes and goes below the notes, beside all
 
 
 def frames_of(sound: np.ndarray, size: int, hop: int) -> np.ndarray:
@@ -113,23 +115,28 @@ def measure(sound: np.ndarray) -> Measured:
     level = 10 * np.log10(loud + 1e-7)
     falls = (level[4:] - level[:-4])[level[:-4] > level.max() - 10]
     spectrum = np.append(shape(steady, hertz), np.quantile(falls, (0.25, 0.5, 0.75)))
-    bass = frames_of(band(sound, 20, 85), 8000, 4000)
-    low = 10 * np.log10((bass**2).mean(axis=1).max() / (sound**2).mean() + 1e-6)
-    return Measured(float(np.median(hertz)), onset_rate(sound), spectrum, low)
+    return Measured(float(np.median(hertz)), onset_rate(sound), spectrum, beat(sound))
+
+
+def beat(sound: np.ndarray) -> float:
+    """How far what lies below the notes rises above its lower quartile, in dB."""
+    bass = (frames_of(band(sound, 20, 85), 4000, 2000) ** 2).mean(axis=1)
+    rise = np.quantile(bass, 0.95) - np.quantile(bass, 0.25)
+    return 10 * np.log10(rise / (sound**2).mean() + 1e-6)
 
 
 class Judge:
     """Names the traits of what is measured. The timbres are told apart by the means of
     their features over the synthesizer's clips, under their common covariance."""
 
-    def __init__(self, clips: int = 400, seconds: float = 4.0):
-        features, names = [], []
-        for seed in range(5000, 5000 + clips):
-            clip, _, sound = synth.make(seed, synth.CLIPS, seconds)
+    def __init__(self, count: int = 400, timbres=synth.TRAITS["timbre"]):
+        features, names, clips = [], [], synth.clips_of(*timbres)
+        for seed in range(5000, 5000 + count):
+            clip, _, sound = synth.make(seed, clips, seconds=4.0)
             features.append(measure(sound).spectrum)
             names.append(clip.timbre)
         features, names = np.array(features), np.array(names)
-        timbres = synth.TRAITS["timbre"]
+        self.timbres = timbres
         self.means = np.array([features[names == t].mean(axis=0) for t in timbres])
         places = [timbres.index(name) for name in names]
         spread = np.cov((features - self.means[places]).T)
@@ -147,42 +154,52 @@ class Judge:
         return {
             "register": synth.TRAITS["register"][register],
             "tempo": synth.TRAITS["tempo"][tempo],
-            "timbre": synth.TRAITS["timbre"][nearest],
-            "drums": synth.TRAITS["drums"][int(found.low > DRUMS)],
+            "timbre": self.timbres[nearest],
+            "drums": synth.TRAITS["drums"][int(found.beat > DRUMS)],
         }
 
 
-def shares(judge: Judge, clips: list[synth.Clip], sounds) -> dict[str, float]:
-    """How often each trait of the clips is found in their sounds (N,)."""
-    right = []
-    for clip, sound in zip(clips, sounds):
-        found = judge.name(sound)
-        right.append([found[name] == getattr(clip, name) for name in found])
-    return dict(zip(found, np.mean(right, axis=0)))
+def share(clips: list[synth.Clip], found: list[dict[str, str]]) -> dict[str, float]:
+    """How often each trait of the clips is what was found."""
+    right = [[f[name] == getattr(c, name) for name in f] for c, f in zip(clips, found)]
+    return dict(zip(found[0], np.mean(right, axis=0)))
 
 
-def prompts(count: int, seed: int = 0) -> tuple[list[synth.Clip], list[str]]:
-    """Combinations that were held out, in any words; all traits are said, but that
-    there are no drums goes without saying half of the time."""
+def prompts(
+    count: int, clips: list[synth.Clip] = synth.HELD_OUT, seed: int = 0
+) -> tuple[list[synth.Clip], list[str]]:
+    """These clips in turn, in any words; all traits are said, but that there are no
+    drums goes without saying half of the time."""
     random = np.random.default_rng(seed)
-    clips = [synth.HELD_OUT[i % len(synth.HELD_OUT)] for i in range(count)]
+    clips = [clips[i % len(clips)] for i in range(count)]
     return clips, [synth.caption(clip, random) for clip in clips]
 
 
 def follow(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """The table of how prompts are followed."""
-    judge, model = Judge(), MusicGen.from_pretrained(args.model)
-    clips, texts = prompts(args.prompts)
+    model = MusicGen.from_pretrained(args.model, adapter=args.adapter)
+    timbres, clips = synth.TRAITS["timbre"], synth.HELD_OUT
+    if args.timbre:
+        timbres = tuple(dict.fromkeys((*timbres, args.timbre)))
+        clips = synth.clips_of(args.timbre)
+    clips, texts = prompts(args.prompts, clips)
     random = np.random.default_rng(1)
     own = [synth.render(clip, random, args.duration) for clip in clips]
     options = dict(duration=args.duration, guidance_coef=args.guidance_coef)
     audio = model.generate(texts, seed=args.seed, batch_size=args.batch, **options)
-    sounds = np.array(audio[..., 0])
-    takes = f"takes, guidance {args.guidance_coef:g}"
+    judge = Judge(timbres=timbres)
+    rows = dict(
+        own=own,
+        coded=coded(model, own),
+        takes=np.array(audio[..., 0]),
+    )
+    found = {k: [judge.name(sound) for sound in sounds] for k, sounds in rows.items()}
+    others = [clips[i] for i in np.random.default_rng(2).permutation(len(clips))]
     return {
-        "the synthesizer's clips": shares(judge, clips, own),
-        "these, through the codec": shares(judge, clips, coded(model, own)),
-        takes: shares(judge, clips, sounds),
+        "the synthesizer's clips": share(clips, found["own"]),
+        "these, through the codec": share(clips, found["coded"]),
+        f"takes, guidance {args.guidance_coef:g}": share(clips, found["takes"]),
+        "these, by chance": share(others, found["takes"]),
     }
 
 
@@ -234,6 +251,8 @@ def main() -> None:
     what.add_argument("--model", help="model whose takes to measure")
     what.add_argument("--codec", help="model whose codec to measure")
     add = parser.add_argument
+    add("--adapter", help="file of train.py lora")
+    add("--timbre", choices=synth.VOICES, help="only prompts of this timbre")
     add("--prompts", type=int, default=200, help="(default: %(default)s)")
     add("--duration", type=float, default=4.0, help="seconds (default: %(default)s)")
     add("--guidance-coef", type=float, default=3.0, help="(default: %(default)s)")

@@ -22,7 +22,7 @@ from huggingface_hub.utils import logging, tqdm
 import jobs
 import settings
 import stream
-from checkpoints import MODELS, check_name
+from checkpoints import MODELS, check_name, local
 from encodec import check_writable, choose_subtype, save_audio
 from jobs import Job, Made
 from melody import draw, extract_chroma
@@ -32,7 +32,8 @@ HELP = {
     "prompt": 'what to play; "" for anything; may be given several times',
     "prompts": "file with a prompt in each line, or JSON objects with any of: "
     f"{', '.join(jobs.ALL_KEYS)}. What exists is not made again",
-    "model": f"{', '.join(MODELS)}; a Hub id or a local folder (default: %(default)s)",
+    "model": f"{', '.join(MODELS)} (no download); a Hub id or a local folder "
+    "(default: %(default)s)",
     "duration": "length in seconds; beyond 30 a window slides (default: %(default)s)",
     "extend_stride": "seconds by which the window of long audio slides (default: 18)",
     "output": "file to write: .wav, .flac, .ogg or .mp3; numbered where there are "
@@ -396,7 +397,8 @@ def begin(args: argparse.Namespace, model: MusicGen, stop: Stop | None) -> jobs.
 def check_source(source: Path, told: dict, model: MusicGen) -> None:
     """Raise ValueError for codes of another model; warn of another revision."""
     name = str(told.get("model"))
-    places = {Path(n).resolve() if Path(n).is_dir() else n for n in (name, model.name)}
+    paths = [local(n) for n in (name, model.name)]
+    places = {path.resolve() if path.is_dir() else path for path in paths}
     if len(places) > 1 and MODELS.get(name, name) != MODELS.get(model.name, model.name):
         raise ValueError(f"{source} holds codes of {name}, not of {model.name}.")
     if told.get("revision") != model.revision:

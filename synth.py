@@ -1,10 +1,12 @@
 """A small musical world: endless clips with captions, for a model that fits in a box.
 
     python synth.py --listen 8 --output-dir clips/
+    python synth.py --listen 20 --timbre brass --output-dir brass/
 
 A clip is a tune of one voice, in numpy. Five traits tell it: the timbre, the register,
 the tempo, the mode, and whether a drum beat goes with it. A caption says them in free
 words, in any order. `train.py synth` learns from these, and `evaluate.py` measures them.
+A sixth timbre, brass, is in none of these: it is what `train.py lora` can teach.
 Stands alone but for encodec.py, which writes the files.
 """
 
@@ -24,8 +26,8 @@ TRAITS = {
     "mode": ("major", "minor"),
     "drums": ("without", "with"),
 }
-LOWEST = {"low": 45, "middle": 62, "high": 79}  # notes that a tune may start from,
-SPREAD = 3  # and up to as many halftones higher
+LOWEST = {"low": 45, "middle": 59, "high": 73}  # notes that a tune may start from,
+SPREAD = 1  # and up to as many halftones higher
 NOTES_PER_SECOND = {"slow": 1.0, "medium": 2.0, "fast": 4.0}  # 8 % more or less
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11, 12), "minor": (0, 2, 3, 5, 7, 8, 10, 12)}
 CHORDS = {"major": (0, 4, 7, 12), "minor": (0, 3, 7, 12)}
@@ -36,6 +38,7 @@ WORDS = {
     "sawtooth": ("sawtooth", "saw wave", "buzzing sawtooth", "saw synth"),
     "plucked string": ("plucked string", "guitar", "plucked guitar", "harp-like pluck"),
     "bell": ("bell", "bells", "chiming bell", "glockenspiel"),
+    "brass": ("brass", "trumpet", "brass section", "horn"),
     "low": ("low", "deep", "low-pitched", "bass"),
     "middle": ("middle", "mid-range", "medium-pitched", "middle register"),
     "high": ("high", "high-pitched", "treble", "shrill"),
@@ -68,7 +71,12 @@ class Clip(NamedTuple):
         return sum(n * w for n, w in zip(numbers, weights)) % 5 == 0
 
 
-CLIPS = [Clip(*values) for values in itertools.product(*TRAITS.values())]
+def clips_of(*timbres: str) -> list[Clip]:
+    """All that can be played in these timbres."""
+    return [Clip(*v) for v in itertools.product(timbres, *list(TRAITS.values())[1:])]
+
+
+CLIPS = clips_of(*TRAITS["timbre"])
 KNOWN = [clip for clip in CLIPS if not clip.held_out]
 HELD_OUT = [clip for clip in CLIPS if clip.held_out]
 
@@ -94,15 +102,29 @@ def caption(clip: Clip, random: np.random.Generator, missing: float = 0.0) -> st
     return f"{text} {drums}" if random.random() < 0.7 else f"{drums}: {text}"
 
 
+def misheard(clip: Clip, random: np.random.Generator, chance: float) -> Clip:
+    """The clip as somebody tells it who guesses each trait with this chance; never as
+    one that was held out."""
+    told = Clip(
+        *(
+            str(random.choice(TRAITS[name])) if random.random() < chance else value
+            for name, value in clip._asdict().items()
+        )
+    )
+    return clip if told.held_out else told
+
+
 def render(
     clip: Clip, random: np.random.Generator, seconds: float = SECONDS
 ) -> np.ndarray:
-    """Samples (N,) float32 of a tune that is like the clip, peaking below 1."""
+    """Samples (N,) float32 of a tune that is like the clip, peaking below 1. Every other
+    one begins anywhere in its first two notes, as music that goes on does."""
     pace = NOTES_PER_SECOND[clip.tempo] * random.uniform(0.92, 1.08)
     length = int(seconds * RATE)
-    starts = np.arange(0, seconds, 1 / pace)
+    early = random.uniform(0, 2 / pace) * (random.random() < 0.5)
+    starts = np.arange(-early, seconds, 1 / pace)
     root = LOWEST[clip.register] + int(random.integers(SPREAD + 1))
-    voice, beat = np.zeros(length + RATE), np.zeros(length + RATE)
+    voice, beat = np.zeros(length), np.zeros(length)
     for i, (start, step) in enumerate(
         zip(starts, tune(clip.mode, len(starts), random))
     ):
@@ -110,7 +132,7 @@ def render(
         add(voice, start, sound)
         if clip.drums == "with":
             add(beat, start, snare(random) if i % 2 else kick())
-    sound = voice[:length] * random.uniform(0.28, 0.36) + 0.5 * beat[:length]
+    sound = voice * random.uniform(0.28, 0.36) + 0.5 * beat
     return np.clip(sound, -1, 1).astype(np.float32)
 
 
@@ -132,9 +154,10 @@ def frequency(note: float) -> float:
 
 
 def add(track: np.ndarray, second: float, sound: np.ndarray) -> None:
+    """Add a sound to a track at a time, as far as it lies in it."""
     first = int(second * RATE)
-    part = sound[: max(len(track) - first, 0)]
-    track[first : first + len(part)] += part
+    part = sound[max(-first, 0) : max(len(track) - first, 0)]
+    track[max(first, 0) :][: len(part)] += part
 
 
 def times(seconds: float) -> np.ndarray:
@@ -151,9 +174,12 @@ def faded(sound: np.ndarray) -> np.ndarray:
 
 def harmonics(hertz: float, seconds: float, amplitudes: dict[int, float]) -> np.ndarray:
     """A held note, of those harmonics that lie below 12 kHz."""
-    phase = 2 * np.pi * hertz * times(seconds)
-    known = {k: a for k, a in amplitudes.items() if k * hertz < 12000}
-    return sum(a * np.sin(k * phase) for k, a in known.items())
+    turn = np.exp(2j * np.pi * hertz * times(seconds))
+    sound, power = np.zeros(len(turn)), 1
+    for k in range(1, min(max(amplitudes), int(12000 / hertz)) + 1):
+        power = power * turn  # whose imaginary part is the sine
+        sound += amplitudes.get(k, 0) * power.imag
+    return sound
 
 
 def held(amplitudes: dict[int, float]):
@@ -180,13 +206,20 @@ def pluck(hertz: float, seconds: float, random: np.random.Generator) -> np.ndarr
 def bell(hertz: float, seconds: float, random: np.random.Generator) -> np.ndarray:
     """Partials that are no multiples."""
     t = times(seconds)
-    partials = ((1, 1.0, 3), (2.76, 0.7, 5), (5.40, 0.45, 8), (8.93, 0.25, 12))
+    partials = ((1, 1.0, 3), (2.76, 0.8, 4), (5.40, 0.45, 6))
     sound = sum(
         a * np.sin(2 * np.pi * ratio * hertz * t) * np.exp(-decay * t)
         for ratio, a, decay in partials
-        if ratio * hertz < 13000
     )
-    return faded(1.2 * sound)
+    return faded(1.1 * sound)
+
+
+def brass(hertz: float, seconds: float, random: np.random.Generator) -> np.ndarray:
+    """Frequency modulation that grows with the loudness, as in brass."""
+    t = times(seconds)
+    blown = np.minimum(t / 0.06, 1) * (0.75 + 0.25 * np.exp(-6 * t))
+    turn = 2 * np.pi * hertz * t
+    return faded(1.1 * blown * np.sin(turn + 4 * blown * np.sin(turn)))
 
 
 VOICES = {
@@ -195,6 +228,7 @@ VOICES = {
     "sawtooth": held({k: 0.7 / k for k in range(1, 40)}),
     "plucked string": pluck,
     "bell": bell,
+    "brass": brass,
 }
 
 
@@ -220,13 +254,13 @@ def make(
     return clip, caption(clip, random, missing=0.1), render(clip, random, seconds)
 
 
-def listen(count: int, folder: Path) -> None:
-    """Write some clips, and print their captions."""
+def listen(count: int, folder: Path, clips: list[Clip] = KNOWN) -> None:
+    """Write some clips with their captions, and print these."""
     from encodec import save_audio
 
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(count):
-        _, text, sound = make(seed)
+        _, text, sound = make(seed, clips)
         save_audio(folder / f"{seed:03}.wav", sound[:, None], RATE)
         (folder / f"{seed:03}.txt").write_text(text + "\n")
         print(f"{folder / f'{seed:03}.wav'}: {text}")
@@ -235,9 +269,11 @@ def listen(count: int, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make clips with captions.")
     parser.add_argument("--listen", type=int, default=8, help="how many (default: 8)")
+    parser.add_argument("--timbre", choices=VOICES, help="only clips of this one")
     parser.add_argument("--output-dir", type=Path, default=Path("clips"))
     args = parser.parse_args()
-    listen(args.listen, args.output_dir)
+    clips = clips_of(args.timbre) if args.timbre else KNOWN
+    listen(args.listen, args.output_dir, clips)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import unittest
 import warnings
 import zipfile
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import Mock, patch
 
@@ -2604,6 +2604,30 @@ class TestLoading(Test):
         wanted = [common + files, common + ["pytorch_model*"], common + files]
         self.assertEqual(calls, wanted)
 
+    def test_tiny_lies_beside_the_scripts(self):
+        tiny = str(Path(checkpoints.__file__).parent / "tiny")
+        self.assertEqual(checkpoints.MODELS["tiny"], tiny)
+        folder = self.copy("mono-transformers")
+        (self.folder / "elsewhere" / "tiny").mkdir(parents=True)  # is not taken
+        self.enterContext(chdir(self.folder / "elsewhere"))
+        self.enterContext(patch.dict(checkpoints.MODELS, tiny=str(folder)))
+        network = self.enterContext(patch("socket.create_connection"))
+        self.assertEqual(checkpoints.locate("tiny"), folder)
+        self.assertEqual(checkpoints.locate("./tiny"), Path("tiny"))
+        audio = MusicGen.from_pretrained("tiny").generate("a", duration=0.1, seed=0)
+        model = MusicGen.from_pretrained(folder)
+        self.assertSame(audio, model.generate("a", duration=0.1, seed=0))
+        network.assert_not_called()
+
+    def test_tiny_that_is_not_there(self):
+        missing = self.folder / "tiny"
+        with patch.dict(checkpoints.MODELS, tiny=str(missing)):
+            with patch("checkpoints.hf_hub_download") as fetch:
+                pattern = f"^{missing} must hold .* synth --codec --output {missing},"
+                with self.assertRaisesRegex(FileNotFoundError, pattern):
+                    checkpoints.locate("tiny")
+        fetch.assert_not_called()
+
     def test_short_name_does_not_fall_back(self):
         missing = EntryNotFoundError("no such file")
         for name, falls_back in (("small", False), ("someone/model", True)):
@@ -2612,7 +2636,9 @@ class TestLoading(Test):
                     if falls_back:
                         checkpoints.locate(name)
                     else:
-                        with self.assertRaisesRegex(OSError, "did not give"):
+                        with self.assertRaisesRegex(
+                            OSError, "did not give.*--model tiny"
+                        ):
                             checkpoints.locate(name)
             self.assertEqual(fetch.called, falls_back)
 
@@ -2665,7 +2691,7 @@ class TestLoading(Test):
             self.fails("index.json is damaged", folder)
 
     def test_unknown_name(self):
-        with self.assertRaisesRegex(ValueError, "must be one of small, medium, large"):
+        with self.assertRaisesRegex(ValueError, "one of small, .*, style, tiny, a Hub"):
             MusicGen.from_pretrained("smal")
 
     def test_short_name_fetches_exactly_what_it_needs(self):
@@ -2718,7 +2744,7 @@ class TestLoading(Test):
         for name in ("mono-transformers", "mono-audiocraft"):
             result = run(name)
             self.assertEqual(result.returncode, 0, result.stderr)
-        self.assertRegex(run("nothing").stderr, "To work offline, name a local folder")
+        self.assertRegex(run("nothing").stderr, "To work offline, take --model tiny")
 
 
 class TestTorchFiles(Test):
@@ -3141,6 +3167,14 @@ class TestConvert(Test):
         card = convert.model_card(self.folder, "a/b", str(self.folder))
         self.assertNotIn("base_model", card)
         self.assertNotIn(str(self.folder), card)
+        with patch.dict(checkpoints.MODELS, tiny=str(self.folder)):
+            self.assertEqual(convert.model_card(self.folder, "a/b", "tiny"), card)
+
+    def test_tiny_by_its_short_name(self):
+        folder, target = self.copy("mono-transformers"), self.folder / "x"
+        with patch.dict(checkpoints.MODELS, tiny=str(folder)):
+            self.run_script("--hf-path", "tiny", "--mlx-path", str(target))
+        self.assertTrue(convert.is_converted(target))
 
     def test_wrong_command_lines(self):
         good = ["--hf-path", "small", "--mlx-path", str(self.folder / "x")]
@@ -3456,7 +3490,7 @@ class TestSynth(Test):
         random = np.random.default_rng(5)
         clips = synth.CLIPS[::4]
         own = [synth.render(clip, random, 4.0) for clip in clips]
-        found = evaluate.shares(judge, clips, own)
+        found = evaluate.share(clips, [judge.name(sound) for sound in own])
         for name, least in (("register", 0.95), ("tempo", 0.95), ("drums", 0.95)):
             self.assertGreaterEqual(found[name], least, name)
         self.assertGreaterEqual(found["timbre"], 0.85)
@@ -3527,6 +3561,73 @@ class TestTrain(Test):
         sound = mx.random.normal((1, 8000), key=mx.random.key(0))
         self.assertEqual(train.stft_distance(sound, sound).item(), 0)
         self.assertGreater(train.stft_distance(sound, 0.5 * sound).item(), 0.4)
+
+
+class TestTiny(Test):
+    """What only a trained model can show, with the one in tiny/."""
+
+    @classmethod
+    def setUpClass(cls):
+        random = np.random.default_rng(0)
+        places = random.permutation(len(synth.KNOWN))[:20]
+        cls.clips = [synth.KNOWN[i] for i in places]
+        cls.texts = [synth.caption(clip, random) for clip in cls.clips]
+        cls.judge = evaluate.Judge(150)
+        cls.model = MusicGen.from_pretrained("tiny", mx.float32)
+
+    def assertFollowed(self, audio: mx.array, least: float, names: str, clips=None):
+        """Sounds (B, N, 1) that are like the clips in the traits with these names."""
+        found = [self.judge.name(sound) for sound in np.array(audio[..., 0])]
+        right = evaluate.share(clips or self.clips, found)
+        for name in names.split():
+            self.assertGreaterEqual(right[name], least, f"{name}: {right}")
+
+    def test_size(self):
+        files = [path for path in (HERE / "tiny").iterdir() if path.is_file()]
+        self.assertLessEqual(sum(path.stat().st_size for path in files), 10e6)
+
+    def test_prompts_are_followed(self):
+        audio = self.model.generate(self.texts, duration=4.0, seed=0)
+        self.assertFollowed(audio, 0.9, "register drums")
+        self.assertFollowed(audio, 0.75, "tempo timbre")
+        others = self.clips[1:] + self.clips[:1]  # that these measures can fail
+        with self.assertRaises(AssertionError):
+            self.assertFollowed(audio, 0.75, "timbre", others)
+
+    def test_quantized_prompts_are_followed(self):
+        for bits in (8, 4):
+            with self.subTest(bits=bits):
+                model = MusicGen.from_pretrained("tiny", mx.float32, q_bits=bits)
+                audio = model.generate(self.texts, duration=3.0, seed=0)
+                self.assertFollowed(audio, 0.85, "register drums")
+                self.assertFollowed(audio, 0.6, "tempo timbre")
+
+    def test_stream_resume_and_batch(self):
+        options = dict(duration=2.0, seed=5)
+        codes = self.model.generate_codes(self.texts[0], **options)
+        pieces = list(self.model.stream(self.texts[0], chunk=0.3, **options))
+        whole = self.model.decode(codes)[0]
+        self.assertClose(mx.concatenate(pieces), whole, 1e-4)
+        begun = dict(codes_prompt=codes[:, :37], **options)
+        self.assertSame(self.model.generate_codes(self.texts[0], **begun), codes)
+        rows = self.model.generate_codes(self.texts[:3], **options)
+        self.assertSame(rows[:1], codes)
+
+    def test_long_audio_stays(self):
+        """Past the 8 s that it was trained on."""
+        audio = self.model.generate(self.texts[:8], duration=14.0, seed=0)
+        late = audio[:, -4 * synth.RATE :]
+        self.assertFollowed(late, 0.75, "register drums timbre tempo", self.clips[:8])
+
+    def test_continuation_keeps_tempo_and_timbre(self):
+        """Of a sound, with a text that says nothing of them."""
+        kept = []
+        for clip in self.clips[:6]:
+            sound = synth.render(clip, np.random.default_rng(1), 3.5)[:, None]
+            options = dict(audio_prompt=mx.array(sound), drop_prompt=True, seed=2)
+            audio = self.model.generate("a melody", duration=7.5, **options)
+            kept.append(audio)
+        self.assertFollowed(mx.concatenate(kept), 0.8, "tempo timbre", self.clips[:6])
 
 
 class TestCommandLine(Test):
@@ -4082,6 +4183,20 @@ class TestSettings(Test):
         status, _, err = self.run_script("--again", self.folder / "bare.wav")
         self.assertEqual(status, 1)
         self.assertRegex(err, "^generate.py: error: .*bare.wav holds no settings.*\n$")
+
+    def test_codes_of_tiny(self):
+        for name in ("tiny", "here/tiny"):
+            (self.folder / name).mkdir(parents=True)
+        tiny = str(self.folder / "tiny")
+        self.enterContext(patch.dict(checkpoints.MODELS, tiny=tiny))
+        self.enterContext(chdir(self.folder / "here"))
+        source, told = Path("x.safetensors"), {"model": "tiny"}
+        model = Mock(revision=None)
+        for model.name in ("tiny", "../tiny", tiny):
+            generate.check_source(source, told, model)
+        for model.name in ("./tiny", "small"):
+            with self.assertRaisesRegex(ValueError, "holds codes of tiny, not of"):
+                generate.check_source(source, told, model)
 
     def test_resume(self):
         path, longer = (self.folder / f"{n}.safetensors" for n in ("codes", "longer"))

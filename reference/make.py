@@ -15,13 +15,14 @@ from pathlib import Path
 
 import manifests
 import sentencepiece
-import tiny
 import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.encodec.modeling_encodec import EncodecEuclideanCodebook
 from transformers.models.musicgen import modeling_musicgen
+
+import tiny
 
 HERE = Path(__file__).parent
 CONFIGS = manifests.read()["configs"]

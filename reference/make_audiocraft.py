@@ -15,12 +15,13 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import make as base
-import tiny
 import torch
 import transformers
 import xpcfg
 from safetensors.torch import save_file
 from torch import Tensor
+
+import tiny
 
 # The commit of facebookresearch/audiocraft that gave the values kept here.
 COMMIT = "896ec7c"

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import make as base
 import make_audiocraft
-import tiny
 import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
+
+import tiny
 
 FRAMES = 15  # of a window
 LONG = 40  # frames made with windows

@@ -15,12 +15,13 @@ from pathlib import Path
 import make as base
 import make_audiocraft
 import sounds
-import tiny
 import torch
 import transformers
 import xpcfg
 from safetensors.torch import save_file
 from torch import Tensor
+
+import tiny
 
 TUNES = [[60, 64, 67, 72, 71], [69, 65, 62, 57, 59, 64]]
 CHROMA = {"chroma_length": 9}

@@ -20,12 +20,13 @@ import make as base
 import make_audiocraft
 import make_melody
 import sounds
-import tiny
 import torch
 import transformers
 import xpcfg
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+import tiny
 
 TUNES = [
     [60, 64, 67, 72, 71, 67, 62, 65, 69, 74],
