@@ -380,7 +380,7 @@ pipeline_tag: text-to-audio
 python generate.py --model {name} --prompt "happy rock"
 ```
 
-The weights are Meta's, under CC-BY-NC 4.0.
+The weights of MusicGen are Meta's, under CC-BY-NC 4.0.
 """
 
 

@@ -341,25 +341,14 @@ class LSTM(nn.Module):
         return hidden + x, after
 
 
-@functools.partial(mx.compile, shapeless=True)
-def elu(x: mx.array) -> mx.array:
-    """As `nn.elu`, with a gradient where x is large: its exp overflows there."""
-    return mx.where(x > 0, x, mx.exp(mx.minimum(x, 0)) - 1)
-
-
-class ELU(nn.Module):
-    def __call__(self, x: mx.array) -> mx.array:
-        return elu(x)
-
-
 class ResnetBlock(nn.Module):
     def __init__(self, config: EncodecConfig, channels: int, dilation: int):
         super().__init__()
         hidden, kernel_size = channels // config.compress, config.residual_kernel_size
         self.block = [
-            ELU(),
+            nn.ELU(),
             Conv1d(config, channels, hidden, kernel_size, dilation=dilation),
-            ELU(),
+            nn.ELU(),
             Conv1d(config, hidden, channels, kernel_size=1),
         ]
         self.shortcut = None
@@ -442,9 +431,9 @@ def build_encoder(config: EncodecConfig) -> Stack:
     layers = [Conv1d(config, config.audio_channels, width, config.kernel_size)]
     for ratio in reversed(config.upsampling_ratios):
         layers += residual_blocks(config, width)
-        layers += [ELU(), Conv1d(config, width, 2 * width, 2 * ratio, ratio)]
+        layers += [nn.ELU(), Conv1d(config, width, 2 * width, 2 * ratio, ratio)]
         width *= 2
-    layers += [LSTM(config, width), ELU()]
+    layers += [LSTM(config, width), nn.ELU()]
     layers += [Conv1d(config, width, config.hidden_size, config.last_kernel_size)]
     return Stack(layers)
 
@@ -455,10 +444,10 @@ def build_decoder(config: EncodecConfig) -> Stack:
     layers = [Conv1d(config, config.hidden_size, width, config.kernel_size)]
     layers += [LSTM(config, width)]
     for ratio in config.upsampling_ratios:
-        layers += [ELU(), ConvTranspose1d(config, width, width // 2, ratio)]
+        layers += [nn.ELU(), ConvTranspose1d(config, width, width // 2, ratio)]
         width //= 2
         layers += residual_blocks(config, width)
-    layers += [ELU()]
+    layers += [nn.ELU()]
     layers += [Conv1d(config, width, config.audio_channels, config.last_kernel_size)]
     return Stack(layers)
 

@@ -3557,6 +3557,43 @@ class TestTrain(Test):
             own = seen[mx.array(np.flatnonzero(np.array(taken) == entry))]
             self.assertClose(books[entry], own.mean(axis=0), 0.1)
 
+    def test_elu_can_be_trained(self):
+        """Where x is large, too, of which `nn.elu` makes no number."""
+        x = mx.array([-50.0, -3.0, -0.5, 0.5, 3.0, 100.0])
+        slope = mx.grad(lambda x: train.elu(x).sum())(x)
+        self.assertClose(slope, mx.where(x > 0, 1, mx.exp(x)), 1e-6)
+        self.assertSame(train.elu(x), nn.elu(x))
+        codec = train.with_gradients(Encodec(train.CODEC))
+        kinds = {type(m) for _, m in codec.named_modules()}
+        self.assertIn(train.ELU, kinds)
+        self.assertNotIn(nn.ELU, kinds)
+
+    def test_a_gradient_that_is_no_number_changes_little(self):
+        model = nn.Linear(2, 1, bias=False)
+        loss = lambda m, x: (m(x).sum() * x.sum(), mx.zeros(1), {})  # noqa: E731
+        told = dict(lr=1e-3, steps=9, seconds=60, seed=0, resume=False)
+        args = generate.argparse.Namespace(**told)
+        training = train.Training(model, loss, args, self.folder, {}, {})
+        for x in (1.0, math.inf, 1.0):
+            training.step((mx.full((1, 2), x),))
+            self.assertTrue(mx.isfinite(model.weight).all())
+
+    def test_misheard_captions_tell_nothing_held_out(self):
+        random = np.random.default_rng(0)
+        told = [synth.misheard(clip, random, 0.5) for clip in synth.KNOWN * 5]
+        self.assertFalse(any(clip.held_out for clip in told))
+        same = [a == b for a, b in zip(told, synth.KNOWN * 5)]
+        self.assertTrue(0.05 < np.mean(same) < 0.5)
+
+    def test_codec_starts_even(self):
+        """Sound comes through before any step, quietly."""
+        codec = Encodec(train.CODEC)
+        train.start_even(codec)
+        sound = mx.array(synth.make(1, seconds=1.0)[2])[None, :, None]
+        states = codec.encoder(sound)
+        self.assertTrue(0.1 < mx.abs(states).mean() < 1)
+        self.assertTrue(0.01 < mx.abs(codec.decoder(states)).mean() < 0.2)
+
     def test_stft_distance(self):
         sound = mx.random.normal((1, 8000), key=mx.random.key(0))
         self.assertEqual(train.stft_distance(sound, sound).item(), 0)

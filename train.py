@@ -291,6 +291,34 @@ def follow(
     return entries, dict(counts=counts, sums=entries * counts[:, None])
 
 
+@mx.custom_function
+def elu(x: mx.array) -> mx.array:
+    """As `nn.elu`, of which the gradient is not a number where x is large: there its
+    exp overflows."""
+    return nn.elu(x)
+
+
+@elu.vjp
+@mx.compile
+def elu_vjp(x: mx.array, slope: mx.array, y: mx.array) -> mx.array:
+    return mx.where(y > 0, slope, slope * (y + 1))
+
+
+class ELU(nn.Module):
+    def __call__(self, x: mx.array) -> mx.array:
+        return elu(x)
+
+
+def with_gradients(codec: Encodec) -> Encodec:
+    """The codec with an ELU that can be trained."""
+    change = lambda module: (
+        ELU() if isinstance(module, nn.ELU) else module
+    )  # noqa: E731
+    leaves = tree_map(change, codec.leaf_modules(), is_leaf=nn.Module.is_module)
+    codec.update_modules(leaves)
+    return codec
+
+
 def start_even(codec: Encodec) -> None:
     """Weights through which a signal neither fades nor grows, to a quiet sound."""
     for _, module in codec.named_modules():
@@ -343,7 +371,8 @@ def first_codebooks(random: mx.array) -> dict[str, mx.array]:
 def train_codec(args: argparse.Namespace) -> None:
     """Train on crops of a second, and write `codec.safetensors` to the output."""
     mx.random.seed(args.seed)
-    codec, state = Encodec(CODEC), first_codebooks(mx.random.key(args.seed))
+    codec = with_gradients(Encodec(CODEC))
+    state = first_codebooks(mx.random.key(args.seed))
     start_even(codec)
     for k in range(CODEC.num_codebooks()):  # they follow, and are not trained
         codec.quantizer.layers[k].freeze()
