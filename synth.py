@@ -6,7 +6,8 @@
 A clip is a tune of one voice, in numpy. Five traits tell it: the timbre, the register,
 the tempo, the mode, and whether a drum beat goes with it. A caption says them in free
 words, in any order. `train.py synth` learns from these, and `evaluate.py` measures them.
-A sixth timbre, brass, is in none of these: it is what `train.py lora` can teach.
+A sixth timbre, brass, is in none of these: it is what `train.py lora` can teach. And "any"
+is another spectrum for each note, for the codec to hear more than five.
 Stands alone but for encodec.py, which writes the files.
 """
 
@@ -39,6 +40,7 @@ WORDS = {
     "plucked string": ("plucked string", "guitar", "plucked guitar", "harp-like pluck"),
     "bell": ("bell", "bells", "chiming bell", "glockenspiel"),
     "brass": ("brass", "trumpet", "brass section", "horn"),
+    "any": ("any sound",),
     "low": ("low", "deep", "low-pitched", "bass"),
     "middle": ("middle", "mid-range", "medium-pitched", "middle register"),
     "high": ("high", "high-pitched", "treble", "shrill"),
@@ -65,9 +67,9 @@ class Clip(NamedTuple):
     @property
     def held_out(self) -> bool:
         """Whether no clip for training is like this, in either mode: a fifth of all,
-        spread so that each pair of traits is known."""
+        spread so that any three of its other traits are known together."""
         numbers = [TRAITS[name].index(value) for name, value in self._asdict().items()]
-        weights = (1, 0, 1, 0, 1)
+        weights = (1, 1, 3, 0, 2)
         return sum(n * w for n, w in zip(numbers, weights)) % 5 == 0
 
 
@@ -204,12 +206,11 @@ def pluck(hertz: float, seconds: float, random: np.random.Generator) -> np.ndarr
 
 
 def bell(hertz: float, seconds: float, random: np.random.Generator) -> np.ndarray:
-    """Partials that are no multiples."""
+    """A tuned bar: a strong twelfth above the note, and one more octave."""
     t = times(seconds)
-    partials = ((1, 1.0, 3), (2.76, 0.8, 4), (5.40, 0.45, 6))
     sound = sum(
-        a * np.sin(2 * np.pi * ratio * hertz * t) * np.exp(-decay * t)
-        for ratio, a, decay in partials
+        a * np.sin(2 * np.pi * k * hertz * t) * np.exp(-decay * t)
+        for k, a, decay in ((1, 1.0, 3), (3, 0.8, 4), (6, 0.45, 6))
     )
     return faded(1.1 * sound)
 
@@ -219,7 +220,16 @@ def brass(hertz: float, seconds: float, random: np.random.Generator) -> np.ndarr
     t = times(seconds)
     blown = np.minimum(t / 0.06, 1) * (0.75 + 0.25 * np.exp(-6 * t))
     turn = 2 * np.pi * hertz * t
-    return faded(1.1 * blown * np.sin(turn + 4 * blown * np.sin(turn)))
+    return faded(1.1 * blown * np.sin(turn + 1.5 * blown * np.sin(turn)))
+
+
+def any_sound(hertz: float, seconds: float, random: np.random.Generator) -> np.ndarray:
+    """A spectrum drawn for this note, which fades as fast as it comes."""
+    slope = random.uniform(0.5, 2)
+    amplitudes = {k: random.lognormal() / k**slope for k in range(1, 21)}
+    sound = harmonics(hertz, seconds, amplitudes)
+    fading = np.exp(-random.uniform(0.5, 5) * times(seconds))
+    return faded(1.1 * sound / np.abs(sound).max() * fading)
 
 
 VOICES = {
@@ -229,6 +239,7 @@ VOICES = {
     "plucked string": pluck,
     "bell": bell,
     "brass": brass,
+    "any": any_sound,
 }
 
 

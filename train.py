@@ -14,6 +14,7 @@ lora.py). What `--resume` goes on from lies beside the output.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -90,14 +91,17 @@ STFT_SIZES = (2048, 512, 128)
 # What both trainings need
 
 
-def make_clips(seeds: range) -> Iterator[tuple[synth.Clip, np.ndarray]]:
-    """Clips of the seeds, and their samples (N,) as int16; on all cores."""
+def make_clips(
+    seeds: range, clips: list[synth.Clip]
+) -> Iterator[tuple[synth.Clip, np.ndarray]]:
+    """One of the clips for each seed, and its samples (N,) as int16; on all cores."""
     with get_context("spawn").Pool() as pool:
-        yield from pool.imap(make_clip, seeds, chunksize=16)
+        make = functools.partial(make_clip, clips=clips)
+        yield from pool.imap(make, seeds, chunksize=16)
 
 
-def make_clip(seed: int) -> tuple[synth.Clip, np.ndarray]:
-    clip, _, sound = synth.make(seed)
+def make_clip(seed: int, clips: list[synth.Clip]) -> tuple[synth.Clip, np.ndarray]:
+    clip, _, sound = synth.make(seed, clips)
     return clip, (sound * 32767).astype(np.int16)
 
 
@@ -381,7 +385,9 @@ def train_codec(args: argparse.Namespace) -> None:
     settings = dict(batch=args.batch, clips=args.clips, seed=args.seed)
     training = Training(codec, loss, args, folder, state, settings)
     random = training.random
-    sounds = mx.array(np.stack([sound for _, sound in make_clips(range(args.clips))]))
+    known = synth.KNOWN + synth.clips_of("any")
+    clips = make_clips(range(args.clips), known)
+    sounds = mx.array(np.stack([sound for _, sound in clips]))
     crop = mx.arange(synth.RATE)
 
     def batch() -> tuple[mx.array]:
@@ -488,7 +494,7 @@ def lm_loss(
 def encode_clips(codec: Encodec, count: int) -> tuple[list[synth.Clip], mx.array]:
     """Clips and their codes (B, T, K)."""
     clips, sounds, codes = [], [], []
-    for clip, sound in make_clips(range(10**6, 10**6 + count)):
+    for clip, sound in make_clips(range(10**6, 10**6 + count), synth.KNOWN):
         clips.append(clip)
         sounds.append(sound)
         if len(sounds) == 50 or len(clips) == count:
