@@ -365,7 +365,7 @@ def resolve(value: Any, values: dict[str, Any]) -> Any:
 
 CARD = """---
 library_name: mlx
-license: cc-by-nc-4.0
+license: {license}
 pipeline_tag: text-to-audio
 {base_model}tags:
 - mlx
@@ -380,7 +380,7 @@ pipeline_tag: text-to-audio
 python generate.py --model {name} --prompt "happy rock"
 ```
 
-The weights of MusicGen are Meta's, under CC-BY-NC 4.0.
+{rights}
 """
 
 
@@ -459,7 +459,11 @@ def model_card(folder: Path, repo: str, source: str) -> str:
     else:
         base = f"base_model: {source}\n"
         link = f"[{source}](https://huggingface.co/{source})"
-    return CARD.format(base_model=base, source=link, name=repo, dtype=dtype)
+    license, rights = "cc-by-nc-4.0", "The weights are Meta's, under CC-BY-NC 4.0."
+    if source == MODELS["tiny"]:
+        license, rights = "mit", "A toy, trained from nothing by this project."
+    told = dict(base_model=base, source=link, name=repo, dtype=dtype)
+    return CARD.format(**told, license=license, rights=rights)
 
 
 def upload(folder: Path, repo: str, source: str) -> None:

@@ -10,7 +10,7 @@ The first makes takes of prompts whose combination of words was not in the train
 tempo (onsets a second), the timbre (shape of the spectrum) and the drums (beats below
 the lowest note) are what the prompt says, beside what these measures make of the
 synthesizer's own clips, as they are and as the codec gives them back. Chance is how
-often the takes are what the prompt of another one says. `--codec` tells how much of the
+often the takes are what the prompts in another order say. `--codec` tells how much of the
 sound the codec keeps; `--timbre` asks for one that an adapter was taught.
 """
 
@@ -129,7 +129,9 @@ class Judge:
     """Names the traits of what is measured. The timbres are told apart by the means of
     their features over the synthesizer's clips, under their common covariance."""
 
-    def __init__(self, count: int = 400, timbres=synth.TRAITS["timbre"]):
+    def __init__(
+        self, count: int = 400, timbres: tuple[str, ...] = synth.TRAITS["timbre"]
+    ):
         features, names, clips = [], [], synth.clips_of(*timbres)
         for seed in range(5000, 5000 + count):
             clip, _, sound = synth.make(seed, clips, seconds=4.0)
@@ -259,8 +261,12 @@ def main() -> None:
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--batch", type=int, default=50, help="takes at once (default: %(default)s)")
     args = parser.parse_args()
-    if args.duration < 1 or args.prompts < 1 or args.batch < 1:
-        parser.error("--duration must be at least 1 s, --prompts and --batch 1")
+    if not 1 <= args.duration <= 600 or args.prompts < 1 or args.batch < 1:
+        parser.error(
+            "--duration must be from 1 to 600 s, --prompts and --batch above 0"
+        )
+    if args.codec and (args.adapter or args.timbre):
+        parser.error("--adapter and --timbre must go with --model")
     try:
         if args.codec:
             show(reconstruct(args), "{:.2f}")

@@ -34,8 +34,10 @@ HELP = {
     f"{', '.join(jobs.ALL_KEYS)}. What exists is not made again",
     "model": f"{', '.join(MODELS)} (no download); a Hub id or a local folder "
     "(default: %(default)s)",
-    "duration": "length in seconds; beyond 30 a window slides (default: %(default)s)",
-    "extend_stride": "seconds by which the window of long audio slides (default: 18)",
+    "duration": "length in seconds; beyond the model's 30 (tiny: 8) a window slides "
+    "(default: %(default)s)",
+    "extend_stride": "seconds by which the window of long audio slides (default: 18; "
+    "tiny: 4.8)",
     "output": "file to write: .wav, .flac, .ogg or .mp3; numbered where there are "
     "several (default: out.wav; of a file, its name)",
     "stream": "write samples as they come; the output is a .wav, or - for a pipe",

@@ -11,12 +11,14 @@ is another spectrum for each note, for the codec to hear more than five.
 Stands alone but for encodec.py, which writes the files.
 """
 
-import argparse
 import itertools
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from encodec import Parser, save_audio
 
 RATE = 32000  # samples per second
 SECONDS = 8.0
@@ -119,8 +121,8 @@ def misheard(clip: Clip, random: np.random.Generator, chance: float) -> Clip:
 def render(
     clip: Clip, random: np.random.Generator, seconds: float = SECONDS
 ) -> np.ndarray:
-    """Samples (N,) float32 of a tune that is like the clip, peaking below 1. Every other
-    one begins anywhere in its first two notes, as music that goes on does."""
+    """Samples (N,) float32 of a tune that is like the clip, peaking below 1. Half of
+    them begin anywhere in their first two notes, as music that goes on does."""
     pace = NOTES_PER_SECOND[clip.tempo] * random.uniform(0.92, 1.08)
     length = int(seconds * RATE)
     early = random.uniform(0, 2 / pace) * (random.random() < 0.5)
@@ -267,8 +269,6 @@ def make(
 
 def listen(count: int, folder: Path, clips: list[Clip] = KNOWN) -> None:
     """Write some clips with their captions, and print these."""
-    from encodec import save_audio
-
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(count):
         _, text, sound = make(seed, clips)
@@ -278,13 +278,20 @@ def listen(count: int, folder: Path, clips: list[Clip] = KNOWN) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make clips with captions.")
+    parser = Parser(description="Make clips with captions.")
     parser.add_argument("--listen", type=int, default=8, help="how many (default: 8)")
     parser.add_argument("--timbre", choices=VOICES, help="only clips of this one")
     parser.add_argument("--output-dir", type=Path, default=Path("clips"))
     args = parser.parse_args()
-    clips = clips_of(args.timbre) if args.timbre else KNOWN
-    listen(args.listen, args.output_dir, clips)
+    if args.listen < 1:
+        parser.error(f"--listen must be above 0, got {args.listen}")
+    clips = KNOWN
+    if args.timbre:
+        clips = [clip for clip in clips_of(args.timbre) if clip not in HELD_OUT]
+    try:
+        listen(args.listen, args.output_dir, clips)
+    except OSError as error:
+        sys.exit(f"synth.py: error: {error}")
 
 
 if __name__ == "__main__":

@@ -204,9 +204,9 @@ class Training:
         keep: Callable[[], None],
     ) -> None:
         """Train to the last step, or for so many seconds; tells the losses every half
-        minute. Saves what to go on from every four, at the end and at Ctrl-C, and has
-        the caller `keep` what came of it. Raises ValueError once a loss is not
-        finite."""
+        minute. Saves what to go on from every four, at the end and at Ctrl-C; each time
+        but the last has the caller `keep` what came of it. Raises ValueError once a
+        loss is not finite."""
         start, told, said, kept = time.perf_counter() - self.passed, [], 0.0, 0.0
         try:
             while self.done < self.steps and self.passed < self.seconds:
