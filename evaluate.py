@@ -183,7 +183,7 @@ def follow(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     timbres, clips = synth.TRAITS["timbre"], synth.HELD_OUT
     if args.timbre:
         timbres = tuple(dict.fromkeys((*timbres, args.timbre)))
-        clips = synth.clips_of(args.timbre)
+        clips = [c for c in synth.clips_of(args.timbre) if c not in synth.KNOWN]
     clips, texts = prompts(args.prompts, clips)
     random = np.random.default_rng(1)
     own = [synth.render(clip, random, args.duration) for clip in clips]
@@ -228,12 +228,12 @@ def reconstruct(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     sounds = [synth.make(seed, synth.HELD_OUT, 4.0)[2] for seed in range(9000, 9040)]
     audio = mx.array(np.stack(sounds))
     codes = codec.encode(audio[..., None])[0].codes
-    table = {}
-    for count in (1, 2, codes.shape[-1]):
+    table, most = {}, codes.shape[-1]
+    for count in (1, 2, most):
         again = codec.decode_chunk(codes[..., :count])[..., 0]
         ratios = [si_sdr(a, b) for a, b in zip(np.array(again), sounds)]
         distance = stft_distance(again, audio).item()
-        table[f"{count} codebooks"] = {
+        table[f"{count} of {most} codebooks"] = {
             "STFT distance": distance,
             "SI-SDR in dB": float(np.median(ratios)),
         }

@@ -32,6 +32,8 @@ TRAITS = {
 LOWEST = {"low": 45, "middle": 59, "high": 73}  # notes that a tune may start from,
 SPREAD = 1  # and up to as many halftones higher
 NOTES_PER_SECOND = {"slow": 1.0, "medium": 2.0, "fast": 4.0}  # 8 % more or less
+EARLY = 0.2  # of the clips begin anywhere in their first two notes, as music goes on
+MISSING = 0.05  # of the traits are left out of a caption
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11, 12), "minor": (0, 2, 3, 5, 7, 8, 10, 12)}
 CHORDS = {"major": (0, 4, 7, 12), "minor": (0, 3, 7, 12)}
 
@@ -121,11 +123,10 @@ def misheard(clip: Clip, random: np.random.Generator, chance: float) -> Clip:
 def render(
     clip: Clip, random: np.random.Generator, seconds: float = SECONDS
 ) -> np.ndarray:
-    """Samples (N,) float32 of a tune that is like the clip, peaking below 1. Half of
-    them begin anywhere in their first two notes, as music that goes on does."""
+    """Samples (N,) float32 of a tune that is like the clip, peaking below 1."""
     pace = NOTES_PER_SECOND[clip.tempo] * random.uniform(0.92, 1.08)
     length = int(seconds * RATE)
-    early = random.uniform(0, 2 / pace) * (random.random() < 0.5)
+    early = random.uniform(0, 2 / pace) * (random.random() < EARLY)
     starts = np.arange(-early, seconds, 1 / pace)
     root = LOWEST[clip.register] + int(random.integers(SPREAD + 1))
     voice, beat = np.zeros(length), np.zeros(length)
@@ -264,7 +265,7 @@ def make(
     """The clip of a seed: what it is like, its caption, its samples."""
     random = np.random.default_rng(seed)
     clip = clips[random.integers(len(clips))]
-    return clip, caption(clip, random, missing=0.1), render(clip, random, seconds)
+    return clip, caption(clip, random, MISSING), render(clip, random, seconds)
 
 
 def listen(count: int, folder: Path, clips: list[Clip] = KNOWN) -> None:

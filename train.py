@@ -84,7 +84,7 @@ TEXT = T5Config(
     num_heads=3,
 )
 WITHOUT_TEXT = 0.15  # of the clips: so that guidance has something to lead away from
-MISHEARD = 0.1  # of the traits in captions are guessed: what guidance is to make up for
+MISHEARD = 0.05  # of the traits in captions are guessed: what guidance makes up for
 STFT_SIZES = (2048, 512, 128)
 
 
@@ -430,7 +430,9 @@ def train_tokenizer(folder: Path, seed: int) -> Tokenizer:
     random = np.random.default_rng(seed)
     clips = (synth.KNOWN[random.integers(len(synth.KNOWN))] for _ in range(20_000))
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(synth.caption(clip, random, 0.1) for clip in clips),
+        sentence_iterator=(
+            synth.caption(clip, random, synth.MISSING) for clip in clips
+        ),
         model_prefix=str(folder / "spiece"),
         vocab_size=PIECES,
         pad_id=0,
@@ -525,7 +527,7 @@ def train_lm(args: argparse.Namespace) -> None:
     def batch() -> tuple[mx.array, ...]:
         rows = random.integers(len(clips), size=args.batch)
         told = [synth.misheard(clips[r], random, MISHEARD) for r in rows]
-        ids = [tokenizer.encode(synth.caption(c, random, missing=0.1)) for c in told]
+        ids = [tokenizer.encode(synth.caption(c, random, synth.MISSING)) for c in told]
         ids, mask = padded(ids, 32)
         with_text = mx.array(random.random(args.batch) >= WITHOUT_TEXT)
         return ids, mask, with_text, codes[mx.array(rows)].astype(mx.int32)
