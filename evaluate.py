@@ -274,6 +274,8 @@ def main() -> None:
             show(follow(args), "{:.1%}")
     except (OSError, ValueError) as error:
         sys.exit(f"evaluate.py: error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

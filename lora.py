@@ -159,7 +159,8 @@ def load_adapter(model: nn.Module, path: str | Path, scale: float = 1.0) -> None
 def check_adapter(
     decoder: nn.Module, arrays: dict[str, mx.array], told: dict, path: str | Path
 ) -> None:
-    """Raise ValueError for an adapter that does not belong to the decoder."""
+    """Raise ValueError for an adapter of other sizes than the decoder's. Models of the
+    same sizes are not told apart: one may have been fine-tuned from the other."""
     sizes, rank = told.get("sizes"), told.get("rank")
     if not isinstance(sizes, dict) or type(rank) is not int:
         raise ValueError(f"{path} must tell sizes and a rank, got {told!r:.80}.")

@@ -13,6 +13,7 @@ Stands alone but for encodec.py, which writes the files.
 
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -187,7 +188,7 @@ def harmonics(hertz: float, seconds: float, amplitudes: dict[int, float]) -> np.
     return sound
 
 
-def held(amplitudes: dict[int, float]):
+def held(amplitudes: dict[int, float]) -> Callable:
     """A voice that keeps its loudness, a little less in the course of a note."""
 
     def play(hertz: float, seconds: float, random: np.random.Generator) -> np.ndarray:
@@ -293,6 +294,8 @@ def main() -> None:
         listen(args.listen, args.output_dir, clips)
     except OSError as error:
         sys.exit(f"synth.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -3299,7 +3299,7 @@ class TestLora(Test):
         before = exact("mono-transformers").generate_codes("a", duration=0.3, temp=0)
         status, out, err = self.train("--steps", "60", "--lr", "0.02", "--batch", "2")
         self.assertEqual((status, err), (0, ""))
-        model, batch = exact("mono-transformers"), None
+        model = exact("mono-transformers")
         batch = self.batch(model)
         first = train.lm_loss(model, *batch)[0].item()
         learned = MusicGen.from_pretrained(self.path, mx.float32, adapter=self.adapter)
@@ -3348,6 +3348,16 @@ class TestLora(Test):
         checkpoint.write_bytes(checkpoint.read_bytes()[:999])
         status, _, _ = self.train("--resume", *flags)
         self.assertRegex(str(status), "checkpoint.safetensors is damaged")
+        mx.save_safetensors(str(checkpoint), {"a": mx.zeros(1)})
+        status, _, _ = self.train("--resume", *flags)
+        self.assertRegex(str(status), "checkpoint.safetensors is damaged")
+
+    def test_text_is_left_out_at_times(self):
+        for share in (0.0, 1.0):
+            loss = Mock(wraps=train.lm_loss)
+            with patch.multiple(train, WITHOUT_TEXT=share, lm_loss=loss):
+                self.assertEqual(self.train("--steps", "1")[0], 0)
+            self.assertEqual(loss.call_args.args[3].tolist(), [share == 0])
 
     def test_interrupted(self):
         with patch("train.Training.tell", side_effect=KeyboardInterrupt):
@@ -3408,9 +3418,10 @@ class TestLora(Test):
         self.assertRegex(err, "skipped: .*bad.wav is not a readable sound file.*\n$")
         for name in ("0", "1"):
             (self.clips / f"{name}.wav").write_bytes(b"noise")
-            time.sleep(0.01)
         status, _, err = self.train("--steps", "1")
         self.assertRegex(str(status), "must hold a sound file that can be read")
+        save_audio(self.clips / "0.wav", mx.zeros((32000, 1)), 32000)
+        self.assertRegex(self.train("--steps", "1")[2], "skipped: .*0.wav is silent.\n")
         (self.clips / "0.txt").unlink()
         status, _, err = self.train("--steps", "1")
         self.assertRegex(str(status), "0.wav needs a caption in 0.txt")
@@ -3427,8 +3438,9 @@ class TestLora(Test):
         self.assertRegex(str(status), "rank must be from 1 to 32, got 999")
         status, _, _ = self.train("--resume", "--steps", "2")
         self.assertRegex(str(status), "nothing to resume")
-        for flag, value in (("--lr", "inf"), ("--crop", "0.01"), ("--seed", "-1")):
+        for flag, value in (("--lr", "inf"), ("--crop", "0.01")):
             self.assertEqual(self.train(flag, value)[0], 2)
+        self.assertIn("must be from 0 to 4294967296", self.train("--seed", "-1")[2])
         with patch.object(mx, "save_safetensors", side_effect=RuntimeError("full")):
             status, _, _ = self.train("--steps", "1")
         self.assertRegex(str(status), "could not be written: full")
@@ -3485,6 +3497,11 @@ class TestSynth(Test):
             self.assertEqual(sound.shape, (64000,))
             self.assertTrue(0.05 < np.abs(sound).max() <= 1)
             self.assertGreater(len(text.split()), 1)
+        begun = []
+        for share in (0, 1):  # from the first note, or from anywhere
+            with patch.object(synth, "EARLY", share):
+                begun.append(synth.make(7, seconds=2.0)[2])
+        self.assertGreater(np.abs(begun[0] - begun[1]).max(), 0.1)
 
     def test_words_tell_all_traits(self):
         random = np.random.default_rng(0)
@@ -3622,49 +3639,104 @@ class TestEvaluate(Test):
                     evaluate.main()
             self.assertRegex(err.getvalue(), "^evaluate.py: error: .*\n$")
 
+    def test_interrupt(self):
+        for script, step in ((evaluate, "follow"), (synth, "listen")):
+            argv = ["x.py", *(["--model", "x"] if script is evaluate else [])]
+            with patch.object(script, step, side_effect=KeyboardInterrupt):
+                with patch.object(sys, "argv", argv):
+                    with self.assertRaises(SystemExit) as stop:
+                        script.main()
+            self.assertEqual(stop.exception.code, 130)
+
 
 class TestTrain(Test):
-    def test_codec_and_lm(self):
-        """A few steps of both, and a model comes of them that plays."""
+    def setUp(self):
+        super().setUp()
+        self.out = self.folder / "tiny"
+        self.codec = self.out / "training" / "codec" / train.CODEC_FILE
+
+    def synth(self, *flags: str, **patches) -> str:
+        """How two steps of a smaller model end: the message, or nothing; with these
+        patches of train.py."""
         small = dict(num_filters=4, hidden_size=8, codebook_size=64)
         codec = dataclasses.replace(train.CODEC, target_bandwidths=(1.2,), **small)
         sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
         decoder = dataclasses.replace(train.DECODER, vocab_size=64, ffn_dim=48, **sizes)
         text = dataclasses.replace(train.TEXT, d_model=16, d_kv=8, d_ff=16)
-        patches = dict(CODEC=codec, DECODER=decoder, TEXT=text)
         pool = Mock()
-        pool.return_value.__enter__ = lambda _: Mock(
-            imap=lambda f, x, chunksize: map(f, x)
-        )
-        pool.return_value.__exit__ = lambda *_: None
-        used = ("start_even", "with_gradients", "make_clips")
-        used = {name: Mock(wraps=getattr(train, name)) for name in used}
+        pool.__enter__ = lambda _: Mock(imap=lambda f, x, chunksize: map(f, x))
+        pool.__exit__ = lambda *_: None
+        one_process = Mock(return_value=Mock(Pool=lambda: pool))
+        patches |= dict(CODEC=codec, DECODER=decoder, TEXT=text)
+        argv = ["train.py", "synth", "--output", str(self.out), "--steps", "2"]
+        argv += ["--batch", "2", "--clips", "2", *flags]
+        with patch.multiple(train, get_context=one_process, **patches):
+            with patch.object(sys, "argv", argv), redirect_stdout(io.StringIO()):
+                try:
+                    return train.main() or ""
+                except SystemExit as error:
+                    return str(error.code)
+
+    def test_codec(self):
+        """The codebooks that followed are written, and the start is even."""
+        used = {
+            name: Mock(wraps=getattr(train, name))
+            for name in ("start_even", "with_gradients", "make_clips")
+        }
+        self.assertEqual(self.synth("--codec", **used), "")
+        for name in ("start_even", "with_gradients"):
+            used[name].assert_called_once()
+        (made,) = used["make_clips"].mock_calls
+        self.assertEqual(made.args[1], synth.KNOWN + synth.clips_of("any"))
+        written = mx.load(str(self.codec))
+        followed = mx.load(str(self.codec.with_name("checkpoint.safetensors")))
+        for k in range(4):
+            entries = written[f"quantizer.layers.{k}.codebook.embed"]
+            self.assertSame(entries, followed[f"state/entries.{k}"])
+            self.assertGreater(mx.abs(entries).max().item(), 0)
+
+    def test_lm(self):
+        """A model that plays comes of captions that are guessed, or left out, at times."""
+        self.synth("--codec")
         misheard = Mock(wraps=synth.misheard)
-        flags = ["--steps", "3", "--batch", "2", "--clips", "2"]
-        out = self.folder / "tiny"
-        with patch.multiple(train, **patches, **used), patch.multiple(
-            synth, SECONDS=2.0, misheard=misheard
-        ):
-            with patch("train.get_context", return_value=Mock(Pool=pool)):
-                for what in ("--codec", "--lm"):
-                    argv = ["train.py", "synth", what, "--output", str(out), *flags]
-                    with patch.object(sys, "argv", argv), redirect_stdout(
-                        io.StringIO()
-                    ):
-                        train.main()
-        used["start_even"].assert_called_once()
-        used["with_gradients"].assert_called_once()
-        of_codec, of_lm = (call.args[1] for call in used["make_clips"].mock_calls)
-        self.assertEqual(of_codec, synth.KNOWN + synth.clips_of("any"))
-        self.assertEqual(of_lm, synth.KNOWN)
+        used = {
+            name: Mock(wraps=getattr(train, name))
+            for name in ("start_small", "make_clips", "lm_loss")
+        }
+        with patch.object(synth, "misheard", misheard):
+            self.assertEqual(self.synth("--lm", WITHOUT_TEXT=1.0, **used), "")
+        used["start_small"].assert_called_once()
+        (made,) = used["make_clips"].mock_calls
+        self.assertEqual(made.args[1], synth.KNOWN)
         self.assertEqual(misheard.call_args.args[2], train.MISHEARD)
-        model = MusicGen.from_pretrained(out)
-        audio = model.generate("slow bell", duration=0.2)
+        *_, told, codes = used["lm_loss"].call_args.args
+        self.assertFalse(told.any())
+        self.assertEqual(codes.shape, (2, 400, 4))
+        self.synth("--lm", WITHOUT_TEXT=0.0, **used)
+        self.assertTrue(used["lm_loss"].call_args.args[3].all())
+        audio = MusicGen.from_pretrained(self.out).generate("slow bell", duration=0.2)
         self.assertEqual(audio.shape, (1, 6400, 1))
-        with patch.object(sys, "argv", ["train.py", "synth", "--lm", "--output", "/x"]):
-            with patch.object(Path, "mkdir"), self.assertRaises(SystemExit) as error:
-                train.main()
-        self.assertIn("train the codec first", str(error.exception))
+
+    def test_codec_that_is_not_the_one(self):
+        self.assertRegex(self.synth("--lm"), "is missing: train the codec first")
+        self.synth("--codec")
+        self.synth("--lm")
+        self.assertEqual(self.synth("--lm", "--resume", "--steps", "3"), "")
+        self.synth("--codec", "--seed", "5")
+        message = self.synth("--lm", "--resume", "--steps", "4")
+        self.assertRegex(message, "codec must be as it was")
+        self.codec.write_bytes(self.codec.read_bytes()[:999])
+        self.assertRegex(self.synth("--lm"), "codec.safetensors is damaged")
+
+    def test_rate_rises_and_falls(self):
+        loss = lambda m, x: (m(x).sum(), mx.zeros(1), {})  # noqa: E731
+        told = dict(lr=1.0, steps=1000, seconds=1e9, seed=0, resume=False)
+        args = generate.argparse.Namespace(**told)
+        training = train.Training(nn.Linear(2, 1), loss, args, self.folder, {}, {})
+        for done, rate in ((0, 0.01), (49, 0.497), (500, 0.51), (999, 0.02)):
+            training.done = done
+            training.step((mx.ones((1, 2)),))
+            self.assertAlmostEqual(training.optimizer.learning_rate.item(), rate, 2)
 
     def test_codec_goes_on_with_its_codebooks(self):
         def training(resume: bool, change: int) -> train.Training:

@@ -10,17 +10,19 @@
 The first makes a small model for the world of `synth.py`: the codec learns to give
 sound back through its codebooks, then T5 and decoder together learn to write its codes.
 The other changes a model's layers a little, for sounds and captions of your own (see
-lora.py). What `--resume` goes on from lies beside the output.
+lora.py). What `--resume` goes on from lies in or beside the output, under "training".
 """
 
 import argparse
 import functools
 import hashlib
+import io
 import json
 import math
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
@@ -86,6 +88,7 @@ TEXT = T5Config(
 WITHOUT_TEXT = 0.15  # of the clips: so that guidance has something to lead away from
 MISHEARD = 0.05  # of the traits in captions are guessed: what guidance makes up for
 STFT_SIZES = (2048, 512, 128)
+CODEC_FILE = "codec.safetensors"
 
 
 # What both trainings need
@@ -178,7 +181,7 @@ class Training:
             raise FileNotFoundError(f"There is nothing to resume: no {self.path}.")
         try:
             with safe_open(self.path, "numpy") as file:
-                told = json.loads(file.metadata()["training"])
+                told = json.loads((file.metadata() or {})["training"])
             arrays = mx.load(str(self.path))
             mx.eval(arrays)
         except (KeyError, RuntimeError, SafetensorError, ValueError) as error:
@@ -315,9 +318,10 @@ class ELU(nn.Module):
 
 def with_gradients(codec: Encodec) -> Encodec:
     """The codec with an ELU that can be trained."""
-    change = lambda module: (
-        ELU() if isinstance(module, nn.ELU) else module
-    )  # noqa: E731
+
+    def change(module: nn.Module) -> nn.Module:
+        return ELU() if isinstance(module, nn.ELU) else module
+
     leaves = tree_map(change, codec.leaf_modules(), is_leaf=nn.Module.is_module)
     codec.update_modules(leaves)
     return codec
@@ -373,7 +377,7 @@ def first_codebooks(random: mx.array) -> dict[str, mx.array]:
 
 
 def train_codec(args: argparse.Namespace) -> None:
-    """Train on crops of a second, and write `codec.safetensors` to the output."""
+    """Train on crops of a second, and write CODEC_FILE."""
     mx.random.seed(args.seed)
     codec = with_gradients(Encodec(CODEC))
     state = first_codebooks(mx.random.key(args.seed))
@@ -409,16 +413,16 @@ def train_codec(args: argparse.Namespace) -> None:
     training.run(batch, names, keep)
 
 
-CODEC_FILE = "codec.safetensors"
-
-
-def load_codec(folder: Path) -> Encodec:
-    """What `train_codec` wrote. Raises FileNotFoundError."""
-    path = folder / CODEC_FILE
+def load_codec(path: Path) -> Encodec:
+    """What `train_codec` wrote. Raises FileNotFoundError, or ValueError for a damaged
+    file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: train the codec first (--codec).")
     codec = Encodec(CODEC)
-    codec.load_weights(str(path))
+    try:
+        codec.load_weights(str(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
     return codec
 
 
@@ -427,13 +431,14 @@ def load_codec(folder: Path) -> Encodec:
 
 def train_tokenizer(folder: Path, seed: int) -> Tokenizer:
     """A vocabulary of the words that captions use, in `spiece.model`."""
+    path, made = folder / "spiece.model", io.BytesIO()
     random = np.random.default_rng(seed)
     clips = (synth.KNOWN[random.integers(len(synth.KNOWN))] for _ in range(20_000))
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(
             synth.caption(clip, random, synth.MISSING) for clip in clips
         ),
-        model_prefix=str(folder / "spiece"),
+        model_writer=made,
         vocab_size=PIECES,
         pad_id=0,
         eos_id=1,
@@ -444,8 +449,8 @@ def train_tokenizer(folder: Path, seed: int) -> Tokenizer:
         num_threads=1,  # the same pieces everywhere
         minloglevel=2,
     )
-    (folder / "spiece.vocab").unlink()
-    return Tokenizer(folder / "spiece.model")
+    path.write_bytes(made.getvalue())
+    return Tokenizer(path)
 
 
 class NoPast:
@@ -510,7 +515,8 @@ def encode_clips(codec: Encodec, count: int) -> tuple[list[synth.Clip], mx.array
 def train_lm(args: argparse.Namespace) -> None:
     """Train T5 and decoder on codes of clips, and write the whole model."""
     mx.random.seed(args.seed)
-    codec = load_codec(args.output / "training" / "codec")
+    path = args.output / "training" / "codec" / CODEC_FILE
+    codec = load_codec(path)
     folder = args.output / "training" / "lm"
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(folder, args.seed)
@@ -520,6 +526,7 @@ def train_lm(args: argparse.Namespace) -> None:
     model.audio_encoder = codec
     model.audio_encoder.freeze()
     settings = dict(batch=args.batch, clips=args.clips, seed=args.seed)
+    settings["codec"] = hashlib.sha256(path.read_bytes()).hexdigest()
     training = Training(model, lm_loss, args, folder, {}, settings)
     random = training.random
     clips, codes = encode_clips(codec, args.clips)
@@ -634,9 +641,13 @@ def clip_codes(model: MusicGen, path: Path) -> mx.array:
     audio = load_audio(path, model.sampling_rate, model.channels)
     if len(audio) < model.sampling_rate:
         raise ValueError(f"{path} must have a second of sound.")
+    if mx.abs(audio).max() < 1e-4:
+        raise ValueError(f"{path} is silent.")
     size = 30 * model.sampling_rate
     pieces = [audio[i : i + size] for i in range(0, len(audio), size)]
-    codes = mx.concatenate([model.encode_prompt(x, 10**6)[0] for x in pieces])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a piece may be silent
+        codes = mx.concatenate([model.encode_prompt(x, 10**6)[0] for x in pieces])
     try:
         save_arrays(kept, {"codes": codes}, {})
     except OSError:
@@ -683,11 +694,12 @@ def train_lora(args: argparse.Namespace) -> None:
         raise ValueError(f"--output must end in .safetensors, got {args.output}.")
     dtype = None if args.dtype is None else getattr(mx, args.dtype)
     model = MusicGen.from_pretrained(args.model, dtype, args.q_bits)
-    texts, codes = load_clips(model, args.data)
     add_adapters(model.decoder, args.rank, 1.0)
     adapt_only(model)
+    texts, codes = load_clips(model, args.data)
     folder = args.output.with_name(f"{args.output.name}.training")
-    settings = dict(model=args.model, rank=args.rank, batch=args.batch, seed=args.seed)
+    same = ("model", "rank", "batch", "crop", "dtype", "q_bits", "seed")
+    settings = {name: getattr(args, name) for name in same}
     training = Training(model, lm_loss, args, folder, {}, settings)
     random = training.random
     ids = [model.tokenizer.encode(text) for text in texts]
@@ -745,7 +757,9 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name} must be above 0, got {value}")
     for name, most in (("lr", 1), ("crop", 600), ("seed", 2**32)):
         if not 0 <= getattr(args, name, 0) <= most:
-            parser.error(f"--{name} must be at most {most}, got {getattr(args, name)}")
+            parser.error(
+                f"--{name} must be from 0 to {most}, got {getattr(args, name)}"
+            )
     if getattr(args, "crop", 1) < 0.1:
         parser.error(f"--crop must be at least 0.1 s, got {args.crop}")
     return args
