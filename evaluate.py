@@ -144,13 +144,17 @@ class Judge:
         spread = np.cov((features - self.means[places]).T)
         self.inverse = np.linalg.inv(spread + 0.1 * np.eye(len(spread)))
 
+    def distances(self, found: Measured) -> np.ndarray:
+        """How far what is measured is from each timbre (K,): Mahalanobis's, squared."""
+        apart = self.means - found.spectrum
+        return np.einsum("kd,de,ke->k", apart, self.inverse, apart)
+
     def name(self, sound: np.ndarray) -> dict[str, str]:
         """The traits of samples (N,), but for the mode; none where they are silent."""
         if not np.abs(sound).max() > 1e-3:
             return dict.fromkeys(("register", "tempo", "timbre", "drums"), "")
         found = measure(sound)
-        apart = self.means - found.spectrum
-        nearest = np.argmin(np.einsum("kd,de,ke->k", apart, self.inverse, apart))
+        nearest = np.argmin(self.distances(found))
         register = int(np.searchsorted(REGISTERS, found.pitch))
         tempo = int(np.searchsorted(TEMPI, found.onsets))
         return {
@@ -177,8 +181,9 @@ def prompts(
     return clips, [synth.caption(clip, random) for clip in clips]
 
 
-def follow(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """The table of how prompts are followed."""
+def follow(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """The table of how prompts are followed; with --timbre also of how far the sounds
+    are from it, in the median."""
     model = MusicGen.from_pretrained(args.model, adapter=args.adapter)
     timbres, clips = synth.TRAITS["timbre"], synth.HELD_OUT
     if args.timbre:
@@ -189,20 +194,30 @@ def follow(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     own = [synth.render(clip, random, args.duration) for clip in clips]
     options = dict(duration=args.duration, guidance_coef=args.guidance_coef)
     audio = model.generate(texts, seed=args.seed, batch_size=args.batch, **options)
-    judge = Judge(timbres=timbres)
-    rows = dict(
-        own=own,
-        coded=coded(model, own),
-        takes=np.array(audio[..., 0]),
-    )
-    found = {k: [judge.name(sound) for sound in sounds] for k, sounds in rows.items()}
+    judge, takes = Judge(timbres=timbres), np.array(audio[..., 0])
     others = [clips[i] for i in np.random.default_rng(2).permutation(len(clips))]
-    return {
-        "the synthesizer's clips": share(clips, found["own"]),
-        "these, through the codec": share(clips, found["coded"]),
-        f"takes, guidance {args.guidance_coef:g}": share(clips, found["takes"]),
-        "these, by chance": share(others, found["takes"]),
+
+    rows = {
+        "the synthesizer's clips": (own, clips),
+        "these, through the codec": (coded(model, own), clips),
+        f"takes, guidance {args.guidance_coef:g}": (takes, clips),
+        "these, by chance": (takes, others),
     }
+    return {k: cells(judge, *told, args.timbre) for k, told in rows.items()}
+
+
+def cells(
+    judge: Judge, sounds: list[np.ndarray], clips: list[synth.Clip], timbre: str | None
+) -> dict[str, str]:
+    """A row of the table: how often sounds (N,) are what the clips say, and how far they
+    are from a timbre."""
+    found = share(clips, [judge.name(sound) for sound in sounds])
+    told = {name: f"{value:.1%}" for name, value in found.items()}
+    if timbre:
+        place = judge.timbres.index(timbre)
+        apart = [judge.distances(measure(sound))[place] for sound in sounds]
+        told[f"distance to {timbre}"] = f"{np.median(apart):.0f}"
+    return told
 
 
 def coded(model: MusicGen, sounds: list[np.ndarray]) -> list[np.ndarray]:
@@ -220,7 +235,7 @@ def si_sdr(found: np.ndarray, wanted: np.ndarray) -> float:
     return 10 * np.log10((aim @ aim) / ((found - aim) @ (found - aim)))
 
 
-def reconstruct(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def reconstruct(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     """The table of what the codec keeps of clips that it never heard."""
     from train import stft_distance
 
@@ -234,17 +249,17 @@ def reconstruct(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         ratios = [si_sdr(a, b) for a, b in zip(np.array(again), sounds)]
         distance = stft_distance(again, audio).item()
         table[f"{count} of {most} codebooks"] = {
-            "STFT distance": distance,
-            "SI-SDR in dB": float(np.median(ratios)),
+            "STFT distance": f"{distance:.2f}",
+            "SI-SDR in dB": f"{np.median(ratios):.2f}",
         }
     return table
 
 
-def show(table: dict[str, dict[str, float]], form: str) -> None:
+def show(table: dict[str, dict[str, str]]) -> None:
     columns = list(next(iter(table.values())))
     print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for name, row in table.items():
-        print(f"| {name} | {' | '.join(form.format(row[c]) for c in columns)} |")
+        print(f"| {name} | {' | '.join(row.values())} |")
 
 
 def main() -> None:
@@ -268,10 +283,7 @@ def main() -> None:
     if args.codec and (args.adapter or args.timbre):
         parser.error("--adapter and --timbre must go with --model")
     try:
-        if args.codec:
-            show(reconstruct(args), "{:.2f}")
-        else:
-            show(follow(args), "{:.1%}")
+        show(reconstruct(args) if args.codec else follow(args))
     except (OSError, ValueError) as error:
         sys.exit(f"evaluate.py: error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:

@@ -3562,7 +3562,7 @@ class TestEvaluate(Test):
             with redirect_stdout(io.StringIO()) as out, patch.object(sys, "argv", argv):
                 evaluate.main()
         head, _, *rows = out.getvalue().splitlines()
-        self.assertEqual(head, "| | register | tempo | timbre | drums |")
+        self.assertRegex(head, r"^\| \| register \| tempo \| timbre \| drums \|")
         rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
         return {
             name: [float(cell.rstrip("%")) / 100 for cell in row] for name, *row in rows
@@ -3595,11 +3595,15 @@ class TestEvaluate(Test):
     def test_timbre_of_an_adapter(self):
         model = Echo()
         flags = ("--adapter", "a.safetensors", "--timbre", "brass", "--prompts", "12")
-        takes = list(self.table(model, *flags).values())[2]
-        self.assertGreaterEqual(min(takes), 0.9)
+        clips, _, takes, _ = self.table(model, *flags).values()
+        self.assertGreaterEqual(min(takes[:4]), 0.9)
+        far = Echo(lambda clip: clip._replace(timbre="sine"))
+        farther = list(self.table(far, *flags).values())[2][4]
+        self.assertLess(takes[4], 2 * clips[4])
+        self.assertGreater(farther, 100 * takes[4])
         timbres = {model.told(text).timbre for text in model.calls[0][0]}
         self.assertEqual(timbres, {"brass"})
-        self.given.assert_called_once_with("x", adapter="a.safetensors")
+        self.given.assert_called_with("x", adapter="a.safetensors")
 
     def test_codec(self):
         """Half of the amplitude costs distance, but is the same signal."""
@@ -3853,7 +3857,7 @@ class TestTiny(Test):
     @classmethod
     def setUpClass(cls):
         random = np.random.default_rng(0)
-        cls.clips = [synth.HELD_OUT[i] for i in random.permutation(36)[:24]]
+        cls.clips = [synth.HELD_OUT[i] for i in random.permutation(36)]
         cls.texts = [synth.caption(clip, random) for clip in cls.clips]
         cls.judge = evaluate.Judge(150)
         cls.model = MusicGen.from_pretrained("tiny", mx.float32)
@@ -3861,7 +3865,7 @@ class TestTiny(Test):
     def assertFollowed(self, audio: mx.array, least: float, names: str, clips=None):
         """Sounds (B, N, 1) that are like the clips in the traits with these names."""
         found = [self.judge.name(sound) for sound in np.array(audio[..., 0])]
-        right = evaluate.share(clips or self.clips, found)
+        right = evaluate.share((clips or self.clips)[: len(found)], found)
         for name in names.split():
             self.assertGreaterEqual(right[name], least, f"{name}: {right}")
 
@@ -3872,7 +3876,7 @@ class TestTiny(Test):
     def test_prompts_are_followed(self):
         audio = self.model.generate(self.texts, duration=4.0, seed=0)
         self.assertFollowed(audio, 0.9, "register drums")
-        self.assertFollowed(audio, 0.8, "tempo timbre")
+        self.assertFollowed(audio, 0.75, "tempo timbre")
         others = self.clips[1:] + self.clips[:1]  # that these measures can fail
         with self.assertRaises(AssertionError):
             self.assertFollowed(audio, 0.75, "timbre", others)
@@ -3881,9 +3885,9 @@ class TestTiny(Test):
         for bits in (8, 4):
             with self.subTest(bits=bits):
                 model = MusicGen.from_pretrained("tiny", mx.float32, q_bits=bits)
-                audio = model.generate(self.texts, duration=3.0, seed=0)
+                audio = model.generate(self.texts[:20], duration=3.0, seed=0)
                 self.assertFollowed(audio, 0.85, "register drums")
-                self.assertFollowed(audio, 0.6, "tempo timbre")
+                self.assertFollowed(audio, 0.75, "tempo timbre")
 
     def test_stream_resume_and_batch(self):
         options = dict(duration=2.0, seed=5)
@@ -3900,7 +3904,7 @@ class TestTiny(Test):
         """Past the 8 s that it was trained on."""
         audio = self.model.generate(self.texts[:8], duration=14.0, seed=0)
         late = audio[:, -4 * synth.RATE :]
-        self.assertFollowed(late, 0.75, "register drums timbre tempo", self.clips[:8])
+        self.assertFollowed(late, 0.75, "register drums timbre tempo")
 
     def test_continuation_keeps_tempo_and_timbre(self):
         """Of a sound, with a text that says nothing of them."""
@@ -3910,7 +3914,7 @@ class TestTiny(Test):
             options = dict(audio_prompt=mx.array(sound), drop_prompt=True, seed=2)
             audio = self.model.generate("a melody", duration=7.5, **options)
             kept.append(audio)
-        self.assertFollowed(mx.concatenate(kept), 0.8, "tempo timbre", self.clips[:12])
+        self.assertFollowed(mx.concatenate(kept), 0.8, "tempo timbre")
 
 
 class TestCommandLine(Test):
