@@ -228,8 +228,8 @@ def brass(hertz: float, seconds: float, random: np.random.Generator) -> np.ndarr
 
 
 def any_sound(hertz: float, seconds: float, random: np.random.Generator) -> np.ndarray:
-    """A spectrum drawn for this note, which fades as fast as it comes."""
-    slope = random.uniform(0.5, 2)
+    """A spectrum drawn for this note, bright or dark, which fades as fast as it comes."""
+    slope = random.uniform(0.5, 5)
     amplitudes = {k: random.lognormal() / k**slope for k in range(1, 21)}
     sound = harmonics(hertz, seconds, amplitudes)
     fading = np.exp(-random.uniform(0.5, 5) * times(seconds))

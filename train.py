@@ -733,7 +733,7 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--listen", type=int, help="only write so many clips to OUTPUT")
     add = made.add_argument
     add("--output", type=Path, default=Path("tiny-new"), help="(default: tiny-new)")
-    add("--clips", type=int, default=2000, help="to make (default: %(default)s)")
+    add("--clips", type=int, help="to make (default: 4000 for --codec, 24000 for --lm)")
     taught = commands.add_parser("lora", help="teach a model your own clips")
     add = taught.add_argument
     add("--model", required=True, help="short name, Hub id or folder")
@@ -743,7 +743,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--crop", type=float, default=10.0, help="seconds (default: %(default)s)")
     add("--dtype", choices=["float16", "bfloat16", "float32"])
     add("--q-bits", type=int, choices=[4, 8], help="quantize what is not trained")
-    for command, steps, batch, lr in ((made, 20_000, 24, 1e-3), (taught, 500, 1, 1e-4)):
+    for command, steps, batch, lr in ((made, 14_500, 24, 1e-3), (taught, 500, 1, 1e-4)):
         add = command.add_argument
         add("--steps", type=int, default=steps, help="(default: %(default)s)")
         add("--batch", type=int, default=batch, help="clips a step (%(default)s)")
@@ -760,6 +760,8 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(
                 f"--{name} must be from 0 to {most}, got {getattr(args, name)}"
             )
+    if args.command == "synth" and args.clips is None:
+        args.clips = 4000 if args.codec else 24_000
     if getattr(args, "crop", 1) < 0.1:
         parser.error(f"--crop must be at least 0.1 s, got {args.crop}")
     return args
