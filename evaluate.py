@@ -16,6 +16,7 @@ sound the codec keeps; `--timbre` asks for one that an adapter was taught.
 
 import argparse
 import sys
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -105,8 +106,10 @@ def shape(frames: np.ndarray, hertz: np.ndarray) -> np.ndarray:
     return quarters.ravel()
 
 
-def measure(sound: np.ndarray) -> Measured:
-    """Samples (N,) -> what is found in them."""
+def measure(sound: np.ndarray) -> Measured | None:
+    """Samples (N,) -> what is found in them; None for silence."""
+    if not np.abs(sound).max() > 1e-3:
+        return None
     tones = band(sound, 100, 15000)
     frames = frames_of(tones, FRAME, HOP)
     loud = (frames**2).mean(axis=1)
@@ -144,16 +147,18 @@ class Judge:
         spread = np.cov((features - self.means[places]).T)
         self.inverse = np.linalg.inv(spread + 0.1 * np.eye(len(spread)))
 
-    def distances(self, found: Measured) -> np.ndarray:
-        """How far what is measured is from each timbre (K,): Mahalanobis's, squared."""
+    def distances(self, found: Measured | None) -> np.ndarray:
+        """How far what is measured is from each timbre (K,): Mahalanobis's, squared.
+        Silence is infinitely far."""
+        if found is None:
+            return np.full(len(self.means), np.inf)
         apart = self.means - found.spectrum
         return np.einsum("kd,de,ke->k", apart, self.inverse, apart)
 
-    def name(self, sound: np.ndarray) -> dict[str, str]:
-        """The traits of samples (N,), but for the mode; none where they are silent."""
-        if not np.abs(sound).max() > 1e-3:
+    def name(self, found: Measured | None) -> dict[str, str]:
+        """The traits of what is measured, but for the mode; none of silence."""
+        if found is None:
             return dict.fromkeys(("register", "tempo", "timbre", "drums"), "")
-        found = measure(sound)
         nearest = np.argmin(self.distances(found))
         register = int(np.searchsorted(REGISTERS, found.pitch))
         tempo = int(np.searchsorted(TEMPI, found.onsets))
@@ -194,28 +199,35 @@ def follow(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     own = [synth.render(clip, random, args.duration) for clip in clips]
     options = dict(duration=args.duration, guidance_coef=args.guidance_coef)
     audio = model.generate(texts, seed=args.seed, batch_size=args.batch, **options)
-    judge, takes = Judge(timbres=timbres), np.array(audio[..., 0])
+    judge, takes = Judge(timbres=timbres), measured(np.array(audio[..., 0]))
     others = [clips[i] for i in np.random.default_rng(2).permutation(len(clips))]
 
     rows = {
-        "the synthesizer's clips": (own, clips),
-        "these, through the codec": (coded(model, own), clips),
+        "the synthesizer's clips": (measured(own), clips),
+        "these, through the codec": (measured(coded(model, own)), clips),
         f"takes, guidance {args.guidance_coef:g}": (takes, clips),
         "these, by chance": (takes, others),
     }
     return {k: cells(judge, *told, args.timbre) for k, told in rows.items()}
 
 
+def measured(sounds: Iterable[np.ndarray]) -> list[Measured | None]:
+    return [measure(sound) for sound in sounds]
+
+
 def cells(
-    judge: Judge, sounds: list[np.ndarray], clips: list[synth.Clip], timbre: str | None
+    judge: Judge,
+    found: list[Measured | None],
+    clips: list[synth.Clip],
+    timbre: str | None,
 ) -> dict[str, str]:
-    """A row of the table: how often sounds (N,) are what the clips say, and how far they
-    are from a timbre."""
-    found = share(clips, [judge.name(sound) for sound in sounds])
-    told = {name: f"{value:.1%}" for name, value in found.items()}
+    """A row of the table: how often what is measured is what the clips say, and how far
+    it is from a timbre."""
+    right = share(clips, [judge.name(one) for one in found])
+    told = {name: f"{value:.1%}" for name, value in right.items()}
     if timbre:
         place = judge.timbres.index(timbre)
-        apart = [judge.distances(measure(sound))[place] for sound in sounds]
+        apart = [judge.distances(one)[place] for one in found]
         told[f"distance to {timbre}"] = f"{np.median(apart):.0f}"
     return told
 

@@ -1192,12 +1192,8 @@ class MusicGen(nn.Module):
 
         codes = {}
         for i, rows in enumerate(batches):
-
-            def report(step: int, steps: int, i: int = i) -> None:
-                callback(i * steps + step, len(batches) * steps)
-
             chosen = ([x[row] for row in rows] for x in (prompts, seeds, sounds))
-            work = (*chosen, known, options, callback and report)
+            work = (*chosen, known, options, in_all(callback, i, len(batches)))
             pieces = [p for p in self._codes(*work, stop=stop) if p is not None]
             if not pieces:
                 raise KeyboardInterrupt
@@ -1704,6 +1700,15 @@ def progress(
     total = sum(b - a + delay + (a > 0) for a, b in zip(ends, ends[1:]))
     steps = itertools.count()
     return lambda: callback and callback(next(steps), total)
+
+
+def in_all(
+    callback: Callable[[int, int], None] | None, batch: int, batches: int
+) -> Callable[[int, int], None] | None:
+    """What tells `callback` the steps of one batch as those of all."""
+    if callback is None:
+        return None
+    return lambda step, steps: callback(batch * steps + step, batches * steps)
 
 
 def filled(arrays: list[mx.array]) -> list[mx.array]:

@@ -8,6 +8,7 @@ model of google-t5/t5-base: they look in ../shared/t5 and in the Hub's cache, an
 say so when they skip.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import io
@@ -3517,7 +3518,7 @@ class TestSynth(Test):
         random = np.random.default_rng(5)
         clips = synth.CLIPS[::4]
         own = [synth.render(clip, random, 4.0) for clip in clips]
-        found = evaluate.share(clips, [judge.name(sound) for sound in own])
+        found = evaluate.share(clips, [*map(judge.name, evaluate.measured(own))])
         for name, least in (("register", 0.95), ("tempo", 0.95), ("drums", 0.95)):
             self.assertGreaterEqual(found[name], least, name)
         self.assertGreaterEqual(found["timbre"], 0.95)
@@ -3627,8 +3628,12 @@ class TestEvaluate(Test):
         self.assertAlmostEqual(evaluate.si_sdr(wanted + noise, wanted), 0, 1)
 
     def test_silence_is_nothing(self):
-        found = evaluate.Judge(30).name(np.zeros(128_000, np.float32))
-        self.assertEqual(set(found.values()), {""})
+        judge, found = evaluate.Judge(30), evaluate.measure(
+            np.zeros(128_000, np.float32)
+        )
+        self.assertEqual(set(judge.name(found).values()), {""})
+        row = evaluate.cells(judge, [found], [synth.CLIPS[0]], "bell")
+        self.assertEqual(list(row.values()), ["0.0%"] * 4 + ["inf"])
 
     def test_wrong_command_lines(self):
         for flags in (
@@ -3732,11 +3737,19 @@ class TestTrain(Test):
         self.codec.write_bytes(self.codec.read_bytes()[:999])
         self.assertRegex(self.synth("--lm"), "codec.safetensors is damaged")
 
+    def training(
+        self, model: nn.Module, loss: Callable | None, state: dict = {}, **told
+    ) -> train.Training:
+        args = dict(lr=1e-3, steps=9, seconds=1e9, seed=0, resume=False) | told
+        args = argparse.Namespace(**args)
+        return train.Training(model, loss, args, self.folder, dict(state), {})
+
+    @staticmethod
+    def sum_loss(model: nn.Module, x: mx.array) -> tuple:
+        return model(x).sum(), mx.zeros(1), {}
+
     def test_rate_rises_and_falls(self):
-        loss = lambda m, x: (m(x).sum(), mx.zeros(1), {})  # noqa: E731
-        told = dict(lr=1.0, steps=1000, seconds=1e9, seed=0, resume=False)
-        args = generate.argparse.Namespace(**told)
-        training = train.Training(nn.Linear(2, 1), loss, args, self.folder, {}, {})
+        training = self.training(nn.Linear(2, 1), self.sum_loss, lr=1.0, steps=1000)
         for done, rate in ((0, 0.01), (49, 0.497), (500, 0.51), (999, 0.02)):
             training.done = done
             training.step((mx.ones((1, 2)),))
@@ -3744,11 +3757,9 @@ class TestTrain(Test):
 
     def test_codec_goes_on_with_its_codebooks(self):
         def training(resume: bool, change: int) -> train.Training:
-            told = dict(lr=1e-3, steps=9, seconds=60, seed=0, resume=resume)
-            args = generate.argparse.Namespace(**told)
             state = train.first_codebooks(mx.random.key(0))
             state = {name: value + change for name, value in state.items()}
-            return train.Training(nn.Linear(2, 2), None, args, self.folder, state, {})
+            return self.training(nn.Linear(2, 2), None, state, resume=resume)
 
         first = training(False, 1)
         first.save()
@@ -3759,11 +3770,7 @@ class TestTrain(Test):
 
     def test_keeps_on_the_way(self):
         """Every four minutes, and at the end."""
-        loss = lambda m, x: (m(x).sum(), mx.zeros(1), {})  # noqa: E731
-        told = dict(lr=1e-3, steps=8, seconds=1e9, seed=0, resume=False)
-        args = generate.argparse.Namespace(**told)
-        model = nn.Linear(2, 1)
-        training = train.Training(model, loss, args, self.folder, {}, {})
+        training = self.training(nn.Linear(2, 1), self.sum_loss, steps=8)
         kept = []
 
         def keep():
@@ -3803,9 +3810,7 @@ class TestTrain(Test):
     def test_a_gradient_that_is_no_number_changes_little(self):
         model = nn.Linear(2, 1, bias=False)
         loss = lambda m, x: (m(x).sum() * x.sum(), mx.zeros(1), {})  # noqa: E731
-        told = dict(lr=1e-3, steps=9, seconds=60, seed=0, resume=False)
-        args = generate.argparse.Namespace(**told)
-        training = train.Training(model, loss, args, self.folder, {}, {})
+        training = self.training(model, loss)
         for x in (1.0, math.inf, 1.0):
             before = mx.array(model.weight)
             training.step((mx.full((1, 2), x),))
@@ -3864,7 +3869,7 @@ class TestTiny(Test):
 
     def assertFollowed(self, audio: mx.array, least: float, names: str, clips=None):
         """Sounds (B, N, 1) that are like the clips in the traits with these names."""
-        found = [self.judge.name(sound) for sound in np.array(audio[..., 0])]
+        found = [*map(self.judge.name, evaluate.measured(np.array(audio[..., 0])))]
         right = evaluate.share((clips or self.clips)[: len(found)], found)
         for name in names.split():
             self.assertGreaterEqual(right[name], least, f"{name}: {right}")

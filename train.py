@@ -89,6 +89,7 @@ WITHOUT_TEXT = 0.15  # of the clips: so that guidance has something to lead away
 MISHEARD = 0.05  # of the traits in captions are guessed: what guidance makes up for
 STFT_SIZES = (2048, 512, 128)
 CODEC_FILE = "codec.safetensors"
+CLIPS = {"codec": 4000, "lm": 24_000}  # to make: sounds of 2 GB, codes of 77 MB
 
 
 # What both trainings need
@@ -645,8 +646,8 @@ def clip_codes(model: MusicGen, path: Path) -> mx.array:
         raise ValueError(f"{path} is silent.")
     size = 30 * model.sampling_rate
     pieces = [audio[i : i + size] for i in range(0, len(audio), size)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a piece may be silent
+    with warnings.catch_warnings():  # a piece may be silent
+        warnings.filterwarnings("ignore", "The audio prompt is silent")
         codes = mx.concatenate([model.encode_prompt(x, 10**6)[0] for x in pieces])
     try:
         save_arrays(kept, {"codes": codes}, {})
@@ -733,7 +734,8 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--listen", type=int, help="only write so many clips to OUTPUT")
     add = made.add_argument
     add("--output", type=Path, default=Path("tiny-new"), help="(default: tiny-new)")
-    add("--clips", type=int, help="to make (default: 4000 for --codec, 24000 for --lm)")
+    told = ", ".join(f"{count} for --{part}" for part, count in CLIPS.items())
+    add("--clips", type=int, help=f"to make (default: {told})")
     taught = commands.add_parser("lora", help="teach a model your own clips")
     add = taught.add_argument
     add("--model", required=True, help="short name, Hub id or folder")
@@ -752,6 +754,8 @@ def parse_arguments() -> argparse.Namespace:
         add("--seed", type=int, default=0, help="(default: %(default)s)")
         add("--resume", action="store_true", help="go on from the last checkpoint")
     args = parser.parse_args()
+    if args.command == "synth" and args.clips is None:
+        args.clips = CLIPS["codec" if args.codec else "lm"]
     for name in ("steps", "batch", "lr", "seconds", "clips", "rank", "crop", "listen"):
         if (value := getattr(args, name, None)) is not None and not value > 0:
             parser.error(f"--{name} must be above 0, got {value}")
@@ -760,8 +764,6 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(
                 f"--{name} must be from 0 to {most}, got {getattr(args, name)}"
             )
-    if args.command == "synth" and args.clips is None:
-        args.clips = 4000 if args.codec else 24_000
     if getattr(args, "crop", 1) < 0.1:
         parser.error(f"--crop must be at least 0.1 s, got {args.crop}")
     return args
