@@ -2,9 +2,12 @@
 
     python benchmark.py --random small
     python benchmark.py --model medium --duration 30 --q-bits 8
+    python benchmark.py --random small --plain
     python benchmark.py --random htdemucs --duration 30
 
-`--random` needs no download: the real shapes with random values.
+`--random` needs no download: the real shapes with random values. `--plain` measures the
+plain step and decode in place of engine.py's and encodec_stream.py's. Needs musicgen.py,
+engine.py and all that these need beside it; demucs.py, and train.py for `--lora`.
 """
 
 import argparse
@@ -18,8 +21,11 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from demucs import HTDemucs, HTDemucsConfig
-from musicgen import Decoder, DecoderConfig, MusicGen, MusicGenConfig, Run
+from checkpoints import MusicGenConfig
+from decoder import DELAYS, Condition, Decoder, DecoderConfig
+from engine import Lane
+from musicgen import MusicGen, PlainStep, encode_text
+from options import Options
 
 SIZES = {  # hidden size, layers
     "small": (1024, 24),
@@ -52,14 +58,13 @@ def random_model(name: str, dtype: mx.Dtype, q_bits: int | None) -> MusicGen:
         ffn_dim=4 * hidden,
         num_codebooks=8 if stereo else 4,
         audio_channels=2 if stereo else 1,
+        delays=DELAYS[8, 2] if stereo else DELAYS[4, 1],
     )
     model = MusicGen(MusicGenConfig(config), Words())
     model.decoder.set_dtype(dtype)
     if q_bits:
-        model.decoder.quantize(q_bits)
-    mx.eval(model.parameters())
-    if mx.default_device() == mx.cpu:  # as from_pretrained does
-        model.decoder.store_columns()
+        model.quantize(q_bits)
+    model.read_now()
     return model
 
 
@@ -85,25 +90,32 @@ def count_operations(result: mx.array) -> int:
     return sum(name not in VIEWS for name in names)
 
 
-def operations_per_step(decoder: Decoder) -> int:
-    """Operations of one step, without the choice of tokens."""
-    text = mx.zeros((2, 8, decoder.output_proj.weight.shape[1]))
+def operations_per_step(model: MusicGen) -> int:
+    """Operations of one step, without the sampling of tokens."""
+    states = mx.zeros((2, 8, model.config.text_encoder.d_model))
     mask = mx.array([[True], [False]]) & mx.ones(8, mx.bool_)  # the second: null row
-    conditioning = decoder.condition(text, mask, 2)
-    lower, upper = decoder.compile(conditioning, decoder.make_cache(2, 2))
-    tokens = mx.zeros((2, 1, decoder.config.num_codebooks), mx.int32)
-    mx.eval(upper(lower(tokens)))  # the first call compiles
-    return count_operations(upper(lower(tokens)))
+    text, K = Condition(states, mask), model.config.decoder.num_codebooks
+    if model.plain:
+        step, tokens = PlainStep(model.decoder, text, 2, 3), mx.zeros(
+            (1, 1, K), mx.int32
+        )
+    else:
+        lane = Lane(model.decoder, text, 3, mx.default_stream(mx.default_device()))
+        step, tokens = lambda x: lane.upper(lane.lower(x)), mx.zeros(
+            (2, 1, K), mx.int32
+        )
+    mx.eval(step(tokens))  # the first call compiles
+    return count_operations(step(tokens))
 
 
 def prefill_time(model: MusicGen, batch: int, frames: int) -> float:
     """Seconds for one pass over many frames, as when audio is continued."""
-    text, mask = model.encode_text([PROMPT] * batch, with_null=True)
-    run = Run(model.decoder, text, mask, batch, frames)
+    text = encode_text(model, [PROMPT] * batch)
+    forward = model.forward(text, Options().copies, frames)
     tokens = mx.zeros((batch, frames, model.config.decoder.num_codebooks), mx.int32)
     mx.eval(tokens)
     start = time.perf_counter()
-    mx.eval(run(tokens))
+    mx.eval(forward(tokens))
     return time.perf_counter() - start
 
 
@@ -119,15 +131,14 @@ def measure(model: MusicGen, duration: float, batch: int) -> dict[str, str]:
     """Rows of the table, for `batch` takes of `duration` seconds."""
     prompts, stamps = [PROMPT] * batch, []
     start = time.perf_counter()
-    text, mask = model.encode_text(prompts, with_null=True)
-    mx.eval(model.decoder.condition(text, mask, 1))
+    mx.eval(model.decoder.text_kv(encode_text(model, prompts)))
     text_time = time.perf_counter() - start
 
-    def stamp(step: int, steps: int) -> None:
-        stamps.append(time.perf_counter())
-
     start = time.perf_counter()
-    codes = model.generate_codes(prompts, duration=duration, seed=0, callback=stamp)
+    take = model.steps(prompts, duration=duration, seed=0)
+    for _ in take:
+        stamps.append(time.perf_counter())
+    codes = take.codes
     mx.eval(codes)
     generation = time.perf_counter() - start
     peak = mx.get_peak_memory()
@@ -139,7 +150,7 @@ def measure(model: MusicGen, duration: float, batch: int) -> dict[str, str]:
     first, streamed = streaming_time(model, duration)
     slower = f", {streamed / (generation + decoding) - 1:+.0%}" if batch == 1 else ""
 
-    gaps = [(b - a) * 1e3 for a, b in zip(stamps[1:], stamps[2:])]
+    gaps = [(b - a) * 1e3 for a, b in zip(stamps, stamps[1:])]
     step = statistics.fmean(gaps)
     size = weight_bytes(model.decoder)
     prefill = 500 if mx.default_device() == mx.gpu else 25
@@ -156,14 +167,15 @@ def measure(model: MusicGen, duration: float, batch: int) -> dict[str, str]:
         "streaming": f"first sound after {first:.2f} s, a take in {streamed:.2f} s{slower}",
         "peak memory": f"{peak / 1e9:.2f} GB, decoding {decoding_peak / 1e9:.2f} GB",
         "weights per step": f"{size / 1e9:.3f} GB, {size / step / 1e6:.0f} GB/s",
-        "operations per step": str(operations_per_step(model.decoder)),
+        "operations per step": str(operations_per_step(model)),
     }
 
 
 def measure_training(model: MusicGen, duration: float, batch: int, rank: int) -> dict:
     """Rows of the table for steps of `train.py lora`, on any codes."""
     from lora import add_adapters
-    from train import Training, adapt_only, lm_loss
+    from train import adapt_only, lm_loss
+    from training import Training
 
     add_adapters(model.decoder, rank, 1.0)
     adapt_only(model)
@@ -188,6 +200,8 @@ def measure_training(model: MusicGen, duration: float, batch: int, rank: int) ->
 
 def measure_separation(duration: float) -> dict[str, str]:
     """Rows of the table for Demucs, of the published size with random weights."""
+    from demucs import HTDemucs, HTDemucsConfig
+
     model = HTDemucs(HTDemucsConfig())
     audio = 0.1 * mx.random.normal((int(duration * model.sampling_rate), 2))
     mx.eval(model.parameters(), audio)
@@ -212,6 +226,7 @@ def measure_model(args: argparse.Namespace) -> dict[str, str]:
         model = random_model(args.random, getattr(mx, dtype), args.q_bits)
     else:
         model = MusicGen.from_pretrained(args.model, getattr(mx, dtype), args.q_bits)
+    model.plain = args.plain
     load = time.perf_counter() - start
     if args.lora:
         return measure_training(model, args.duration, args.batch, args.lora)
@@ -236,6 +251,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch", type=int, default=1, help="takes at once (default: %(default)s)")
     add("--lora", type=int, help="measure the training of adapters of this rank")
     add("--dtype", choices=["float16", "bfloat16", "float32"])
+    add("--plain", action="store_true", help="measure the plain step and decode")
     add("--q-bits", type=int, choices=[4, 8], help="quantize the decoder's layers")
     args = parser.parse_args()
     if not 0.02 <= args.duration <= 30 or args.batch < 1:

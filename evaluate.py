@@ -23,7 +23,6 @@ import mlx.core as mx
 import numpy as np
 
 import synth
-from encodec import Parser
 from musicgen import MusicGen
 
 FRAME, HOP = 4096, 1024  # samples in which pitch is sought
@@ -249,7 +248,7 @@ def si_sdr(found: np.ndarray, wanted: np.ndarray) -> float:
 
 def reconstruct(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     """The table of what the codec keeps of clips that it never heard."""
-    from train import stft_distance
+    from train_codec import stft_distance
 
     codec = MusicGen.from_pretrained(args.codec).audio_encoder
     sounds = [synth.make(seed, synth.HELD_OUT, 4.0)[2] for seed in range(9000, 9040)]
@@ -272,6 +271,13 @@ def show(table: dict[str, dict[str, str]]) -> None:
     print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for name, row in table.items():
         print(f"| {name} | {' | '.join(row.values())} |")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def main() -> None:

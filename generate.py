@@ -2,8 +2,8 @@
 
     python generate.py --prompt "epic orchestral soundtrack" --model stereo-large
 
-`python generate.py --help` explains every flag; the work is in musicgen.py, and
-in jobs.py for several takes.
+`python generate.py --help` explains every flag. Needs jobs.py and stream.py beside it,
+which plan and write takes, musicgen.py and all that these need.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,11 +23,11 @@ from huggingface_hub.utils import logging, tqdm
 import jobs
 import settings
 import stream
-from checkpoints import MODELS, check_name, local
-from encodec import check_writable, choose_subtype, save_audio
-from jobs import Job, Made
-from melody import draw, extract_chroma
-from musicgen import MusicGen, row_seeds
+from audio import check_writable, choose_subtype, save_audio
+from hub import MODELS, check_name, local
+from jobs import Job, Result, Sounds, Start
+from musicgen import MusicGen, Take
+from options import row_seeds
 
 HELP = {
     "prompt": 'what to play; "" for anything; may be given several times',
@@ -82,6 +83,7 @@ HELP = {
     "adapter": "file of train.py lora that changes the model",
     "adapter_scale": "how much it does (default: %(default)s)",
     "tensor_parallel": "share one model among the processes of mlx.launch",
+    "plain": "run the plain step and decode, which are slower and easy to follow",
 }
 
 
@@ -140,6 +142,7 @@ def make_parser() -> Parser:
     parser.add("adapter", type=Path)
     parser.add("adapter_scale", type=float, default=1.0)
     parser.add("tensor_parallel", action="store_true")
+    parser.add("plain", action="store_true")
     return parser
 
 
@@ -222,12 +225,12 @@ def recalled(parser: Parser) -> list[str]:
     if args.resume and args.audio_prompt:
         parser.error("--resume goes on from codes, not from an --audio-prompt")
     try:
-        told = settings.read_settings(sources[0])
+        known = settings.read_settings(sources[0])
     except (OSError, ValueError) as error:
         report(f"error: {error}")
         sys.exit(1)
     replaced = set().union(*(REPLACES.get(name, ()) for name in given))
-    wanted = {k: told[k] for k in (RECALLED - replaced) & told.keys()}
+    wanted = {k: known[k] for k in (RECALLED - replaced) & known.keys()}
     flags = {f"--{k.replace('_', '-')}": v for k, v in wanted.items()}
     chosen = {f: v for f, v in flags.items() if v is not None and v is not False}
     return [flag if v is True else f"{flag}={v}" for flag, v in chosen.items()]
@@ -298,6 +301,11 @@ class Stop:
         return self._asked
 
 
+def never() -> bool:
+    """For takes that Ctrl-C ends at once."""
+    return False
+
+
 def agreed_seed(group: mx.distributed.Group) -> int:
     """Any seed, the same in every process."""
     mine = secrets.randbits(31) if group.rank() == 0 else 0
@@ -333,78 +341,85 @@ def make(
 ) -> int:
     """Run the jobs and report those that failed; returns the exit status."""
     together = group if args.tensor_parallel else None
-    silent = together is not None and group.rank() > 0
     if not wanted:
         print("Nothing is left to make.")
         return 0
     # now, not after the minutes of loading
     source = args.resume or args.redecode
-    failures = jobs.check(wanted, together, args.output != "-", source is None)
-    bad = [id(job) for job, _ in failures]
+    failed = jobs.check(wanted, together, args.output != "-", source is None)
+    bad = [id(result.job) for result in failed]
     good = [job for job in wanted if id(job) not in bad]
     if args.save_codes:
         check_writable(args.save_codes)
-    made, stop = [], None
-    if good and (args.prompts or not failures):
-        model = MusicGen.from_pretrained(
-            args.model,
-            getattr(mx, args.dtype) if args.dtype else None,
-            args.q_bits,
-            group=together,
-            adapter=args.adapter,
-            adapter_scale=args.adapter_scale,
-        )
-        if not (args.prompts or args.redecode):  # while Ctrl-C still ends it at once
-            tell_melody(args, model, good[0])
-        stop = None if args.prompts or together else Stop()
-        course = begin(args, model, stop)
+    results, stop = failed, never
+    if good and (args.prompts or not failed):
+        model = load(args, together)
+        sounds = Sounds(model)
+        if args.show_melody or args.save_melody:  # while Ctrl-C still ends it at once
+            tell_melody(args, model, sounds.melody(good[0]))
+        start = read_start(args, model)
+        stop = never if args.prompts or together else Stop()
         if args.redecode:
-            made.append(redecode(model, good[0], course))
+            results += redecode(model, good[0], sounds, start, args)
         elif args.stream:
-            made.append(play(model, good[0], args, course))
+            results += play(model, good[0], sounds, start, stop, args)
         else:
-            failures += make_with_bar(model, good, args, together, course, made)
-    if not silent:
-        tell_failures(failures, args)
-    if stop and stop.heeded and not failures:
-        return tell_stop(args, sum(one.seconds for one in made))
+            results += make_batches(model, good, sounds, start, stop, args)
+    if together is None or group.rank() == 0:
+        tell_failures(results, args)
+    failures = [result for result in results if result.error]
+    if stop is not never and stop.heeded and not failures:
+        return tell_stop(args, sum(result.seconds for result in results))
     return 1 if failures else 0
 
 
-def tell_melody(args: argparse.Namespace, model: MusicGen, job: Job) -> None:
-    """Hear the melody, and show and keep it where that is wanted."""
-    tune = job.tune(model)
+def load(args: argparse.Namespace, group: mx.distributed.Group | None) -> MusicGen:
+    dtype = getattr(mx, args.dtype) if args.dtype else None
+    adapter = dict(adapter=args.adapter, adapter_scale=args.adapter_scale)
+    model = MusicGen.from_pretrained(
+        args.model, dtype, args.q_bits, group=group, **adapter
+    )
+    model.plain = model.plain or args.plain
+    return model
+
+
+def tell_melody(args: argparse.Namespace, model: MusicGen, melody: mx.array) -> None:
+    """Show and keep the sound (N, 1) that holds the melody."""
+    from melody import draw, extract_chroma
+
     if args.show_melody:
-        drawn = draw(extract_chroma(tune, model.sampling_rate))
+        drawn = draw(extract_chroma(melody, model.sampling_rate))
         tqdm.write(drawn, file=sys.stderr if args.output == "-" else sys.stdout)
     if args.save_melody:
-        save_audio(args.save_melody, tune, model.sampling_rate)
+        save_audio(args.save_melody, melody, model.sampling_rate)
 
 
-def begin(args: argparse.Namespace, model: MusicGen, stop: Stop | None) -> jobs.Course:
-    """Where the takes begin: from nothing, or from saved codes. Raises ValueError for
-    codes of another model, or as long as the take is to be."""
+def read_start(args: argparse.Namespace, model: MusicGen) -> Start | None:
+    """Saved codes to begin with, if any. Raises ValueError for codes of another model,
+    or as long as the take is to be."""
     source = args.resume or args.redecode
     if source is None:
-        return jobs.Course(save_codes=args.save_codes, stop=stop)
-    codes, told = settings.load_codes(source)
-    check_source(source, told, model)
-    model.check_codes(codes)
-    prompt_frames = min(int(told.get("prompt_frames", 0)), codes.shape[1])
+        return None
+    from prompt import check_codes
+
+    codes, known = settings.load_codes(source)
+    check_source(source, known, model)
+    check_codes(model, codes)
+    prompt_frames = min(int(known.get("prompt_frames", 0)), codes.shape[1])
     if args.resume:
         codes = sure_codes(args, model, codes, prompt_frames)
-    return jobs.Course(codes, prompt_frames, args.save_codes, stop)
+    return Start(codes, prompt_frames)
 
 
-def check_source(source: Path, told: dict, model: MusicGen) -> None:
+def check_source(source: Path, known: dict, model: MusicGen) -> None:
     """Raise ValueError for codes of another model; warn of another revision."""
-    name = str(told.get("model"))
+    name = str(known.get("model"))
     paths = [local(n) for n in (name, model.name)]
     places = {path.resolve() if path.is_dir() else path for path in paths}
     if len(places) > 1 and MODELS.get(name, name) != MODELS.get(model.name, model.name):
         raise ValueError(f"{source} holds codes of {name}, not of {model.name}.")
-    if told.get("revision") != model.revision:
-        warn(f"{source} is of revision {told.get('revision')}, not {model.revision}.")
+    if known.get("revision") != model.revision:
+        warn(f"{source} is of revision {known.get('revision')}, not {model.revision}.")
 
 
 def sure_codes(
@@ -422,55 +437,109 @@ def sure_codes(
     return codes[:, : max(T - unsure, prompt_frames)]
 
 
-def redecode(model: MusicGen, job: Job, course: jobs.Course) -> Made:
+def redecode(
+    model: MusicGen, job: Job, sounds: Sounds, start: Start, args: argparse.Namespace
+) -> list[Result]:
     """Make the sound of saved codes."""
-    start = time.perf_counter()
-    samples = jobs.decode(model, [job], course.known, course.prompt_frames)[0]
-    rest = (course.known, course.prompt_frames, course.save_codes)
-    jobs.save(model, job, samples, *rest)
+    began = time.perf_counter()
+    codes, prompt_frames = start
+    samples = jobs.decode(model, job, codes, prompt_frames)[0]
+    known = jobs.take_settings(model, job, sounds, prompt_frames)
+    jobs.save(model, job, samples, known)
+    if args.save_codes:
+        settings.save_codes(args.save_codes, codes, known)
     seconds = len(samples) / model.sampling_rate
-    made = Made(job, seconds, time.perf_counter() - start, 1)
-    print(describe(made))
-    return made
+    result = Result(job, None, seconds, time.perf_counter() - began)
+    print(describe(result))
+    return [result]
 
 
-def tell_failures(
-    failures: list[tuple[Job, Exception]], args: argparse.Namespace
-) -> None:
+def make_batches(
+    model: MusicGen,
+    wanted: list[Job],
+    sounds: Sounds,
+    start: Start | None,
+    stop: Stop,
+    args: argparse.Namespace,
+) -> list[Result]:
+    """Run the jobs in batches, showing how far they are."""
+    group, results = model.decoder.group, []
+    size = args.batch_size or (jobs.BATCH_OF_FILE if args.prompts else len(wanted))
+    with tqdm(unit="step", disable=group is not None and group.rank() > 0) as bar:
+        for batch in jobs.run(model, wanted, size, sounds, start):
+            for take in watch(batch, bar):
+                if stop():
+                    break
+            for result in batch.save(args.save_codes):
+                results.append(result)
+                if not result.error:
+                    tqdm.write(describe(result), file=sys.stdout)
+            if stop():
+                break
+    return results
+
+
+def watch(steps: Iterator[Take], bar: tqdm) -> Iterator[Take]:
+    """The same steps, shown in a bar."""
+    for take in steps:
+        if take.step == 1:
+            bar.reset(take.steps)
+        bar.update()
+        yield take
+
+
+def play(
+    model: MusicGen,
+    job: Job,
+    sounds: Sounds,
+    start: Start | None,
+    stop: Stop,
+    args: argparse.Namespace,
+) -> list[Result]:
+    """Stream one job, showing how far it is. The codes are kept too, where they are
+    wanted, before each piece all that there are."""
+    began = time.perf_counter()
+    audio = None if start else sounds.audio_prompt(job)
+    prompt_frames = jobs.prompt_frames(model, audio, start)
+    known = jobs.take_settings(model, job, sounds, prompt_frames)
+    take = jobs.make_take(model, [job], sounds, audio, start)
+    with tqdm(unit="step") as bar:
+        pieces = model.play(take, args.chunk, until(watch(take, bar), stop))
+        if args.save_codes:
+            pieces = keep_codes(pieces, take, args.save_codes, known)
+        form = (model.channels, model.sampling_rate, settings.to_comment(known))
+        seconds = stream.write(str(job.output), pieces, *form)
+    result = Result(job, None, seconds, time.perf_counter() - began)
+    print(describe(result), file=sys.stderr if str(job.output) == "-" else sys.stdout)
+    return [result]
+
+
+def until(steps: Iterator[Take], stop: Stop) -> Iterator[Take]:
+    """The steps until Ctrl-C."""
+    for take in steps:
+        yield take
+        if stop():
+            return
+
+
+def keep_codes(
+    pieces: Iterator[mx.array], take: Take, path: Path, known: dict
+) -> Iterator[mx.array]:
+    """The pieces, each once its codes are saved: what is heard can be gone on from."""
+    for piece in pieces:
+        settings.save_codes(path, take.codes, known)
+        yield piece
+
+
+def tell_failures(results: list[Result], args: argparse.Namespace) -> None:
     """One line for each line of the file, or for each reason."""
     told = set()
-    for job, error in sorted(failures, key=lambda failure: failure[0].line or 0):
+    failures = [result for result in results if result.error]
+    for job, error, *_ in sorted(failures, key=lambda result: result.job.line or 0):
         place = f"{args.prompts}, line {job.line}: " if job.line else ""
         if f"{place}{error}" not in told:
             report(f"error: {place}{error}")
         told.add(f"{place}{error}")
-
-
-def make_with_bar(
-    model: MusicGen,
-    wanted: list[Job],
-    args: argparse.Namespace,
-    together: mx.distributed.Group | None,
-    course: jobs.Course,
-    made: list[Made],
-) -> list[tuple[Job, Exception]]:
-    """Run the jobs, showing how far they are; those that are `made` are added to the
-    list. Returns those that failed."""
-    most = jobs.BATCH_OF_FILE if args.prompts else len(wanted)
-    silent = together is not None and together.rank() > 0
-    with tqdm(unit="step", disable=silent) as bar:
-
-        def progress(step: int, steps: int) -> None:
-            if step == 0:
-                bar.reset(steps)
-            bar.update()
-
-        def finished(one: Made) -> None:
-            made.append(one)
-            tqdm.write(describe(one), file=sys.stdout)
-
-        size = args.batch_size or most
-        return jobs.run(model, wanted, size, progress, finished, together, course)
 
 
 def tell_stop(args: argparse.Namespace, seconds: float) -> int:
@@ -487,29 +556,12 @@ def tell_stop(args: argparse.Namespace, seconds: float) -> int:
     return 130
 
 
-def play(
-    model: MusicGen, job: Job, args: argparse.Namespace, course: jobs.Course
-) -> Made:
-    """Stream one job, showing how far it is."""
-    start = time.perf_counter()
-    with tqdm(unit="step") as bar:
-
-        def progress(step: int, steps: int) -> None:
-            bar.total = steps
-            bar.update()
-
-        seconds = stream.run(model, job, args.chunk, progress, course)
-    made = Made(job, seconds, time.perf_counter() - start, 1)
-    print(describe(made), file=sys.stderr if str(job.output) == "-" else sys.stdout)
-    return made
-
-
-def describe(made: Made) -> str:
-    together = f" ({made.batch} at once)" if made.batch > 1 else ""
-    speed = made.batch * made.seconds / made.taken
+def describe(result: Result) -> str:
+    together = f" ({result.batch} at once)" if result.batch > 1 else ""
+    speed = result.batch * result.seconds / result.elapsed
     return (
-        f"{made.job.output}: {made.seconds:.2f} s of audio in {made.taken:.1f} s"
-        f"{together}, {speed:.2f} times real time, seed {made.job.seed}"
+        f"{result.job.output}: {result.seconds:.2f} s of audio in {result.elapsed:.1f} s"
+        f"{together}, {speed:.2f} times real time, seed {result.job.seed}"
     )
 
 

@@ -1,14 +1,18 @@
 """Many takes: from several prompts or a file of them, in batches, resumably.
 
-    jobs = plan(["happy rock", "calm piano"], {"seed": 7, "output": "out.wav"}, takes=4)
-    failures = run(model, jobs)
+    for batch in run(model, plan(["happy rock", "calm piano"], values, takes=4), size=8):
+        for take in batch:
+            print(take.step, "of", take.steps)
+        for result in batch.save():
+            print(result.job.output, result.error or "is there")
 
-A job is one sound file to make. Jobs that differ in prompt, seed and file only run
-in one batch; a job whose file exists is done. Under `mlx.launch` every process
-takes its share.
+A job is one sound file to make. Jobs that differ in prompt, seed and file only run in one
+batch; a job whose file exists is done. Under `mlx.launch` every process takes its share.
+Needs musicgen.py and what that needs, audio.py, loudness.py and settings.py beside it.
 """
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -23,10 +27,10 @@ import mlx.core as mx
 import numpy as np
 
 import settings
-from encodec import check_audio_path, load_audio, save_audio
+from audio import check_audio_path, load_audio, save_audio
 from loudness import to_loudness, to_peak
-from melody import take as take_melody
-from musicgen import STYLE_OPTIONS, MusicGen, Options, row_seeds
+from musicgen import MusicGen, Take, rows_that_fit
+from options import STYLE_OPTIONS, Options, row_seeds
 
 SHORTEST = 0.4  # seconds over which loudness is measured
 BATCH_OF_FILE = 8  # lines at once, so that an interruption loses little
@@ -40,60 +44,14 @@ class AudioPrompt(NamedTuple):
     length: float | None = None  # seconds; None: to the end
     drop: bool = False
 
-    def load(self, model: MusicGen) -> mx.array:
-        """The part as (N, C) at the model's rate. Raises ValueError or OSError."""
-        audio = load_audio(self.path, model.sampling_rate, model.channels)
-        first = int(self.start * model.sampling_rate)
-        if not 0 <= first < len(audio):
-            raise ValueError(
-                f"prompt_start must be from 0 to less than the "
-                f"{len(audio) / model.sampling_rate:g} s of {self.path}, "
-                f"got {self.start:g}."
-            )
-        if self.length is None:
-            return audio[first:]
-        if not 1 <= int(self.length * model.sampling_rate):
-            raise ValueError(f"prompt_length must be above 0 s, got {self.length:g}.")
-        return audio[first : first + int(self.length * model.sampling_rate)]
 
-
-def same_file(path: str | Path, other: str | Path) -> bool:
-    return os.path.realpath(path) == os.path.realpath(other)
-
-
-class Melody(NamedTuple):
+class MelodyFile(NamedTuple):
     """Which sound file's tune a take follows, from which second on, and whether drums
     and bass are taken away first."""
 
     path: str
     start: float = 0.0
     separate: bool = True
-
-    def load(self, model: MusicGen, duration: float) -> mx.array:
-        """The sound that holds the melody for a take of `duration` seconds, (N, 1) at
-        the model's rate. Raises ValueError or OSError."""
-        model.check_follows("melody")
-        seconds = model.conditioner.heard(duration)
-        return load_melody(self, model.sampling_rate, seconds)
-
-
-@functools.lru_cache(maxsize=32)
-def load_melody(melody: Melody, sampling_rate: int, seconds: float) -> mx.array:
-    """Kept, since takes share it and Demucs is slow."""
-    audio = load_audio(melody.path, sampling_rate, 1)
-    first = int(melody.start * sampling_rate)
-    if first >= len(audio):
-        raise ValueError(
-            f"melody_start must be less than the {len(audio) / sampling_rate:g} s of "
-            f"{melody.path}, got {melody.start:g}."
-        )
-    return take_melody(audio[first:], sampling_rate, seconds, melody.separate)
-
-
-@functools.lru_cache(maxsize=2)
-def load_style(path: str, sampling_rate: int) -> mx.array:
-    """The sound (N, 1) in whose manner to play; kept, since takes share it."""
-    return load_audio(path, sampling_rate, 1)
 
 
 @dataclass(frozen=True)
@@ -105,7 +63,7 @@ class Job:
     output: Path
     options: Options
     audio_prompt: AudioPrompt | None = None
-    melody: Melody | None = None
+    melody: MelodyFile | None = None
     style: str | None = None  # sound file
     loudness: float | None = None  # LUFS
     peak: float | None = None  # dB of full scale
@@ -159,30 +117,10 @@ class Job:
         """Whether both can be rows of one batch."""
         return (self.options, self.audio_prompt) == (other.options, other.audio_prompt)
 
-    def sound(self, model: MusicGen) -> mx.array | None:
-        """Samples (N, C) of the audio prompt, if there is one."""
-        return self.audio_prompt and self.audio_prompt.load(model)
-
     def followed(self) -> dict[str, str]:
         """The sound files that it follows."""
         paths = {"melody": self.melody and self.melody.path, "style": self.style}
         return {name: path for name, path in paths.items() if path}
-
-    def tune(self, model: MusicGen) -> mx.array | None:
-        """Samples (N, 1) of the melody, if there is one."""
-        return self.melody and self.melody.load(model, self.options.duration)
-
-    def manner(self, model: MusicGen) -> mx.array | None:
-        """Samples (N, 1) of the style, if there is one."""
-        return self.style and load_style(self.style, model.sampling_rate)
-
-    def excerpt(self, model: MusicGen) -> tuple[float, mx.array] | None:
-        """Where its excerpt of the style starts, and the samples (N, 1)."""
-        if self.style is None:
-            return None
-        model.check_follows("style")
-        options = (self.options.style_start, self.options.style_length)
-        return model.conditioner.excerpt(self.manner(model), self.seed, *options)
 
 
 def check_level(loudness: float | None, peak: float | None) -> None:
@@ -205,6 +143,10 @@ ALL_KEYS = (*dict.fromkeys((*KEYS, *AUDIO_KEYS, *MELODY_KEYS, *STYLE_KEYS)),)
 ALIASES = {"guidance": "guidance_coef", "negative": "negative_prompt"}
 
 
+def same_file(path: str | Path, other: str | Path) -> bool:
+    return os.path.realpath(path) == os.path.realpath(other)
+
+
 def make_audio_prompt(path, start, length, drop) -> AudioPrompt | None:
     """From values of AUDIO_KEYS. Raises ValueError naming a bad one."""
     for name, seconds, least in (
@@ -223,7 +165,7 @@ def make_audio_prompt(path, start, length, drop) -> AudioPrompt | None:
     return path and AudioPrompt(str(path), start or 0.0, length, bool(drop))
 
 
-def make_melody(path, start, no_separate, own: set[str]) -> Melody | None:
+def make_melody(path, start, no_separate, own: set[str]) -> MelodyFile | None:
     """From values of MELODY_KEYS. Raises ValueError naming a bad one, or one of the
     job's `own`, which is no default of a file of prompts, without a melody."""
     if not isinstance(path, str | Path | None):
@@ -235,7 +177,7 @@ def make_melody(path, start, no_separate, own: set[str]) -> Melody | None:
     lone = {"melody_start": start is not None, "no_separate": no_separate}
     if not path and any(given and name in own for name, given in lone.items()):
         raise ValueError("melody_start and no_separate need a melody.")
-    return Melody(str(path), start or 0.0, not no_separate) if path else None
+    return MelodyFile(str(path), start or 0.0, not no_separate) if path else None
 
 
 def make_style(values: dict[str, Any], own: set[str]) -> tuple[str | None, dict]:
@@ -379,108 +321,281 @@ def batches(jobs: list[Job], size: Callable[[Job], int]) -> Iterator[list[Job]]:
         yield batch
 
 
-Progress = Callable[[int, int], None]
+class Sounds:
+    """The sounds that jobs ask for, as a model takes them; each is read once."""
+
+    def __init__(self, model: MusicGen):
+        self._model = model
+        self._melody = functools.lru_cache(maxsize=32)(self._read_melody)
+        self._style = functools.lru_cache(maxsize=2)(self._read_style)
+
+    def audio_prompt(self, job: Job) -> mx.array | None:
+        """Samples (N, C) of the job's audio prompt, if there is one. Raises ValueError
+        or OSError, as the others."""
+        if job.audio_prompt is None:
+            return None
+        path, start, length, _ = job.audio_prompt
+        rate = self._model.sampling_rate
+        audio, first = load_audio(path, rate, self._model.channels), int(start * rate)
+        if not 0 <= first < len(audio):
+            raise ValueError(
+                f"prompt_start must be from 0 to less than the {len(audio) / rate:g} s "
+                f"of {path}, got {start:g}."
+            )
+        if length is None:
+            return audio[first:]
+        if not 1 <= int(length * rate):
+            raise ValueError(f"prompt_length must be above 0 s, got {length:g}.")
+        return audio[first : first + int(length * rate)]
+
+    def melody(self, job: Job) -> mx.array | None:
+        """Samples (N, 1) that hold the job's melody, without drums and bass if that is
+        wanted; None without a melody."""
+        return job.melody and self._melody(job.melody, job.options.duration)
+
+    def _read_melody(self, melody: MelodyFile, duration: float) -> mx.array:
+        from conditioning import check_follows
+        from melody import MelodyRequest
+
+        check_follows(self._model, "melody")
+        rate = self._model.sampling_rate
+        audio, first = load_audio(melody.path, rate, 1), int(melody.start * rate)
+        if first >= len(audio):
+            raise ValueError(
+                f"melody_start must be less than the {len(audio) / rate:g} s of "
+                f"{melody.path}, got {melody.start:g}."
+            )
+        request = MelodyRequest(audio[first:], melody.separate)
+        return self._model.conditioner.prepare(request, 0, duration)
+
+    def style(self, job: Job) -> mx.array | None:
+        """Samples (N, 1) in whose manner the job is to play, if there are any."""
+        return job.style and self._style(job.style)
+
+    def _read_style(self, path: str) -> mx.array:
+        return load_audio(path, self._model.sampling_rate, 1)
+
+    def style_start(self, job: Job) -> float | None:
+        """The second at which the excerpt of the job's style begins, given or drawn.
+        Raises ValueError where it does not lie in the sound."""
+        if job.style is None:
+            return None
+        from conditioning import check_follows
+        from style import StyleRequest
+
+        check_follows(self._model, "style")
+        excerpt = (job.options.style_start, job.options.style_length)
+        request = StyleRequest(self.style(job), *excerpt)
+        return self._model.conditioner.excerpt(request, job.seed)[0]
 
 
-def generate(
-    model: MusicGen,
-    batch: list[Job],
-    sound: mx.array | None = None,
-    callback: Progress | None = None,
-    known: mx.array | None = None,
-    stop: Callable[[], bool] | None = None,
-) -> mx.array:
-    """Codes (B, T, K) of jobs that run together, starting with `known` codes if any,
-    else with their audio prompt's `sound`.
+class Start(NamedTuple):
+    """Codes that a take goes on from, or whose sound is made again."""
 
-    What does not fit into memory after all runs in halves.
-    """
-    try:
-        codes = model.generate_codes(
-            [job.prompt for job in batch],
-            seed=[job.seed for job in batch],
-            audio_prompt=sound,
-            codes_prompt=known,
-            melody=each(batch, lambda job: job.tune(model)),
-            separate=False,  # done already
-            style=each(batch, lambda job: job.manner(model)),
-            callback=callback,
-            stop=stop,
-            batch_size=len(batch),
-            **asdict(batch[0].options),
-        )
-        mx.eval(codes)
-        return codes
-    except RuntimeError:  # of MLX
-        if len(batch) == 1 or model.decoder.group is not None:
-            raise
-    mx.clear_cache()
-    half = len(batch) // 2
-    halves = (batch[:half], batch[half:])
-    parts = [generate(model, part, sound, callback, known, stop) for part in halves]
-    return mx.concatenate(parts)
-
-
-def each(
-    batch: list[Job], load: Callable[[Job], mx.array | None]
-) -> list[mx.array | None] | None:
-    """A sound for each job; None where no job has one."""
-    found = [load(job) for job in batch]
-    return None if all(sound is None for sound in found) else found
-
-
-def made_of(model: MusicGen, job: Job, prompt_frames: int = 0) -> dict[str, Any]:
-    """All that makes the job's take again, for the file's comment."""
-    found = asdict(job.options)
-    found |= dict(model=model.name, revision=model.revision, seed=job.seed)
-    found |= dict(prompt=job.prompt, loudness=job.loudness, peak=job.peak)
-    found |= dict(subtype=job.subtype)
-    if job.audio_prompt:
-        found |= dict(zip(AUDIO_KEYS, job.audio_prompt), prompt_frames=prompt_frames)
-    if job.melody:
-        path, start, separate = job.melody
-        found |= dict(melody=path, melody_start=start, no_separate=not separate)
-    if job.style:
-        found["style"] = job.style
-        if job.options.style_start is None:
-            found["style_start"], _ = job.excerpt(model)
-    if model.config.quantization:
-        found["q_bits"] = model.config.quantization["bits"]
-    dtype = str(model.decoder.dtype).removeprefix("mlx.core.")
-    return found | model.adapter | dict(dtype=dtype, mlx=mx.__version__)
-
-
-@dataclass(frozen=True)
-class Course:
-    """How takes begin and end, and what is kept beside their sound."""
-
-    known: mx.array | None = None  # codes (1, T, K) to go on from
+    codes: mx.array  # (1, T, K)
     prompt_frames: int = 0  # of these, the ones of an audio prompt
-    save_codes: Path | None = None  # of the only take
-    stop: Callable[[], bool] | None = None  # asked in each step
-
-    def begin(self, model: MusicGen, job: Job) -> tuple[mx.array | None, int]:
-        """Samples (N, C) of the job's audio prompt, where its codes are not known
-        already, and the frames that it takes."""
-        if self.known is not None:
-            return None, self.prompt_frames
-        sound = job.sound(model)
-        return sound, model.prompt_frames(sound)
-
-    def stopped(self) -> bool:
-        return self.stop is not None and self.stop()
 
 
-class Made(NamedTuple):
-    """What is told of a file that is there."""
+class Result(NamedTuple):
+    """What became of a job: its file, or the error."""
 
     job: Job
-    seconds: float  # of audio
-    taken: float  # seconds for the whole batch
-    batch: int  # jobs in it
+    error: Exception | None = None
+    seconds: float = 0.0  # of audio
+    elapsed: float = 0.0  # seconds that its whole batch took
+    batch: int = 1  # jobs in that
 
 
-Failure = tuple[Job, Exception]
+class Batch:
+    """Jobs that run together: iterate to make their codes, a decoder step at a time,
+    then `save` them. Where the loop is left early, what there is can be saved."""
+
+    def __init__(
+        self,
+        model: MusicGen,
+        jobs: list[Job],
+        sounds: Sounds,
+        start: Start | None = None,
+    ):
+        self._model, self._jobs, self._sounds = model, jobs, sounds
+        self._start, self._began = start, time.perf_counter()
+        self._takes: list[Take] = []
+        self._prompt_frames = 0  # of the takes, the ones of an audio prompt
+        self._failed: list[Result] = []
+
+    def __iter__(self) -> Iterator[Take]:
+        """Yields the take after each step. An error ends it, and is told by `save`."""
+        self._leave_out_unheard()
+        try:
+            if self._jobs:
+                first, start = self._jobs[0], self._start
+                audio = None if start else self._sounds.audio_prompt(first)
+                self._prompt_frames = prompt_frames(self._model, audio, start)
+                yield from self._make(self._jobs, audio)
+        except (OSError, RuntimeError, ValueError) as error:
+            self._failed += [Result(job, error) for job in self._jobs]
+            self._jobs = []
+
+    def _leave_out_unheard(self) -> None:
+        """Fail the jobs whose melody or style cannot be heard, and no others."""
+        for job in list(self._jobs):
+            try:
+                self._sounds.melody(job), self._sounds.style_start(job)
+            except (OSError, ValueError) as error:
+                self._failed.append(Result(job, error))
+                self._jobs = [other for other in self._jobs if other is not job]
+
+    def _make(self, jobs: list[Job], audio: mx.array | None) -> Iterator[Take]:
+        """The steps of some jobs; in halves, where memory does not hold all after all."""
+        take = make_take(self._model, jobs, self._sounds, audio, self._start)
+        self._takes.append(take)
+        try:
+            yield from take
+            mx.eval(take.codes)
+            return
+        except RuntimeError:  # of MLX
+            if len(jobs) == 1 or self._model.decoder.group is not None:
+                raise
+        self._takes.remove(take)
+        mx.clear_cache()
+        half = len(jobs) // 2
+        for part in (jobs[:half], jobs[half:]):
+            yield from self._make(part, audio)
+
+    def codes(self) -> mx.array:
+        """Codes (B, T, K) of the jobs from the first on that are as long as any."""
+        parts = [take.codes for take in self._takes]
+        longest = max(part.shape[1] for part in parts)
+        whole = itertools.takewhile(lambda part: part.shape[1] == longest, parts)
+        return mx.concatenate(list(whole))
+
+    def save(self, save_codes: Path | None = None) -> Iterator[Result]:
+        """Write the jobs' sound, and the codes of the only one where they are wanted.
+
+        Yields a result for each job that failed or has its file. Processes that share
+        the model leave it to the first.
+        """
+        yield from self._failed
+        model, group = self._model, self._model.decoder.group
+        if not self._jobs or (group is not None and group.rank() > 0):
+            return
+        try:
+            codes = self.codes()
+            if codes.shape[1] == 0:  # stopped before anything was made
+                return
+            audio = decode(model, self._jobs[0], codes, self._prompt_frames)
+        except (RuntimeError, ValueError) as error:
+            yield from (Result(job, error) for job in self._jobs)
+            return
+        elapsed = time.perf_counter() - self._began
+        for job, samples in zip(self._jobs, audio):
+            known = take_settings(model, job, self._sounds, self._prompt_frames)
+            try:
+                save(model, job, samples, known)
+                if save_codes:
+                    settings.save_codes(save_codes, codes, known)
+            except (OSError, ValueError) as error:
+                yield Result(job, error)
+                continue
+            seconds = len(samples) / model.sampling_rate
+            yield Result(job, None, seconds, elapsed, len(self._jobs))
+
+
+def run(
+    model: MusicGen,
+    jobs: list[Job],
+    size: int,
+    sounds: Sounds | None = None,
+    start: Start | None = None,
+) -> Iterator[Batch]:
+    """Batches of `size` jobs, or what memory holds, of jobs that were checked.
+
+    Where processes share the model, what the smallest machine holds. A job that fails
+    leaves the others alone.
+    """
+    sounds, group = sounds or Sounds(model), model.decoder.group
+
+    def rows(job: Job) -> int:
+        fit = min(size, rows_that_fit(model, job.options))
+        if group is not None:
+            fit = mx.distributed.all_min(mx.array(fit), group=group).item()
+        return fit
+
+    for batch in batches(jobs, rows):
+        yield Batch(model, batch, sounds, start)
+
+
+def make_take(
+    model: MusicGen,
+    jobs: list[Job],
+    sounds: Sounds,
+    audio: mx.array | None,
+    start: Start | None,
+) -> Take:
+    """The take of jobs that run together, which start with a sound, or with codes."""
+    return model.steps(
+        [job.prompt for job in jobs],
+        seed=[job.seed for job in jobs],
+        audio_prompt=audio,
+        codes_prompt=start and start.codes,
+        melody=one_each(jobs, sounds.melody),
+        separate=False,  # done already
+        style=one_each(jobs, sounds.style),
+        batch_size=len(jobs),
+        **asdict(jobs[0].options),
+    )
+
+
+def one_each(
+    jobs: list[Job], load: Callable[[Job], mx.array | None]
+) -> list[mx.array | None] | None:
+    """A sound for each job; None where no job has one."""
+    sounds = [load(job) for job in jobs]
+    return None if all(sound is None for sound in sounds) else sounds
+
+
+def prompt_frames(model: MusicGen, audio: mx.array | None, start: Start | None) -> int:
+    """Frames of a take that are its audio prompt's."""
+    if start is not None:
+        return start.prompt_frames
+    hop = model.config.audio_encoder.hop_length
+    return 0 if audio is None else math.ceil(len(audio) / hop)
+
+
+def decode(model: MusicGen, job: Job, codes: mx.array, prompt_frames: int) -> mx.array:
+    """Audio (B, N, C) of codes (B, T, K), less an audio prompt that is to be dropped."""
+    audio = model.decode(codes)
+    if job.audio_prompt and job.audio_prompt.drop:
+        audio = audio[:, prompt_frames * model.config.audio_encoder.hop_length :]
+    mx.eval(audio)
+    return audio
+
+
+def save(model: MusicGen, job: Job, samples: mx.array, known: dict[str, Any]) -> None:
+    """Write the job's sound, with its settings in the comment."""
+    rate, comment = model.sampling_rate, settings.to_comment(known)
+    save_audio(job.output, job.level(samples, rate), rate, comment, job.subtype)
+
+
+def take_settings(
+    model: MusicGen, job: Job, sounds: Sounds, prompt_frames: int = 0
+) -> dict[str, Any]:
+    """All that makes the job's take again, for the file's comment."""
+    known = asdict(job.options)
+    known |= dict(model=model.name, revision=model.revision, seed=job.seed)
+    known |= dict(prompt=job.prompt, loudness=job.loudness, peak=job.peak)
+    known |= dict(subtype=job.subtype)
+    if job.audio_prompt:
+        known |= dict(zip(AUDIO_KEYS, job.audio_prompt), prompt_frames=prompt_frames)
+    if job.melody:
+        path, start, separate = job.melody
+        known |= dict(melody=path, melody_start=start, no_separate=not separate)
+    if job.style:
+        known["style"], known["style_start"] = job.style, sounds.style_start(job)
+    if model.config.quantization:
+        known["q_bits"] = model.config.quantization["bits"]
+    dtype = str(model.decoder.dtype).removeprefix("mlx.core.")
+    return known | model.adapter | dict(dtype=dtype, mlx=mx.__version__)
 
 
 def check(
@@ -488,113 +603,21 @@ def check(
     group: mx.distributed.Group | None,
     to_files: bool = True,
     reads: bool = True,
-) -> list[Failure]:
-    """Jobs that cannot be made, with the reason.
+) -> list[Result]:
+    """Results of the jobs that cannot be made.
 
     Processes that share a model, the `group`, agree: what one of them cannot make
     they all leave. Only the first of them writes.
     """
     writes = to_files and (group is None or group.rank() == 0)
-    found = {}
+    errors = {}
     for i, job in enumerate(jobs):
         try:
             job.check(writes, reads)
         except (OSError, OverflowError, TypeError, ValueError) as error:
-            found[i] = error
+            errors[i] = error
     if group is not None:
-        bad = agree([int(i in found) for i in range(len(jobs))], group)
+        bad = agree([int(i in errors) for i in range(len(jobs))], group)
         elsewhere = ValueError("Another process cannot make it.")
-        found = {i: found.get(i, elsewhere) for i, wrong in enumerate(bad) if wrong}
-    return [(jobs[i], error) for i, error in found.items()]
-
-
-def audible(model: MusicGen, batch: list[Job]) -> tuple[list[Job], list[Failure]]:
-    """The jobs whose melody or style can be heard, if they have one, and the others."""
-    good, failures = [], []
-    for job in batch:
-        try:
-            job.tune(model), job.excerpt(model)
-            good.append(job)
-        except (OSError, ValueError) as error:
-            failures.append((job, error))
-    return good, failures
-
-
-def run(
-    model: MusicGen,
-    jobs: list[Job],
-    batch_size: int,
-    callback: Progress | None = None,
-    finished: Callable[[Made], None] | None = None,
-    group: mx.distributed.Group | None = None,
-    course: Course = Course(),
-) -> list[Failure]:
-    """Make every job, checked before; returns those that failed, with the reason.
-
-    A job that fails leaves the others alone. Batches are of `batch_size` jobs, or
-    what memory holds. `group` are the processes that share the model. Once the
-    course is stopped, the batch ends there, is saved, and none follows.
-    """
-    failures = []
-
-    def size(job: Job) -> int:
-        rows = min(batch_size, model.rows_that_fit(job.options))
-        if group is not None:  # what the smallest machine holds
-            rows = mx.distributed.all_min(mx.array(rows), group=group).item()
-        return rows
-
-    for batch in batches(jobs, size):
-        if course.stopped():
-            break
-        start = time.perf_counter()
-        batch, unheard = audible(model, batch)
-        failures += unheard
-        if not batch:
-            continue
-        try:
-            sound, prompt_frames = course.begin(model, batch[0])
-            codes = generate(model, batch, sound, callback, course.known, course.stop)
-            if group is not None and group.rank() > 0:
-                continue
-            audio = decode(model, batch, codes, prompt_frames)
-        except (OSError, RuntimeError, ValueError) as error:
-            failures += [(job, error) for job in batch]
-            continue
-        taken = time.perf_counter() - start
-        for job, samples in zip(batch, audio):
-            try:
-                save(model, job, samples, codes, prompt_frames, course.save_codes)
-            except (OSError, ValueError) as error:
-                failures.append((job, error))
-                continue
-            if finished:
-                length = len(samples) / model.sampling_rate
-                finished(Made(job, length, taken, len(batch)))
-    return failures
-
-
-def decode(
-    model: MusicGen, batch: list[Job], codes: mx.array, prompt_frames: int
-) -> mx.array:
-    """Audio (B, N, C) of codes, less that of an audio prompt to be dropped."""
-    audio = model.decode(codes)
-    if batch[0].audio_prompt and batch[0].audio_prompt.drop:
-        audio = model.without(audio, prompt_frames)
-    mx.eval(audio)
-    return audio
-
-
-def save(
-    model: MusicGen,
-    job: Job,
-    samples: mx.array,
-    codes: mx.array,
-    prompt_frames: int,
-    save_codes: Path | None,
-) -> None:
-    """Write the job's sound, and its codes where they are wanted."""
-    rate, told = model.sampling_rate, made_of(model, job, prompt_frames)
-    comment = settings.to_comment(told)
-    save_audio(job.output, job.level(samples, rate), rate, comment, job.subtype)
-    if save_codes:
-        settings.save_codes(save_codes, codes, told)
+        errors = {i: errors.get(i, elsewhere) for i, wrong in enumerate(bad) if wrong}
+    return [Result(jobs[i], error) for i, error in errors.items()]

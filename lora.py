@@ -24,13 +24,13 @@ from settings import save_arrays
 
 VERSION = 1  # of the file
 Linear = nn.Linear | nn.QuantizedLinear
-SIZES = (  # of the decoder's config, which an adapter must share
-    "hidden_size",
-    "num_hidden_layers",
-    "ffn_dim",
-    "num_codebooks",
-    "sound_width",
-)
+SIZES = {  # names in the file -> of the decoder's config, which an adapter must share
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_hidden_layers",
+    "ffn_dim": "ffn_dim",
+    "num_codebooks": "num_codebooks",
+    "sound_width": "prefix_width",
+}
 
 
 class LoRALinear(nn.Module):
@@ -118,7 +118,7 @@ def save_adapter(
         for name, value in tree_flatten(decoder.parameters())
         if name.endswith((".a", ".b"))
     }
-    sizes = {name: getattr(decoder.config, name) for name in SIZES}
+    sizes = {name: getattr(decoder.config, own) for name, own in SIZES.items()}
     told = dict(musicgen_adapter=VERSION, rank=rank, sizes=sizes) | settings
     save_arrays(path, arrays, {"adapter": json.dumps(told)})
 
@@ -141,11 +141,14 @@ def read_adapter(path: str | Path) -> tuple[dict[str, mx.array], dict[str, Any]]
     return arrays, told
 
 
-def load_adapter(model: nn.Module, path: str | Path, scale: float = 1.0) -> None:
+def load_adapter(
+    model: nn.Module, path: str | Path, scale: float = 1.0, shared: bool = False
+) -> None:
     """Change the decoder of a MusicGen by an adapter, `scale` times as much.
 
     Where the layers are not quantized the change is worked into them. Raises
-    FileNotFoundError, or ValueError for an adapter of another model.
+    FileNotFoundError, or ValueError for an adapter of another model, and where it
+    would stay beside layers that are to be `shared` among processes.
     """
     if not (isinstance(scale, int | float) and abs(scale) <= 100):
         raise ValueError(f"adapter_scale must be from -100 to 100, got {scale!r}.")
@@ -154,6 +157,11 @@ def load_adapter(model: nn.Module, path: str | Path, scale: float = 1.0) -> None
     add_adapters(model.decoder, told["rank"], scale)
     model.decoder.load_weights(list(arrays.items()), strict=False)
     fuse(model.decoder)
+    if shared and has_adapters(model.decoder):
+        raise ValueError(
+            "An adapter on a quantized model cannot be shared by processes; take the "
+            "model that is not quantized."
+        )
 
 
 def check_adapter(
@@ -165,7 +173,7 @@ def check_adapter(
     if not isinstance(sizes, dict) or type(rank) is not int:
         raise ValueError(f"{path} must tell sizes and a rank, got {told!r:.80}.")
     for name, size in sizes.items():
-        own = getattr(decoder.config, name, None)
+        own = getattr(decoder.config, SIZES.get(name, name), None)
         if own != size:
             raise ValueError(
                 f"{path} belongs to another model: its {name} is {size}, here it is "

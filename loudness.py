@@ -15,7 +15,7 @@ import warnings
 import numpy as np
 import soundfile
 
-from encodec import check_audio_path, load_audio, save_audio
+from audio import check_audio_path, load_audio, save_audio
 
 ABSOLUTE_GATE = -70.0  # LUFS: quieter blocks are silence
 RELATIVE_GATE = -10.0  # LU below the mean: quieter blocks are pauses

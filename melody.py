@@ -1,14 +1,13 @@
-"""Chroma: which of the twelve notes sounds, eight times a second.
+"""Melody: a recording -> chroma, which says what note sounds eight times a second.
 
-What the melody models are given of a recording. Of each frame only the strongest
-note is kept, so that they follow the tune and not the sound (section 2.3 of
-https://arxiv.org/abs/2306.05284).
+The melody conditioner of MusicGen (https://arxiv.org/abs/2306.05284, section 2.3). Of
+each frame only the strongest of twelve notes is kept, so that a melody model follows
+the tune and not the sound.
 
-    chroma = extract_chroma(audio, 44100)  # (T, 12), one-hot
+    chroma = extract_chroma(audio, 44100)  # (N, C) -> (T, 12), one-hot
     print(draw(chroma))
 
-or `python melody.py hummed.wav`, which draws it. Drums and bass are taken away first
-where a Demucs is given (`take_melody`). Needs encodec.py beside it, for sound files.
+or `python melody.py hummed.wav`, which draws it. Needs audio.py beside it, and demucs.py where drums and bass are to be taken away first.
 """
 
 import argparse
@@ -17,24 +16,143 @@ import math
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from encodec import Encodec, load_audio, resample
+from audio import check_samples, load_audio, resample
 
 if TYPE_CHECKING:
     from demucs import HTDemucs
-    from musicgen import Options
+    from encodec import Encodec
 
-RATE = 32000  # samples per second at which the notes are sought
-WINDOW, HOP = 16384, 4096  # samples of a frame, and from one to the next
+RATE = 32000  # samples per second of which chroma is made, whatever the codec's rate
 NOTES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
-MELODY = ("vocals", "other")  # the stems that hold it
+STEMS = ("vocals", "other")  # of Demucs, the two that hold a melody
 FRAMES_AT_ONCE = 500
-MARGIN = 10  # seconds beyond what is heard, on which Demucs and the last frame depend
+MARGIN = 10  # seconds after a window that its last frames and Demucs depend on
+SILENCE = 1e-4  # samples below it count as none
+
+
+@dataclass(frozen=True)
+class MelodyConfig:
+    """How chroma is made; defaults: the published models.
+
+    The numbers are spelled as in transformers' `config.json` and
+    `preprocessor_config.json`; `argmax` is audiocraft's.
+    """
+
+    kind: str = "melody"
+    num_chroma: int = 12  # notes of an octave
+    chroma_length: int = 235  # frames of a window: 30 s
+    n_fft: int = 16384  # samples of a frame at RATE; the next begins a quarter later
+    argmax: bool = True  # only the strongest note of a frame is kept
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "MelodyConfig":
+        """Take the known keys. Raises ValueError for what is absurd."""
+        names = {field.name for field in fields(cls)}
+        config = cls(**{name: config[name] for name in names & config.keys()})
+        check_config(config)
+        return config
+
+    @property
+    def width(self) -> int:
+        """Features of a prefix frame."""
+        return self.num_chroma
+
+    def build(self, codec: "Encodec", max_duration: float) -> "MelodyConditioner":
+        """The conditioner of a model with this codec and windows of so many seconds."""
+        return MelodyConditioner(self, codec.sampling_rate, max_duration)
+
+
+class MelodyRequest(NamedTuple):
+    """A melody to follow."""
+
+    audio: mx.array  # (N, C) at the model's sampling rate; repeated where too short
+    separate: bool = True  # take drums and bass away first, with Demucs
+
+
+class MelodyConditioner(nn.Module):
+    """Makes the prefix of a melody: its chroma, at the model's `sampling_rate`.
+
+    Takes without a melody have a prefix as long, of what silence gives.
+    """
+
+    kind = "melody"
+    uses_seed = False  # what `prepare` gives is the same for all seeds
+
+    def __init__(self, config: MelodyConfig, sampling_rate: int, max_duration: float):
+        super().__init__()
+        self.config, self.sampling_rate = config, sampling_rate
+        self.max_duration = max_duration
+
+    @property
+    def width(self) -> int:
+        """Features of a prefix frame."""
+        return self.config.width
+
+    @property
+    def longest(self) -> int:
+        """Most prefix frames there can be."""
+        return self.config.chroma_length
+
+    def needed(self, duration: float) -> float:
+        """Seconds of a melody on which a take of `duration` seconds depends."""
+        more = duration if duration > self.max_duration else 0
+        return self.max_duration + MARGIN + more
+
+    def prepare(
+        self, request: MelodyRequest | None, seed: int, duration: float
+    ) -> mx.array | None:
+        """The samples (N, 1) that hold the melody for a take of `duration` seconds.
+
+        Raises ValueError for samples without a melody: see `check_melody`.
+        """
+        if request is None:
+            return None
+        rate, shortest = self.sampling_rate, self.config.n_fft / RATE
+        audio = check_samples("melody", request.audio)
+        audio = audio[: int(self.needed(duration) * rate)]
+        audio = check_melody(audio, rate, shortest).mean(axis=1, keepdims=True)
+        if request.separate:
+            return isolate_melody(audio, rate, published_demucs())
+        return audio
+
+    def frames(self, prepared: mx.array | None) -> int:
+        """Prefix frames of a take."""
+        return self.longest
+
+    def states(
+        self, prepared: list[mx.array | None], start: int | None
+    ) -> tuple[mx.array, mx.array]:
+        """Chroma (B, T, width), and a mask (B, T) in which every frame counts.
+
+        Of a window that begins at the sample `start`, the melody going round; None:
+        of the only window, which is filled by repeating frames.
+        """
+        notes = {id(x): self._chroma(x, start) for x in prepared}  # takes share one
+        values = mx.stack([repeat(notes[id(x)], self.longest) for x in prepared])
+        return values, mx.ones(values.shape[:2], mx.bool_)
+
+    def null_states(self, shape: tuple[int, ...]) -> tuple[mx.array, mx.array]:
+        """What silence gives, (B, T, width), and a mask (B, T) in which it counts."""
+        return mx.broadcast_to(self._silence(), shape), mx.ones(shape[:2], mx.bool_)
+
+    def _chroma(self, audio: mx.array | None, start: int | None) -> mx.array:
+        if audio is None:
+            return self._silence()
+        if start is not None:
+            samples = int(self.max_duration * self.sampling_rate)
+            audio = audio[(start + mx.arange(samples)) % len(audio)]
+        return chroma(audio, self.sampling_rate, self.config)
+
+    def _silence(self) -> mx.array:
+        """(1, width). All notes are 0, and of equals `one_hot` takes the first: C."""
+        notes = mx.zeros((1, self.width))
+        return one_hot(notes) if self.config.argmax else notes
 
 
 def extract_chroma(audio: mx.array, sampling_rate: int) -> mx.array:
@@ -43,110 +161,95 @@ def extract_chroma(audio: mx.array, sampling_rate: int) -> mx.array:
     T = 1 + N // 4096 at 32 kHz. Raises ValueError for another shape, NaN, silence,
     or less than a frame.
     """
-    return one_hot(note_strengths(audio, sampling_rate))
+    config = MelodyConfig()
+    audio = check_samples("melody", audio)
+    audio = check_melody(audio, sampling_rate, config.n_fft / RATE)
+    return chroma(audio, sampling_rate, config)
 
 
-def frames_of(seconds: float) -> int:
-    """How many frames there are of so much sound: 235 of 30 seconds."""
-    return 1 + int(seconds * RATE) // HOP
+def chroma(audio: mx.array, sampling_rate: int, config: MelodyConfig) -> mx.array:
+    """Chroma (T, num_chroma) of samples (N, C) as a model of this config knows it."""
+    notes = chromagram(audio, sampling_rate, config.num_chroma, config.n_fft)
+    return one_hot(notes) if config.argmax else notes
 
 
-def one_hot(found: mx.array) -> mx.array:
-    """(T, 12) with a one where each row is largest, the first of several."""
-    largest = mx.argmax(found, axis=-1, keepdims=True)
-    return (mx.arange(len(NOTES)) == largest).astype(mx.float32)
+def one_hot(notes: mx.array) -> mx.array:
+    """(T, num_chroma) with a one where each row is largest, the first of several."""
+    largest = mx.argmax(notes, axis=-1, keepdims=True)
+    return (mx.arange(notes.shape[-1]) == largest).astype(mx.float32)
 
 
-def note_strengths(audio: mx.array, sampling_rate: int) -> mx.array:
-    """How strong each note is in each frame of samples (N, C): (T, 12), at most 1.
+def chromagram(
+    audio: mx.array, sampling_rate: int, num_chroma: int = 12, n_fft: int = 16384
+) -> mx.array:
+    """How strong each note is in each frame of samples (N, C): (T, num_chroma).
 
-    Octaves are added up, most from the middle ones. Raises as `extract_chroma`.
+    The strongest has 1, and in silence all have 0. Octaves are added up, most from
+    the middle ones. T = 1 + N // (n_fft / 4) at 32 kHz, N being at least n_fft.
     """
-    return strengths(check(audio, sampling_rate), sampling_rate)
-
-
-def strengths(audio: mx.array, sampling_rate: int) -> mx.array:
-    """`note_strengths` of what is checked already, and may be silent."""
-    audio = np.array(audio.mean(axis=1, keepdims=True))
+    audio = np.array(mx.array(audio).mean(axis=1, keepdims=True))
     audio = mx.array(resample(audio, sampling_rate, RATE)[:, 0])
-    half = WINDOW // 2
+    missing, half, hop = max(n_fft - len(audio), 0), n_fft // 2, n_fft // 4
+    audio = mx.pad(audio, (missing // 2, missing - missing // 2))
     audio = mx.concatenate([audio[half:0:-1], audio, audio[-2 : -half - 2 : -1]])
-    count = 1 + (len(audio) - WINDOW) // HOP
-    window = 0.5 - 0.5 * mx.cos(mx.arange(WINDOW) * (2 * math.pi / WINDOW))
+    count = 1 + (len(audio) - n_fft) // hop
+    window = 0.5 - 0.5 * mx.cos(mx.arange(n_fft) * (2 * math.pi / n_fft))
     window = window / mx.sqrt((window**2).sum())
-    filters, pieces = mx.array(chroma_filters()).T, []
+    filters, pieces = mx.array(chroma_filters(num_chroma, n_fft)).T, []
     for first in range(0, count, FRAMES_AT_ONCE):
-        shape = (min(FRAMES_AT_ONCE, count - first), WINDOW)
-        frames = mx.as_strided(audio, shape, (HOP, 1), first * HOP)
+        shape = (min(FRAMES_AT_ONCE, count - first), n_fft)
+        frames = mx.as_strided(audio, shape, (hop, 1), first * hop)
         power = mx.abs(mx.fft.rfft(frames * window)) ** 2
         pieces.append(power @ filters)
-        mx.eval(pieces)
-    found = mx.concatenate(pieces)
-    return found / mx.maximum(found.max(axis=-1, keepdims=True), 1e-6)
+        mx.eval(pieces)  # the spectra of a long sound would fill the memory
+    notes = mx.concatenate(pieces)
+    return notes / mx.maximum(notes.max(axis=-1, keepdims=True), 1e-6)
 
 
-def check(audio: mx.array, sampling_rate: int) -> mx.array:
-    """The samples (N, C), if there is a melody to look for in them."""
-    if isinstance(audio, str | Path):
-        raise ValueError(f"melody must be samples (N, C), got {audio!r}.")
-    audio = mx.array(audio).astype(mx.float32)
-    if audio.ndim != 2 or not 1 <= audio.shape[1] <= 8:
-        raise ValueError(f"melody must have the shape (N, C), got {audio.shape}.")
-    if len(audio) * RATE < WINDOW * sampling_rate:
-        raise ValueError(
-            f"melody must have at least {WINDOW / RATE} s, got "
-            f"{len(audio) / sampling_rate:.3f} s."
-        )
-    if not mx.isfinite(audio).all().item():
-        raise ValueError("melody must be finite, but it holds NaN or infinity.")
-    if mx.abs(audio).max().item() < 1e-4:
-        raise ValueError("melody must not be silent.")
-    return audio
-
-
-@functools.cache
-def chroma_filters() -> np.ndarray:
-    """How much each frequency of a frame adds to each note: (12, WINDOW / 2 + 1).
+@functools.lru_cache(maxsize=4)
+def chroma_filters(num_chroma: int, n_fft: int) -> np.ndarray:
+    """How much each frequency of a frame adds to each note: (num_chroma, n_fft / 2 + 1).
 
     Every frequency has a bell over the notes around it, wider where a frequency
     spans more of a note, and weighs as its octave does: a bell around the fifth from
     27.5 Hz. As librosa's `filters.chroma` with tuning 0
     (https://librosa.org/doc/latest/generated/librosa.filters.chroma.html).
     """
-    notes = len(NOTES)
-    frequencies = np.arange(1, WINDOW) * (RATE / WINDOW)
-    places = notes * np.log2(frequencies / 27.5)  # in notes above the lowest A
-    places = np.concatenate([[places[0] - 1.5 * notes], places])  # a place for 0 Hz
-    widths = np.append(np.maximum(np.diff(places), 1), 1)
-    apart = places - np.arange(notes)[:, None]
-    apart = (apart + notes / 2) % notes - notes / 2  # the same note in any octave
+    frequencies = np.arange(1, n_fft // 2 + 2) * (RATE / n_fft)
+    places = num_chroma * np.log2(frequencies / 27.5)  # in notes above the lowest A
+    # 0 Hz has no logarithm: librosa gives it a place one and a half octaves lower
+    places = np.concatenate([[places[0] - 1.5 * num_chroma], places])
+    widths, places = np.maximum(np.diff(places), 1), places[:-1]
+    apart, half = places - np.arange(num_chroma)[:, None], round(num_chroma / 2)
+    apart = (apart + half) % num_chroma - half  # the same note in any octave
     bells = np.exp(-0.5 * (2 * apart / widths) ** 2)
     bells /= np.sqrt((bells**2).sum(axis=0))
-    bells *= np.exp(-0.5 * ((places / notes - 5) / 2) ** 2)
-    from_c = np.roll(bells, -NOTES.index("D#"), axis=0)  # it began with A
-    return from_c[:, : WINDOW // 2 + 1].astype(np.float32)
+    bells *= np.exp(-0.5 * ((places / num_chroma - 5) / 2) ** 2)
+    # The rows begin with A, and C is three twelfths on. Where an octave has less than
+    # twelve notes, librosa leaves them there.
+    return np.roll(bells, -3 * (num_chroma // 12), axis=0).astype(np.float32)
 
 
-def fit(chroma: mx.array, length: int) -> mx.array:
-    """Frames (T, 12) cut, or repeated from the first on, to (length, 12)."""
-    return mx.tile(chroma, (math.ceil(length / len(chroma)), 1))[:length]
+def repeat(frames: mx.array, length: int) -> mx.array:
+    """Frames (T, width) cut, or repeated from the first on, to (length, width)."""
+    return mx.tile(frames, (math.ceil(length / len(frames)), 1))[:length]
 
 
-def take_melody(audio: mx.array, sampling_rate: int, demucs: "HTDemucs") -> mx.array:
-    """The voices and instruments without drums and bass, of samples (N, C): (N', 1)
-    at 32 kHz. Raises as `extract_chroma`."""
-    audio = check(audio, sampling_rate).mean(axis=1, keepdims=True)
+def isolate_melody(audio: mx.array, sampling_rate: int, demucs: "HTDemucs") -> mx.array:
+    """Voices and instruments without drums and bass, of samples (N, C): (N', 1) at the
+    same rate. Raises ValueError where nothing is left."""
+    audio = mx.array(audio).mean(axis=1, keepdims=True)
     audio = mx.broadcast_to(audio, (len(audio), demucs.channels))
     audio = resample(np.array(audio), sampling_rate, demucs.sampling_rate)
     stems = demucs.separate(audio)
-    melody = sum(stems[demucs.config.sources.index(name)] for name in MELODY)
+    melody = sum(stems[demucs.config.sources.index(name)] for name in STEMS)
     melody = np.array(melody.mean(axis=1, keepdims=True))
-    if np.abs(melody).max() < 1e-4:
+    if np.abs(melody).max() < SILENCE:
         raise ValueError(
-            "melody must have a voice or an instrument besides drums and bass; Demucs "
-            "finds none. Without separation it is taken as it is."
+            "melody must have a voice or an instrument besides drums and bass, but "
+            "Demucs finds none. To follow the sound as it is, turn the separation off."
         )
-    return mx.array(resample(melody, demucs.sampling_rate, RATE))
+    return mx.array(resample(melody, demucs.sampling_rate, sampling_rate))
 
 
 @functools.cache
@@ -155,112 +258,6 @@ def published_demucs() -> "HTDemucs":
     from demucs import HTDemucs
 
     return HTDemucs.from_pretrained()
-
-
-@dataclass(frozen=True)
-class MelodyConfig:
-    """Sizes, spelled as in transformers' `config.json`."""
-
-    kind: str = "melody"
-    num_chroma: int = 12
-    chroma_length: int = 235  # frames
-
-    def __post_init__(self):
-        for name, most in (("num_chroma", 2**10), ("chroma_length", 2**12)):
-            size = getattr(self, name)
-            if type(size) is not int or not 1 <= size <= most:
-                raise ValueError(f"{name} must be from 1 to {most}, got {size!r}.")
-
-    @classmethod
-    def from_dict(cls, config: dict) -> "MelodyConfig":
-        """Take the known keys."""
-        names = {field.name for field in fields(cls)}
-        return cls(**{name: config[name] for name in names & config.keys()})
-
-    @property
-    def width(self) -> int:
-        """Numbers of a frame."""
-        return self.num_chroma
-
-    def build(self, codec: Encodec, window: float) -> "MelodyConditioner":
-        """The conditioner of a model with this codec, and windows of `window` s."""
-        return MelodyConditioner(self, codec.sampling_rate, window)
-
-
-class MelodyConditioner(nn.Module):
-    """What comes of a melody before the codes: notes; C throughout without one."""
-
-    kind = "melody"
-
-    def __init__(self, config: MelodyConfig, sampling_rate: int, window: float):
-        super().__init__()
-        self.config, self.longest = config, config.chroma_length
-        self.sampling_rate, self.window = sampling_rate, window
-
-    def frames(self, taken: mx.array | None) -> int:
-        """Frames that come before the codes."""
-        return self.longest
-
-    def heard(self, duration: float) -> float:
-        """Seconds of a melody that matter to a take of `duration` seconds."""
-        return self.window + MARGIN + (duration if duration > self.window else 0)
-
-    def take_all(
-        self,
-        sounds: list[mx.array | None],
-        seeds: list[int],
-        options: "Options",
-        separate: bool,
-    ) -> list[mx.array | None]:
-        """Of each sound (N, C) the samples (N', 1) that hold its melody. Raises as
-        `extract_chroma`."""
-        rest = (self.sampling_rate, self.heard(options.duration), separate)
-        taken = {id(x): x if x is None else take(x, *rest) for x in sounds}
-        return [taken[id(x)] for x in sounds]
-
-    def states(
-        self, taken: list[mx.array | None], place: int | None
-    ) -> tuple[mx.array, mx.array]:
-        """What rows hold: notes (B, T, num_chroma), and a mask (B, T) of those that
-        count, all. In long audio they begin at the sample `place`, and go round."""
-        notes = {id(x): self._notes(x, place) for x in taken}  # takes share one
-        values = mx.stack([fit(notes[id(x)], self.longest) for x in taken])
-        return values, mx.ones(values.shape[:2], mx.bool_)
-
-    def null_states(self, shape: tuple[int, ...]) -> tuple[mx.array, mx.array]:
-        """What rows without a sound hold, beside others of this shape (B, T, C)."""
-        notes = (mx.arange(shape[-1]) == 0).astype(mx.float32)
-        return mx.broadcast_to(notes, shape), mx.ones(shape[:2], mx.bool_)
-
-    def _notes(self, melody: mx.array | None, place: int | None) -> mx.array:
-        """Notes (T', num_chroma) of samples (N, 1); C where they are silent."""
-        if melody is None:
-            return (mx.arange(self.config.num_chroma)[None] == 0).astype(mx.float32)
-        if place is not None:
-            samples = int(self.window * self.sampling_rate)
-            melody = melody[(place + mx.arange(samples)) % len(melody)]
-        return one_hot(strengths(melody, self.sampling_rate))
-
-    @classmethod
-    def from_audiocraft(
-        cls, weights: dict, cfg: dict[str, Any], folder: Path, codec: Encodec
-    ) -> "MelodyConditioner":
-        """By audiocraft's settings; there are no weights."""
-        seconds = float(cfg.get("dataset.segment_duration", 30))
-        notes = int(cfg.get("conditioners.self_wav.chroma_stem.n_chroma", len(NOTES)))
-        return MelodyConfig("melody", notes, frames_of(seconds)).build(codec, seconds)
-
-
-def take(
-    sound: mx.array, sampling_rate: int, seconds: float, separate: bool
-) -> mx.array:
-    """The samples (N', 1) that hold the melody of the first `seconds` of a sound
-    (N, C). Raises as `extract_chroma`."""
-    heard = min(len(check(sound, sampling_rate)), int(seconds * sampling_rate))
-    sound = mx.array(sound)[:heard]
-    if separate:
-        return take_melody(sound, sampling_rate, published_demucs())
-    return check(sound, sampling_rate).mean(axis=1, keepdims=True)
 
 
 def draw(chroma: mx.array, width: int = 72) -> str:
@@ -274,6 +271,73 @@ def draw(chroma: mx.array, width: int = 72) -> str:
         row = (shades[math.ceil(column[note] * 4)] for column in columns)
         lines.append(f"{NOTES[note]:2} {''.join(row)}".rstrip())
     return "\n".join(lines)
+
+
+def check_melody(audio: mx.array, sampling_rate: int, shortest: float) -> mx.array:
+    """The samples (N, C). Raises ValueError for less than `shortest` seconds, and for
+    silence."""
+    seconds = len(audio) / sampling_rate
+    if seconds < shortest:
+        raise ValueError(
+            f"melody must have at least {shortest:g} s, got {seconds:.3f} s. Give a "
+            "longer sound."
+        )
+    if mx.abs(audio).max().item() < SILENCE:
+        raise ValueError(
+            f"melody must not be silent, but its {seconds:g} s are. Give another part "
+            "of the sound."
+        )
+    return audio
+
+
+LIMITS = {  # least and largest value of each size
+    "num_chroma": (1, 2**8),
+    "chroma_length": (1, 2**16),
+    "n_fft": (2**6, 2**17),
+}
+FOLLOWED = {  # what transformers' feature extractor may say beside these sizes
+    "sampling_rate": RATE,
+    "stem_indices": [3, 2],  # vocals and other
+}
+
+
+def check_config(config: MelodyConfig) -> None:
+    """Raise ValueError for sizes that cannot be, or that no memory holds."""
+    for name, (low, high) in LIMITS.items():
+        size = getattr(config, name)
+        if type(size) is not int or not low <= size <= high:
+            raise ValueError(f"{name} must be from {low} to {high}, got {size!r}.")
+    if config.n_fft & (config.n_fft - 1):
+        raise ValueError(f"n_fft must be a power of two, got {config.n_fft}.")
+    if type(config.argmax) is not bool:
+        raise ValueError(f"argmax must be true or false, got {config.argmax!r}.")
+
+
+def extractor_settings(extractor: dict[str, Any], config: dict) -> dict[str, int]:
+    """Fields of MelodyConfig in transformers' `preprocessor_config.json`, beside the
+    `config` of its `config.json`.
+
+    Its extractor always takes the strongest note. Raises ValueError for settings that
+    are not followed, and for those of another model.
+    """
+    n_fft = extractor.get("n_fft", MelodyConfig.n_fft)
+    if type(n_fft) is not int:
+        raise ValueError(f"n_fft must be a whole number, got {n_fft!r}.")
+    notes = config.get("num_chroma", MelodyConfig.num_chroma)
+    followed = FOLLOWED | {"hop_length": n_fft // 4, "num_chroma": notes}
+    for name, value in followed.items():
+        if extractor.get(name, value) != value:
+            raise ValueError(
+                f"{name} of the feature extractor must be {value}, got "
+                f"{extractor[name]!r}."
+            )
+    seconds = config.get("chroma_length", MelodyConfig.chroma_length) * n_fft / 4 / RATE
+    if extractor.get("chunk_length", 30) < seconds - 1:  # it would cut the melody off
+        raise ValueError(
+            f"chunk_length of the feature extractor must be {seconds:g} s, as long as "
+            f"chroma_length, got {extractor['chunk_length']!r}."
+        )
+    return {"n_fft": n_fft}
 
 
 def main() -> None:

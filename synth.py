@@ -11,6 +11,7 @@ is another spectrum for each note, for the codec to hear more than five.
 Stands alone but for encodec.py, which writes the files.
 """
 
+import argparse
 import itertools
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from encodec import Parser, save_audio
+from audio import save_audio
 
 RATE = 32000  # samples per second
 SECONDS = 8.0
@@ -277,6 +278,13 @@ def listen(count: int, folder: Path, clips: list[Clip] = KNOWN) -> None:
         save_audio(folder / f"{seed:03}.wav", sound[:, None], RATE)
         (folder / f"{seed:03}.txt").write_text(text + "\n")
         print(f"{folder / f'{seed:03}.wav'}: {text}")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def main() -> None:

@@ -11,64 +11,39 @@ The first makes a small model for the world of `synth.py`: the codec learns to g
 sound back through its codebooks, then T5 and decoder together learn to write its codes.
 The other changes a model's layers a little, for sounds and captions of your own (see
 lora.py). What `--resume` goes on from lies in or beside the output, under "training".
+Needs training.py, train_codec.py, synth.py, lora.py, convert.py, musicgen.py and all that
+these need beside it.
 """
 
 import argparse
-import functools
 import hashlib
 import io
 import json
-import math
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 import sentencepiece
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
-from safetensors import SafetensorError, safe_open
+from mlx.utils import tree_flatten, tree_unflatten
 
 import convert
 import synth
-from encodec import (
-    Encodec,
-    EncodecConfig,
-    Parser,
-    TransposedKernel,
-    load_audio,
-    nearest,
-    save_audio,
-)
+from audio import load_audio, save_audio
+from checkpoints import MusicGenConfig
+from decoder import Condition, DecoderConfig
+from encodec import Encodec
 from lora import LoRALinear, add_adapters, find, save_adapter
-from musicgen import (
-    Conditioning,
-    Decoder,
-    DecoderConfig,
-    MusicGen,
-    MusicGenConfig,
-    delay,
-    delay_mask,
-    sinusoids,
-)
+from musicgen import MusicGen, delay, delay_mask
+from prompt import check_codes, encode_prompt
 from settings import save_arrays
 from t5 import T5Config, Tokenizer
+from train_codec import CODEC, CODEC_FILE, load_codec, make_clips, to_float, train_codec
+from training import Training
 
-CODEC = EncodecConfig(
-    target_bandwidths=(1.8,),  # 4 codebooks of 512
-    codebook_size=512,
-    hidden_size=64,
-    num_filters=12,
-    num_lstm_layers=0,
-    pad_mode="constant",
-)
 DECODER = DecoderConfig(
     vocab_size=512,
     hidden_size=192,
@@ -87,344 +62,7 @@ TEXT = T5Config(
 )
 WITHOUT_TEXT = 0.15  # of the clips: so that guidance has something to lead away from
 MISHEARD = 0.05  # of the traits in captions are guessed: what guidance makes up for
-STFT_SIZES = (2048, 512, 128)
-CODEC_FILE = "codec.safetensors"
 CLIPS = {"codec": 4000, "lm": 24_000}  # to make: sounds of 2 GB, codes of 77 MB
-
-
-# What both trainings need
-
-
-def make_clips(
-    seeds: range, clips: list[synth.Clip]
-) -> Iterator[tuple[synth.Clip, np.ndarray]]:
-    """One of the clips for each seed, and its samples (N,) as int16; on all cores."""
-    with get_context("spawn").Pool() as pool:
-        make = functools.partial(make_clip, clips=clips)
-        yield from pool.imap(make, seeds, chunksize=16)
-
-
-def make_clip(seed: int, clips: list[synth.Clip]) -> tuple[synth.Clip, np.ndarray]:
-    clip, _, sound = synth.make(seed, clips)
-    return clip, (sound * 32767).astype(np.int16)
-
-
-def to_float(sound: mx.array) -> mx.array:
-    """int16 samples -> float32 in -1 to 1."""
-    return sound.astype(mx.float32) / 32767
-
-
-class Training:
-    """Steps over a model's parameters, with what is needed to go on after a stop.
-
-    `state` is all that changes but the parameters: arrays by name. `settings` are
-    what must be the same when it goes on.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Callable,
-        args: argparse.Namespace,
-        folder: Path,
-        state: dict[str, mx.array],
-        settings: dict[str, Any],
-    ):
-        self.optimizer = optim.AdamW(args.lr, betas=[0.9, 0.98], weight_decay=0.01)
-        self.optimizer.init(model.trainable_parameters())
-        self.model, self.state, self.settings = model, state, settings
-        self.steps, self.rate, self.seconds = args.steps, args.lr, args.seconds
-        self.path = folder / "checkpoint.safetensors"
-        self.done, self.passed = 0, 0.0
-        self.random = np.random.default_rng(args.seed)
-        self._gradient = nn.value_and_grad(model, loss)
-        if args.resume:
-            self.resume()
-        moving = [model.state, self.optimizer.state]
-        self._update = mx.compile(self._apply, inputs=moving, outputs=moving)
-
-    def _apply(self, gradients: dict) -> None:
-        """Move by gradients of a norm of 1 at most; ones that are not finite are none."""
-        gradients, norm = optim.clip_grad_norm(gradients, 1.0)
-        usable = mx.isfinite(norm)
-        gradients = tree_map(lambda g: mx.where(usable, g, 0), gradients)
-        self.optimizer.update(self.model, gradients)
-
-    def step(self, batch: tuple[mx.array, ...]) -> mx.array:
-        """One step on a batch; returns the losses. The learning rate rises in the first
-        tenth, at most 200 steps, and falls to a fiftieth."""
-        progress = min(max(self.done / self.steps, self.passed / self.seconds), 1)
-        falling = 0.51 + 0.49 * math.cos(math.pi * progress)
-        rising = min(1, (self.done + 1) / max(1, min(200, self.steps // 10)))
-        self.optimizer.learning_rate = self.rate * falling * rising
-        (_, losses, state), gradients = self._gradient(self.model, *batch)
-        self._update(gradients)
-        self.state.update(state)
-        mx.async_eval(losses, self.model, self.optimizer.state, self.state)
-        self.done += 1
-        return losses
-
-    def save(self) -> None:
-        """Keep all to go on from; whole or not at all."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {"model": self.model.trainable_parameters()}
-        arrays["optimizer"] = self.optimizer.state
-        arrays = dict(tree_flatten(arrays))
-        arrays |= {f"state/{name}": value for name, value in self.state.items()}
-        told = dict(done=self.done, passed=self.passed, settings=self.settings)
-        told["random"] = self.random.bit_generator.state
-        save_arrays(self.path, arrays, {"training": json.dumps(told)})
-
-    def resume(self) -> None:
-        """Go on from what `save` kept. Raises FileNotFoundError without it, or
-        ValueError for one that is damaged or of other settings."""
-        if not self.path.is_file():
-            raise FileNotFoundError(f"There is nothing to resume: no {self.path}.")
-        try:
-            with safe_open(self.path, "numpy") as file:
-                told = json.loads((file.metadata() or {})["training"])
-            arrays = mx.load(str(self.path))
-            mx.eval(arrays)
-        except (KeyError, RuntimeError, SafetensorError, ValueError) as error:
-            raise ValueError(f"{self.path} is damaged: {error}") from error
-        for name, value in self.settings.items():
-            if told["settings"].get(name) != value:
-                raise ValueError(
-                    f"{name} must be as it was, {told['settings'].get(name)}, to go on "
-                    f"from {self.path}; got {value}."
-                )
-        self.done, self.passed = told["done"], told["passed"]
-        self.random.bit_generator.state = told["random"]
-        kept = {k: arrays.pop(k) for k in list(arrays) if k.startswith("state/")}
-        self.state.update({k.removeprefix("state/"): v for k, v in kept.items()})
-        arrays = tree_unflatten(list(arrays.items()))
-        self.model.update(arrays["model"])
-        self.optimizer.state = arrays["optimizer"]
-
-    def run(
-        self,
-        batches: Callable[[], tuple[mx.array, ...]],
-        names: tuple[str, ...],
-        keep: Callable[[], None],
-    ) -> None:
-        """Train to the last step, or for so many seconds; tells the losses every half
-        minute. Saves what to go on from every four, at the end and at Ctrl-C; each time
-        but the last has the caller `keep` what came of it. Raises ValueError once a
-        loss is not finite."""
-        start, told, said, kept = time.perf_counter() - self.passed, [], 0.0, 0.0
-        try:
-            while self.done < self.steps and self.passed < self.seconds:
-                told.append(self.step(batches()))
-                self.passed = time.perf_counter() - start
-                if self.passed - said < 30 and self.done < self.steps:
-                    continue
-                self.tell(told, names)  # which looks whether they are finite
-                told, said = [], self.passed
-                if self.passed - kept > 240:
-                    self.save()
-                    keep()
-                    kept = self.passed
-        finally:
-            if told:
-                self.tell(told, names)
-            self.save()
-        keep()
-
-    def tell(self, losses: list[mx.array], names: tuple[str, ...]) -> None:
-        means = mx.stack(losses).mean(axis=0).tolist()
-        if not all(map(math.isfinite, means)):
-            raise ValueError(
-                f"The loss must be finite, but is {means} in step {self.done}; a lower "
-                "--lr may help."
-            )
-        found = ", ".join(f"{name} {mean:.4f}" for name, mean in zip(names, means))
-        print(f"{self.passed:.0f} s, step {self.done}: {found}", flush=True)
-
-
-# The codec
-
-
-def spectra(audio: mx.array, size: int) -> mx.array:
-    """Magnitudes (B, T, size / 2 + 1) of audio (B, N), frames a quarter apart."""
-    hop = size // 4
-    blocks = audio[:, : audio.shape[1] // hop * hop].reshape(len(audio), -1, hop)
-    T = blocks.shape[1] - 3
-    frames = mx.concatenate([blocks[:, i : i + T] for i in range(4)], axis=-1)
-    window = 0.5 - 0.5 * mx.cos(mx.arange(size) * (2 * np.pi / size))
-    found = mx.fft.rfft(frames * (window / size**0.5))
-    return mx.sqrt(found.real**2 + found.imag**2 + 1e-6)
-
-
-def stft_distance(found: mx.array, wanted: mx.array) -> mx.array:
-    """How far spectra of audio (B, N) are apart, in magnitude and in its logarithm,
-    over several sizes of frames."""
-    total = 0
-    for size in STFT_SIZES:
-        a, b = spectra(found, size), spectra(wanted, size)
-        total = total + mx.abs(a - b).mean() / b.mean()
-        total = total + 0.5 * mx.abs(mx.log(a) - mx.log(b)).mean()
-    return total / len(STFT_SIZES)
-
-
-def quantize(x: mx.array, codebooks: list[mx.array]) -> tuple[mx.array, list, list]:
-    """Embeddings (M, D) -> the sum of the nearest entries of each codebook, what each
-    codebook saw, and which entries it took."""
-    rest, seen, taken = x, [], []
-    for entries in codebooks:
-        seen.append(rest)
-        taken.append(nearest(rest, entries))
-        rest = rest - entries[taken[-1]]
-    return x - rest, seen, taken
-
-
-def follow(
-    entries: mx.array,
-    state: dict[str, mx.array],
-    seen: mx.array,
-    taken: mx.array,
-    key: mx.array,
-) -> tuple[mx.array, dict[str, mx.array]]:
-    """Move each entry of a codebook to the mean of what took it lately, and dead ones to
-    anything that was seen, by the random key."""
-    V, D = entries.shape
-    counts = mx.zeros(V).at[taken].add(mx.ones(len(taken)))
-    sums = mx.zeros((V, D)).at[taken].add(seen)
-    counts = 0.99 * state["counts"] + 0.01 * counts
-    sums = 0.99 * state["sums"] + 0.01 * sums
-    means = sums / mx.maximum(counts, 1e-5)[:, None]
-    dead = (counts < 0.02)[:, None]
-    others = seen[mx.random.randint(0, len(seen), (V,), key=key)]
-    entries = mx.where(dead, others, means)
-    counts = mx.where(dead[:, 0], 0.2, counts)
-    return entries, dict(counts=counts, sums=entries * counts[:, None])
-
-
-@mx.custom_function
-def elu(x: mx.array) -> mx.array:
-    """As `nn.elu`, of which the gradient is not a number where x is large: there its
-    exp overflows."""
-    return nn.elu(x)
-
-
-@elu.vjp
-@mx.compile
-def elu_vjp(x: mx.array, slope: mx.array, y: mx.array) -> mx.array:
-    return mx.where(y > 0, slope, slope * (y + 1))
-
-
-class ELU(nn.Module):
-    def __call__(self, x: mx.array) -> mx.array:
-        return elu(x)
-
-
-def with_gradients(codec: Encodec) -> Encodec:
-    """The codec with an ELU that can be trained."""
-
-    def change(module: nn.Module) -> nn.Module:
-        return ELU() if isinstance(module, nn.ELU) else module
-
-    leaves = tree_map(change, codec.leaf_modules(), is_leaf=nn.Module.is_module)
-    codec.update_modules(leaves)
-    return codec
-
-
-def start_even(codec: Encodec) -> None:
-    """Weights through which a signal neither fades nor grows, to a quiet sound."""
-    for _, module in codec.named_modules():
-        if isinstance(module, (nn.Conv1d, TransposedKernel)):
-            shape = module.weight.shape
-            taps = 2 if isinstance(module, TransposedKernel) else shape[1]
-            bound = (3 / (taps * shape[-1])) ** 0.5
-            module.weight = mx.random.uniform(-bound, bound, shape)
-    last = codec.decoder.layers[-1].conv
-    last.weight = 0.1 * last.weight
-
-
-def codec_loss(codec: Encodec, state: dict, audio: mx.array) -> tuple:
-    """Loss on audio (B, N), its parts, and how the codebooks move."""
-    x = codec.encoder(audio[..., None])
-    flat = mx.stop_gradient(x).reshape(-1, x.shape[-1])
-    books = [state[f"entries.{k}"] for k in range(CODEC.num_codebooks())]
-    found, seen, taken = quantize(flat, books)
-    *keys, after = mx.random.split(state["key"], len(books) + 1)
-    moved = {"key": after}
-    for k, entries in enumerate(books):
-        old = {name: state[f"{name}.{k}"] for name in ("counts", "sums")}
-        entries, new = follow(entries, old, seen[k], taken[k], keys[k])
-        moved |= {f"entries.{k}": entries}
-        moved |= {f"{name}.{k}": value for name, value in new.items()}
-    found = found.reshape(x.shape)
-    commitment = ((x - found) ** 2).mean()
-    given = x + mx.stop_gradient(found - x)
-    again = codec.decoder(given)[..., 0]
-    time_loss = mx.abs(again - audio).mean() / mx.abs(audio).mean()
-    stft = stft_distance(again, audio)
-    total = time_loss + stft + 0.25 * commitment
-    losses = mx.stack([time_loss, stft, commitment])
-    return total, losses, {k: mx.stop_gradient(v) for k, v in moved.items()}
-
-
-def first_codebooks(random: mx.array) -> dict[str, mx.array]:
-    """Entries, how often and by what they were taken, and the key for what is drawn,
-    before the first step."""
-    V, D = CODEC.codebook_size, CODEC.hidden_size
-    *keys, after = mx.random.split(random, CODEC.num_codebooks() + 1)
-    state = {"key": after}
-    for k, key in enumerate(keys):
-        state[f"entries.{k}"] = 0.1 * mx.random.normal((V, D), key=key)
-        state[f"counts.{k}"] = mx.zeros(V)  # dead, so that they move to what is seen
-        state[f"sums.{k}"] = mx.zeros((V, D))
-    return state
-
-
-def train_codec(args: argparse.Namespace) -> None:
-    """Train on crops of a second, and write CODEC_FILE."""
-    mx.random.seed(args.seed)
-    codec = with_gradients(Encodec(CODEC))
-    state = first_codebooks(mx.random.key(args.seed))
-    start_even(codec)
-    for k in range(CODEC.num_codebooks()):  # they follow, and are not trained
-        codec.quantizer.layers[k].freeze()
-    loss = lambda model, audio: codec_loss(model, training.state, audio)  # noqa: E731
-    folder = args.output / "training" / "codec"
-    settings = dict(batch=args.batch, clips=args.clips, seed=args.seed)
-    training = Training(codec, loss, args, folder, state, settings)
-    random = training.random
-    known = synth.KNOWN + synth.clips_of("any")
-    clips = make_clips(range(args.clips), known)
-    sounds = mx.array(np.stack([sound for _, sound in clips]))
-    crop = mx.arange(synth.RATE)
-
-    def batch() -> tuple[mx.array]:
-        rows = random.integers(len(sounds), size=args.batch)
-        starts = random.integers(sounds.shape[1] - synth.RATE + 1, size=args.batch)
-        places = mx.array(starts)[:, None] + crop
-        return (to_float(sounds[mx.array(rows)[:, None], places]),)
-
-    def keep() -> None:
-        for k, layer in enumerate(codec.quantizer.layers):
-            layer.codebook.embed = training.state[f"entries.{k}"]
-        save_arrays(folder / CODEC_FILE, dict(tree_flatten(codec.parameters())), {})
-        sample = to_float(sounds[0])[None, :, None]
-        again = codec.decode(codec.encode(sample))[0]
-        save_audio(folder / "again.wav", mx.clip(again, -1, 1), synth.RATE)
-        save_audio(folder / "original.wav", sample[0], synth.RATE)
-
-    names = ("time", "stft", "commitment")
-    training.run(batch, names, keep)
-
-
-def load_codec(path: Path) -> Encodec:
-    """What `train_codec` wrote. Raises FileNotFoundError, or ValueError for a damaged
-    file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: train the codec first (--codec).")
-    codec = Encodec(CODEC)
-    try:
-        codec.load_weights(str(path))
-    except RuntimeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    return codec
 
 
 # T5 and decoder
@@ -454,27 +92,6 @@ def train_tokenizer(folder: Path, seed: int) -> Tokenizer:
     return Tokenizer(path)
 
 
-class NoPast:
-    """Stands for a cache where all steps are there at once."""
-
-    offset = 0
-
-    def update(self, keys_values: mx.array) -> tuple[mx.array, mx.array]:
-        return mx.split(keys_values, 2)
-
-
-def condition(
-    decoder: Decoder, text: mx.array, mask: mx.array, steps: int
-) -> Conditioning:
-    """`Decoder.condition` for training: nothing is computed ahead."""
-    text = decoder.output_proj(text.astype(decoder.dtype)) * mask[..., None]
-    memory = [layer.remember(text) for layer in decoder.layers]
-    attended = mask | ~mask.any(axis=1, keepdims=True)
-    bias = mx.where(attended, 0, -1e4)[:, None, None].astype(decoder.dtype)
-    positions = sinusoids(steps, decoder.config.hidden_size).astype(decoder.dtype)
-    return Conditioning(memory, bias, positions)
-
-
 def lm_loss(
     model: MusicGen, ids: mx.array, mask: mx.array, told: mx.array, codes: mx.array
 ) -> tuple:
@@ -484,15 +101,13 @@ def lm_loss(
     T, blank = codes.shape[1], config.vocab_size
     wanted = delay(codes, config.delays, T, blank)[:, :T]
     tokens = mx.pad(wanted[:, :-1], [(0, 0), (1, 0), (0, 0)], constant_values=blank)
-    states = (model.text_encoder(ids, mask), mask & told[:, None])
+    text = Condition(model.text_encoder(ids, mask), mask & told[:, None])
     decoder, prefix = model.decoder, None
     if model.conditioner is not None:  # the text comes first, after no sound
         nothing = model.conditioner.states([None] * len(codes), None)
-        prefix = decoder.prefix(nothing, states)
-    steps = tokens.shape[1] + (0 if prefix is None else prefix.shape[1])
-    past = [NoPast() for _ in decoder.layers]
-    x = decoder.hidden(tokens, condition(decoder, *states, steps), past, prefix)
-    logits = decoder.logits(x[:, -tokens.shape[1] :]).astype(mx.float32)
+        prefix = decoder.prefix(Condition(*nothing), text)
+    no_past = [None] * len(decoder.layers)
+    logits = decoder(tokens, decoder.text_kv(text), no_past, prefix).astype(mx.float32)
     real = delay_mask(T, config.delays)[:T]
     each = nn.losses.cross_entropy(logits, mx.where(real, wanted, 0)) * real
     losses = each.sum(axis=(0, 1)) / (len(codes) * real.sum(axis=0))  # of each codebook
@@ -635,7 +250,7 @@ def clip_codes(model: MusicGen, path: Path) -> mx.array:
     kept = path.with_name(f".{digest(model, path)}.codes.safetensors")
     try:
         codes = mx.load(str(kept))["codes"]
-        model.check_codes(codes[None])
+        check_codes(model, codes[None])
         return codes
     except (KeyError, RuntimeError, ValueError):
         pass  # there is none, or it is damaged
@@ -648,7 +263,7 @@ def clip_codes(model: MusicGen, path: Path) -> mx.array:
     pieces = [audio[i : i + size] for i in range(0, len(audio), size)]
     with warnings.catch_warnings():  # a piece may be silent
         warnings.filterwarnings("ignore", "The audio prompt is silent")
-        codes = mx.concatenate([model.encode_prompt(x, 10**6)[0] for x in pieces])
+        codes = mx.concatenate([encode_prompt(model, x, 10**6)[0] for x in pieces])
     try:
         save_arrays(kept, {"codes": codes}, {})
     except OSError:
@@ -722,6 +337,13 @@ def train_lora(args: argparse.Namespace) -> None:
     names = tuple(f"codebook {k}" for k in range(codes[0].shape[1]))
     training.run(batch, names, keep)
     print(f"Wrote {args.output}")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,0 +1,300 @@
+"""Sound files (stand-in)."""
+
+import hashlib
+import math
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import soundfile
+
+
+def load_audio(path: str | Path, sampling_rate: int, channels: int) -> mx.array:
+    """Read a sound file as (N, channels) float32 at `sampling_rate`.
+
+    Whatever soundfile reads: wav, flac, ogg, mp3 and more. Mono is copied to
+    every channel, several are averaged to one; of more channels than wanted the
+    first are taken. Raises FileNotFoundError, or ValueError for a file that is
+    not sound, holds none, holds NaN or has too few channels.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no sound file {path}.")
+    try:
+        audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{path} is not a readable sound file: {error}") from error
+    if len(audio) == 0 or not np.isfinite(audio).all():
+        raise ValueError(f"{path} must hold sound, but it is empty or holds NaN.")
+    found = audio.shape[1]
+    if channels == 1:
+        audio = audio.mean(axis=1, keepdims=True)
+    elif found == 1:
+        audio = np.repeat(audio, channels, axis=1)
+    elif found < channels:
+        raise ValueError(f"{path} has {found} channels, but {channels} are needed.")
+    return mx.array(resample(audio[:, :channels], rate, sampling_rate))
+
+
+def resample(audio: np.ndarray, source: int, target: int) -> np.ndarray:
+    """(N, C) at `source` Hz -> (floor(N * target / source), C) at `target` Hz.
+
+    A sinc of 24 zero crossings under a squared cosine, cut off at 0.945 of the
+    lower Nyquist frequency, edges held: the filter of julius, which the original
+    uses (https://github.com/adefossez/julius).
+    """
+    if source == target:
+        return audio
+    zeros, rolloff = 24, 0.945
+    divisor = math.gcd(source, target)
+    source, target = source // divisor, target // divisor
+    rate = min(source, target) * rolloff
+    width = math.ceil(zeros * source / rate)
+    taps = np.arange(-width, width + 2)
+
+    phase = (np.arange(target) * source % target) / target  # where between samples
+    time = (taps - phase[:, None]) * rate / source
+    time = np.clip(time, -zeros, zeros)
+    kernels = np.sinc(time) * np.cos(np.pi * time / zeros / 2) ** 2
+    kernels = (kernels / kernels.sum(axis=1, keepdims=True)).astype(np.float32)
+
+    output = np.empty((len(audio) * target // source, audio.shape[1]), np.float32)
+    for start in range(0, len(output), 65536):  # bounds the memory of the windows
+        places = np.arange(start, min(start + 65536, len(output)))
+        window = (places * source // target)[:, None] + taps
+        window = audio[np.clip(window, 0, len(audio) - 1)]
+        output[places] = np.einsum("nt,ntc->nc", kernels[places % target], window)
+    return output
+
+
+SUBTYPES = {  # the first is the default
+    ".wav": ("PCM_16", "PCM_24", "FLOAT"),
+    ".flac": ("PCM_16", "PCM_24"),
+    ".ogg": ("VORBIS",),
+    ".mp3": ("MPEG_LAYER_III",),
+}
+
+
+def choose_subtype(path: str | Path, subtype: str | None = None) -> str:
+    """How the samples lie in a file of this name: as asked for, or its default.
+
+    Raises ValueError for an extension that `save_audio` does not know, or a subtype
+    that it does not have.
+    """
+    suffix = Path(path).suffix
+    known = SUBTYPES.get(suffix.lower())
+    if known is None:
+        raise ValueError(
+            f"{path} must end in one of {', '.join(SUBTYPES)}, got '{suffix}'."
+        )
+    if subtype is not None and subtype not in known:
+        raise ValueError(
+            f"subtype of a {suffix} must be {' or '.join(known)}, got {subtype!r}."
+        )
+    return subtype or known[0]
+
+
+def check_audio_path(path: str | Path, subtype: str | None = None) -> Path:
+    """Raise OSError unless a file can be written at `path`, ValueError for an
+    extension or subtype that `save_audio` does not know."""
+    choose_subtype(path, subtype)
+    check_writable(path)
+    return Path(path)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise OSError unless a file can be written at `path`."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"The folder {path.parent} of {path.name} must exist.")
+    if os.path.exists(path) and not path.is_file():
+        raise PermissionError(f"{path} is no ordinary file; choose another place.")
+    if len(os.fsencode(path.name)) > 255:
+        raise PermissionError(f"{path.name:.40}... is too long a name for a file.")
+    try:  # permissions alone do not tell
+        with tempfile.TemporaryFile(dir=path.resolve().parent):
+            pass
+    except (OSError, RuntimeError) as error:
+        raise PermissionError(
+            f"{path} cannot be written; choose another place: {error}"
+        ) from error
+
+
+def to_int16(audio: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Float samples (N, C) in 16 bits, beyond 1 clipped.
+
+    With triangular dither of a step to both sides, so that what is quieter than a
+    step is heard in a constant hiss and not as distortion.
+    """
+    noise = random.random((*audio.shape, 2), np.float32)
+    steps = np.clip(audio, -1, 1) * 32766 + noise[..., 0] - noise[..., 1]
+    return np.rint(steps).astype(np.int16)
+
+
+def save_audio(
+    path: str | Path,
+    audio: mx.array,
+    sampling_rate: int,
+    comment: str = "",
+    subtype: str | None = None,
+) -> None:
+    """Write (N, C) or (N,) float samples; the extension names the format.
+
+    wav and flac (16 bit with dither; `subtype` "PCM_24", or of wav "FLOAT"), ogg
+    and mp3. Samples beyond 1 would clip: then, but in FLOAT, the whole is scaled
+    down to a peak of 1, with a warning. Raises ValueError for another shape, NaN,
+    an unknown extension or subtype, OSError where nothing can be written. The file
+    appears under its name only when it is whole.
+    """
+    path = check_audio_path(path, subtype)
+    subtype = choose_subtype(path, subtype)
+    audio = np.asarray(audio, dtype=np.float32)
+    audio = audio[:, None] if audio.ndim == 1 else audio
+    if audio.ndim != 2 or not 1 <= audio.shape[1] <= 8:
+        raise ValueError(
+            f"The audio for {path} must have the shape (N, C) with 1 to 8 channels, "
+            f"got {audio.shape}."
+        )
+    if not 1000 <= sampling_rate <= 192_000:  # libsndfile crashes on others
+        raise ValueError(f"sampling_rate must be 1000 to 192000, got {sampling_rate}.")
+    peak = np.abs(audio).max(initial=0)
+    if not np.isfinite(peak):
+        raise ValueError(f"The audio for {path} must be finite, but it holds NaN.")
+    if peak > 1 and subtype != "FLOAT":
+        warnings.warn(f"{path} was scaled down: its peak of {peak:.2f} would clip.")
+        audio = audio / peak
+    target = path.resolve()  # of a link
+    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
+    part = target.with_name(f".{digest}.part{target.suffix}")
+    settings = dict(channels=audio.shape[1], subtype=subtype)
+    random = np.random.default_rng(0)  # the same file of the same samples
+    try:
+        with soundfile.SoundFile(part, "w", sampling_rate, **settings) as file:
+            if comment:
+                file.comment = comment
+                if path.suffix.lower() == ".wav" and len(comment) > 50_000:
+                    warnings.warn(f"{path} takes no comment as long as its settings.")
+            # libsndfile's Vorbis encoder crashes on minutes in one call
+            for start in range(0, len(audio), 65536):
+                block = audio[start : start + 65536]
+                file.write(to_int16(block, random) if subtype == "PCM_16" else block)
+        if soundfile.info(part).frames < len(audio):  # not every format says so
+            raise OSError("the disk is full")
+        part.replace(target)
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+import struct
+from typing import BinaryIO
+
+UNKNOWN = 0xFFFFFFFF  # the length that players take for "until the end"
+
+
+def riff_chunk(name: bytes, content: bytes) -> bytes:
+    """A name, the length, and the content, filled up to an even one."""
+    return (
+        struct.pack("<4sI", name, len(content)) + content + b"\0" * (len(content) % 2)
+    )
+
+
+def wav_header(channels: int, rate: int, size: int, comment: str = "") -> bytes:
+    """What comes before 16-bit samples that take `size` bytes."""
+    align = 2 * channels
+    form = struct.pack("<HHIIHH", 1, channels, rate, rate * align, align, 16)
+    chunks = riff_chunk(b"fmt ", form)
+    if comment:
+        text = riff_chunk(b"ICMT", comment.encode() + b"\0")
+        chunks += riff_chunk(b"LIST", b"INFO" + text)
+    chunks = b"WAVE" + chunks + struct.pack("<4sI", b"data", size)
+    whole = min(len(chunks) + size, UNKNOWN)
+    return struct.pack("<4sI", b"RIFF", whole) + chunks
+
+
+class WavStream:
+    """A wav file of 16-bit samples, with dither, that grows.
+
+    Its header always tells what is there, but where it cannot be written again, as
+    in a pipe (`rewinds`), it tells no length. Samples beyond 1 are clipped, with a
+    warning.
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        channels: int,
+        sampling_rate: int,
+        comment: str = "",
+        rewinds: bool = True,
+    ):
+        self._file, self._form, self._comment = file, (channels, sampling_rate), comment
+        self._size, self._clipped = 0, False
+        self._random = np.random.default_rng(0)
+        self._rewinds = rewinds
+        self._write_header(0 if self._rewinds else UNKNOWN)
+        file.flush()
+
+    def _write_header(self, size: int) -> None:
+        self._file.write(wav_header(*self._form, size, self._comment))
+
+    @property
+    def seconds(self) -> float:
+        """Length of what was written."""
+        channels, rate = self._form
+        return self._size / (2 * channels * rate)
+
+    def write(self, audio: mx.array) -> None:
+        """Append samples (N, C). Raises ValueError for NaN."""
+        audio = np.asarray(audio, dtype=np.float32)
+        if not np.isfinite(audio).all():
+            raise ValueError("The audio must be finite, but it holds NaN.")
+        if np.abs(audio).max(initial=0) > 1 and not self._clipped:
+            self._clipped = True
+            warnings.warn("Samples beyond 1 are clipped: a stream cannot be scaled.")
+        data = to_int16(audio, self._random).astype("<i2").tobytes()
+        self._file.write(data)
+        self._size += len(data)
+        if self._rewinds:  # the samples first: a header may tell less, never more
+            self._file.flush()
+            self._file.seek(0)
+            self._write_header(self._size)
+            self._file.seek(0, 2)
+        self._file.flush()
+
+
+from typing import Any
+
+
+def check_samples(name: str, audio: Any, channels: int = 8) -> mx.array:
+    """The samples (N, C) of a sound in float32, C at most `channels`.
+
+    `audio` is an array of MLX or numpy; `name` is what the caller knows it by. Raises
+    ValueError for anything else, another shape, no samples, NaN and infinity.
+    """
+    if isinstance(audio, str | Path):
+        raise ValueError(
+            f"{name} must be samples (N, C), got {str(audio)!r}. Read the file with "
+            "load_audio first."
+        )
+    try:
+        audio = mx.array(audio).astype(mx.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} must be samples (N, C), got {type(audio).__name__}. Give an array."
+        ) from error
+    if audio.ndim != 2 or len(audio) == 0 or not 1 <= audio.shape[1] <= channels:
+        raise ValueError(
+            f"{name} must have the shape (N, C), with N > 0 samples of 1 to {channels} "
+            f"channels, got {audio.shape}. Mono is audio[:, None]; where channels come "
+            "first, give audio.T."
+        )
+    if not mx.isfinite(audio).all().item():
+        raise ValueError(
+            f"{name} must be finite, but it holds NaN or infinity. Look at where the "
+            "samples come from."
+        )
+    return audio

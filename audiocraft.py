@@ -1,0 +1,555 @@
+"""audiocraft's files: Meta's layout -> configs and arrays by our names.
+
+`state_dict.bin` holds the decoder, the projections and what a conditioner has learned;
+`compression_state_dict.bin` the codec, or the name of one. Both are pickles of torch,
+with their settings as a text of YAML. Needs torch_file.py beside it. No model is built.
+
+    settings, weights, conditioner = read_decoder(Path("musicgen/state_dict.bin"))
+"""
+
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from torch_file import check_state, load_torch
+
+FILES = ("state_dict.bin", "compression_state_dict.bin")
+
+
+def load_package(path: Path) -> dict[str, Any]:
+    """Read what audiocraft exported: `best_state` and `xp.cfg`, or `pretrained`.
+
+    Raises ValueError naming the file when it holds neither.
+    """
+    package = load_torch(path)
+    if not isinstance(package, dict):
+        raise ValueError(f"{path} must hold what audiocraft exports, but does not.")
+    if isinstance(package.get("pretrained"), str):
+        return package
+    if "best_state" not in package or not isinstance(package.get("xp.cfg", ""), str):
+        raise ValueError(f"{path} must hold what audiocraft exports, but does not.")
+    check_state(path, package["best_state"])
+    return package
+
+
+def read_yaml(text: str) -> dict[str, Any]:
+    """Scalars and lists of scalars of a YAML text, as strings, by dotted name.
+
+    Knows the block style that OmegaConf writes, which is how the checkpoints
+    keep their settings, and lists in brackets; passes over texts of several
+    lines; resolves values like `${encodec.causal}`.
+    """
+    values, path, text_indent = {}, [], math.inf
+    for line in text.splitlines():
+        body = line.lstrip(" ")
+        indent = len(line) - len(body)
+        if not body or body.startswith("#") or indent > text_indent:
+            continue
+        text_indent = math.inf
+        key, colon, value = body.partition(":")
+        value = scalar(value)
+        if body.startswith("- "):
+            name = ".".join(name for _, name in path)
+            values.setdefault(name, []).append(scalar(body[2:]))
+        elif colon:
+            path = [part for part in path if part[0] < indent] + [(indent, key)]
+            if value.startswith(("|", ">")):
+                value, text_indent = "", indent
+            elif value.startswith("["):
+                items = value.strip("[]").split(",")
+                value = [scalar(item) for item in items if item]
+            if value:
+                values[".".join(name for _, name in path)] = value
+    return {name: resolve(value, values) for name, value in values.items()}
+
+
+def scalar(text: str) -> str:
+    """A YAML value without its quotes, or without the comment behind it."""
+    text = text.strip()
+    quoted = re.match(r"'([^']*)'|\"([^\"]*)\"", text)
+    if quoted:
+        return quoted[1] or quoted[2] or ""
+    return re.split(r"\s#", text)[0].rstrip()
+
+
+def resolve(value: Any, values: dict[str, Any]) -> Any:
+    """Follow references like `${name}`; one that leads nowhere is empty."""
+    for _ in range(20):
+        match = re.fullmatch(r"\$\{(.+)\}", value) if isinstance(value, str) else None
+        if not match:
+            return value
+        value = values.get(match[1], "")
+    return ""
+
+
+# The codec
+
+
+def find_codec(path: Path) -> Path | str | None:
+    """The codec that a `compression_state_dict.bin` only names: a folder of its
+    repository's name beside it, else the Hub id. None: the file holds the codec."""
+    repo = load_package(path).get("pretrained")
+    if repo is None:
+        return None
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
+        raise ValueError(f"{path} must name a Hub repository, got {repo!r:.80}.")
+    local = path.with_name(repo.split("/")[-1])
+    return local if local.is_dir() else repo
+
+
+def read_codec(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    """Settings as in transformers' `config.json`, and tensors by audiocraft's names."""
+    package = load_package(path)
+    try:
+        weights = package["best_state"]
+        return codec_settings(weights, read_yaml(package.get("xp.cfg", ""))), weights
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}.") from error
+    except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} does not load: {error}") from error
+
+
+CONV = r"(encoder|decoder)\.model\.(.+)\.conv(?:tr)?\.conv(?:tr)?\.weight_v"
+
+
+def codec_settings(weights: dict[str, mx.array], cfg: dict) -> dict[str, Any]:
+    """What the shapes show and what `cfg` alone tells.
+
+    `cfg` maps dotted names of `xp.cfg` to strings. Where it is silent the
+    defaults of audiocraft's code hold.
+    """
+    shapes = (
+        {}
+    )  # of the kernels (out, in, kernel); (in, out, kernel) where it upsamples
+    for name, weight in weights.items():
+        name = name.replace("parametrizations.weight.original1", "weight_v")
+        if match := re.fullmatch(CONV, name):
+            shapes[match.group(1, 2)] = weight.shape
+    places = sorted(int(n) for part, n in shapes if part == "decoder" and n.isdigit())
+    _, *upsampling, last = places
+    filters, channels, kernel_size = shapes["encoder", "0"]
+    hidden, _, residual_kernel_size = shapes["encoder", "1.block.1"]
+    entries, width = weights["quantizer.vq.layers.0._codebook.embed"].shape
+    codebooks = sum(name.endswith("._codebook.embed") for name in weights)
+    rate = int(cfg.get("sample_rate", 32000))
+    ratios = [shapes["decoder", str(n)][2] // 2 for n in upsampling]
+    bits = codebooks * math.ceil(math.log2(entries))
+    return dict(
+        audio_channels=channels,
+        sampling_rate=rate,
+        target_bandwidths=[bits * math.ceil(rate / math.prod(ratios)) / 1000],
+        normalize=flag("renormalize", cfg.get("encodec.renormalize", "false")),
+        chunk_length_s=None,
+        overlap=None,
+        hidden_size=width,
+        num_filters=filters,
+        num_residual_layers=upsampling[1] - upsampling[0] - 2,
+        upsampling_ratios=ratios,
+        norm_type="weight_norm",
+        kernel_size=kernel_size,
+        last_kernel_size=shapes["decoder", str(last)][2],
+        residual_kernel_size=residual_kernel_size,
+        dilation_growth_rate=int(cfg.get("seanet.dilation_base", 2)),
+        use_causal_conv=flag("causal", cfg.get("seanet.causal", "false")),
+        pad_mode=cfg.get("seanet.pad_mode", "reflect"),
+        compress=filters // hidden,
+        num_lstm_layers=sum(".lstm.weight_hh_l" in name for name in weights) // 2,
+        trim_right_ratio=1.0,
+        codebook_size=entries,
+        use_conv_shortcut=any(".shortcut." in name for name in weights),
+    )
+
+
+# The decoder
+
+SETTINGS = {  # what the decoder here is; other values need other code
+    "transformer_lm.activation": "gelu",
+    "transformer_lm.norm_first": "true",
+    "transformer_lm.positional_embedding": "sin",
+    "transformer_lm.norm": "layer_norm",
+    "codebooks_pattern.modeling": "delay",
+}
+SELF_WAV = "condition_provider.conditioners.self_wav."  # the conditioner of a sound
+WINDOW = f"{SELF_WAV}chroma.spec.window"
+
+
+class Package(NamedTuple):
+    """What a `state_dict.bin` holds."""
+
+    cfg: dict[str, Any]  # `xp.cfg`: dotted names -> texts
+    config: dict[str, Any]  # the decoder's, as in our config.json
+    decoder: dict[str, mx.array]  # weights by our names
+    conditioner: dict[str, mx.array]  # weights by audiocraft's names
+    window: int | None  # samples of a melody's frame, where the weights show it
+
+
+def read_decoder(path: Path) -> Package:
+    """Read a `state_dict.bin`. Raises ValueError naming the file and what it lacks, or
+    the setting that is not ported."""
+    package = load_package(path)
+    try:
+        cfg = read_yaml(package.get("xp.cfg", ""))
+        for name, value in SETTINGS.items():
+            if cfg.get(name, value) != value:
+                raise ValueError(f"{name} must be {value}, got {cfg[name]}")
+        decoder, conditioner = split_conditioner(package["best_state"])
+        config = decoder_settings(decoder, cfg)
+        window = package["best_state"].get(WINDOW)
+        size = None if window is None else window.size
+        return Package(cfg, config, name_decoder(decoder), conditioner, size)
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}.") from error
+    except (IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not load: {error}") from error
+
+
+def split_conditioner(
+    weights: dict[str, mx.array],
+) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+    """The decoder's weights, with the projection of the sound's states; and those of
+    the conditioner of a sound, by their names in it."""
+    decoder, conditioner = {}, {}
+    for name, weight in weights.items():
+        stem = name.removeprefix(SELF_WAV)
+        if stem == name or stem.startswith("output_proj.") or name.endswith(COMPUTED):
+            decoder[name] = weight
+        else:
+            conditioner[stem] = weight
+    return decoder, conditioner
+
+
+def decoder_settings(weights: dict[str, mx.array], cfg: dict) -> dict[str, Any]:
+    """What the shapes show and what `cfg` alone tells.
+
+    Where `cfg` is silent the published models' values hold: heads of width 64, and
+    the delays that belong to the number of codebooks.
+    """
+    K = sum(name.startswith("emb.") for name in weights)
+    entries, D = weights["emb.0.weight"].shape
+    layers = {name.split(".")[2] for name in weights if "transformer.layers." in name}
+    stereo = cfg.get("interleave_stereo_codebooks.use", str(K == 8).lower())
+    prefix = weights.get(f"{SELF_WAV}output_proj.weight")
+    config = dict(
+        vocab_size=entries - 1,
+        hidden_size=D,
+        num_hidden_layers=len(layers),
+        num_attention_heads=int(cfg.get("transformer_lm.num_heads", D // 64)),
+        ffn_dim=weights["transformer.layers.0.linear1.weight"].shape[0],
+        num_codebooks=K,
+        audio_channels=2 if stereo == "true" else 1,
+        prefix_width=0 if prefix is None else prefix.shape[1],
+    )
+    if delays := cfg.get("codebooks_pattern.delay.delays"):
+        config["delays"] = [int(delay) for delay in delays]
+    return config
+
+
+# What a take follows: the settings of conditioners of sounds.
+#
+# A setting that shapes a condition is followed, or refused by its name; those of the
+# training alone are passed over; a name that audiocraft does not know is refused, as
+# audiocraft does.
+
+SILENT = (None, "", "null")  # a setting that says nothing
+
+CHROMA = "conditioners.self_wav.chroma_stem."
+CHROMA_RATE = 32000  # samples per second of which chroma is made
+CHROMA_PASSED_OVER = (
+    "match_len_on_eval",  # audiocraft itself sets it when it loads a model
+    "n_eval_wavs",  # of eval_wavs, which are refused
+    "cache_path",  # of the training
+)
+
+
+def melody_settings(cfg: dict[str, Any], window: int | None = None) -> dict[str, Any]:
+    """Values of MelodyConfig. `window` counts the samples of `chroma.spec.window`,
+    which audiocraft keeps among the weights.
+
+    Raises ValueError for settings that are not followed.
+    """
+    settings = section(cfg, CHROMA)
+    exponent = number("radix2_exp", settings.get("radix2_exp", "14"), int)
+    if not 6 <= exponent <= 17:  # before a power is taken of what a stranger wrote
+        raise ValueError(f"radix2_exp must be from 6 to 17, got {exponent}")
+    n_fft = 2**exponent
+    if window is not None and window != n_fft:
+        if "radix2_exp" in settings or window not in [2**i for i in range(6, 18)]:
+            raise ValueError(
+                f"radix2_exp must be that of the {window} samples of the window in the "
+                f"weights, got {exponent}"
+            )
+        n_fft = window
+    # audiocraft's default is false, and all published models have true
+    argmax = flag("argmax", settings.get("argmax", "false" if settings else "true"))
+    check_fixed("chroma_stem", settings, chroma_fixed(n_fft), CHROMA_PASSED_OVER)
+    seconds = number("segment_duration", cfg.get("dataset.segment_duration", "30"))
+    if not 0 < seconds <= 600:
+        raise ValueError(f"segment_duration must be from 0 to 600 s, got {seconds}")
+    samples = max(int(seconds * CHROMA_RATE), n_fft)
+    return dict(
+        kind="melody",
+        num_chroma=number("n_chroma", settings.get("n_chroma", "12"), int),
+        chroma_length=1 + samples // (n_fft // 4),
+        n_fft=n_fft,
+        argmax=argmax,
+    )
+
+
+def chroma_fixed(n_fft: int) -> dict[str, tuple[str, ...]]:
+    """The values of each setting of chroma that are followed; () is any."""
+    return {
+        "n_chroma": (),
+        "radix2_exp": (),
+        "argmax": (),
+        "sample_rate": (str(CHROMA_RATE),),
+        "eval_wavs": ("null",),  # with them the melody that is given is not heard
+        "nfft": (str(n_fft),),
+        "winlen": (str(n_fft),),
+        "winhop": (str(n_fft // 4),),
+        "norm": (".inf", "inf"),
+    }
+
+
+STYLE = "conditioners.self_wav.style."
+SCALES = {"xsmall": 8, "default": 8, "large": 16}  # heads of each transformer_scale
+CODECS = ("//pretrained/facebook/encodec_32khz", "facebook/encodec_32khz")
+STYLE_PASSED_OVER = (  # of the training; `length` and `varying_lengths` are followed
+    "q_dropout",
+    "compute_mask",
+    "num_codebooks_lm",
+    "ds_rate_compression",
+    "rvq_threshold_ema_dead_code",
+)
+
+
+def style_settings(weights: dict[str, mx.array], cfg: dict[str, Any]) -> dict[str, Any]:
+    """Values of StyleConfig but `mert`, which is to be read where `encodec_n_q` is 0;
+    from our weights, those of `StyleConditioner.sanitize`, and the settings.
+
+    Raises ValueError for settings that are not followed, or tell of other weights.
+    """
+    for name in ("codebooks", "layers.0.linear1.weight"):
+        if name not in weights:
+            raise ValueError(f"style must have {name}, but the weights lack it")
+    settings = section(cfg, STYLE)
+    quantizers, bins, width = weights["codebooks"].shape
+    layers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
+    embeds = [n for n in weights if re.fullmatch(r"embed\.\d+\.weight", n)]
+    config = dict(kind="style", width=width, num_layers=len(layers), bins=bins)
+    config |= dict(num_quantizers=quantizers, encodec_n_q=len(embeds))
+    config["hidden"] = weights["layers.0.linear1.weight"].shape[0]
+    rate = cfg.get("sample_rate") or "32000"
+    check_fixed("style", settings, style_fixed(config, rate), STYLE_PASSED_OVER)
+    for name, value in style_sizes(config).items():
+        if settings.get(name, value) != value:
+            raise ValueError(
+                f"{name} must be {value}, as in the weights, got {settings[name]}"
+            )
+    config["num_heads"] = SCALES[settings.get("transformer_scale", "default")]
+    for name, kind in (("eval_q", int), ("ds_factor", int), ("length", float)):
+        if name in settings:
+            config[name] = number(name, settings[name], kind)
+    if "varying_lengths" in settings:
+        lengths = settings["varying_lengths"]
+        lengths = lengths if isinstance(lengths, list) else [lengths]
+        config["varying_lengths"] = [number("varying_lengths", x) for x in lengths]
+    return config
+
+
+def style_fixed(config: dict[str, int], rate: str) -> dict[str, tuple[str, ...]]:
+    """The values of each setting of style that are followed; () is any."""
+    return {
+        "eval_q": (),
+        "ds_factor": (),
+        "length": (),
+        "varying_lengths": (),
+        "transformer_scale": tuple(SCALES),
+        "batch_norm": ("true",),
+        "use_middle_of_segment": ("false",),
+        "sample_rate": (rate,),
+        "encodec_checkpoint": CODECS if config["encodec_n_q"] else (),
+    } | {name: () for name in style_sizes(config) | {"encodec_n_q": ""}}
+
+
+def style_sizes(config: dict[str, int]) -> dict[str, str]:
+    """Settings that tell what the weights show."""
+    sizes = {"n_q_out": str(config["num_quantizers"]), "bins": str(config["bins"])}
+    if config["encodec_n_q"] == 0:
+        return sizes | {"model_name": "mert"}
+    return sizes | {"model_name": "encodec", "encodec_n_q": str(config["encodec_n_q"])}
+
+
+METHODS = ("sum", "cross", "prepend", "input_interpolate")
+
+
+def check_conditions(cfg: dict[str, Any], has_sound: bool) -> None:
+    """Raise ValueError for other ways in which text, and with `has_sound` a sound,
+    reach the decoder: text is attended, or it and the sound come before the codes."""
+    lists = {m: cfg[f"fuser.{m}"] for m in METHODS if f"fuser.{m}" in cfg}
+    wanted = {"cross": {"description"}}
+    if has_sound:
+        wanted = {"prepend": {"self_wav", "description"}}
+    for method in METHODS if lists else ():
+        names, want = set(lists.get(method, [])), wanted.get(method, set())
+        if names != want:
+            raise ValueError(
+                f"fuser.{method} must list {', '.join(sorted(want)) or 'nothing'}, got "
+                f"{', '.join(sorted(names)) or 'nothing'}"
+            )
+    for name in ("fuser.cross_attention_pos_emb", T5 + "normalize_text"):
+        if flag(name, cfg.get(name, "false")):
+            raise ValueError(f"{name} must be false, got {cfg[name]}")
+
+
+T5 = "conditioners.description.t5."
+
+
+def section(cfg: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The settings below a dotted name, without those that say nothing."""
+    own = {k.removeprefix(prefix): v for k, v in cfg.items() if k.startswith(prefix)}
+    return {name: value for name, value in own.items() if value not in SILENT}
+
+
+def check_fixed(
+    part: str,
+    settings: dict[str, Any],
+    fixed: dict[str, tuple[str, ...]],
+    passed_over: tuple[str, ...],
+) -> None:
+    """Raise ValueError for settings of a part that are not followed."""
+    for name, value in settings.items():
+        if name in passed_over:
+            continue
+        if name not in fixed:
+            raise ValueError(
+                f"{name} is no setting of {part}, but it is set to {value}"
+            )
+        text = str(value).lower() if str(value) in ("True", "False") else str(value)
+        if fixed[name] and text not in fixed[name]:
+            raise ValueError(f"{name} must be {' or '.join(fixed[name])}, got {value}")
+
+
+def number(name: str, text: str, kind: type = float) -> int | float:
+    """A finite number that `xp.cfg` gives as text."""
+    try:
+        value = kind(text)
+        if math.isfinite(value):
+            return value
+    except (OverflowError, TypeError, ValueError):
+        pass
+    raise ValueError(f"{name} must be a number, got {text}")
+
+
+def flag(name: str, text: str) -> bool:
+    """A truth that `xp.cfg` gives as text."""
+    if str(text).lower() not in ("true", "false"):
+        raise ValueError(f"{name} must be true or false, got {text}")
+    return str(text).lower() == "true"
+
+
+# Names of the decoder's weights
+
+
+def name_decoder(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """audiocraft's or transformers' names -> ours, with what we fuse fused.
+
+    Safe to run twice. Raises ValueError for integers, save quantized ones, and for
+    missing parts.
+    """
+    renamed = {}
+    for name, weight in weights.items():
+        if not name.endswith(COMPUTED):
+            add(renamed, rename(name), weight)
+    check_numbers(renamed)
+    return fuse(split_cross(renamed))
+
+
+COMPUTED = ("embed_positions.weights", ".self_wav.chroma.spec.window")  # from nothing
+
+RENAMES = (  # transformers' names -> audiocraft's -> ours
+    (r"^model\.decoder\.", ""),
+    (r"^embed_tokens\.", "emb."),
+    (r"^lm_heads\.", "linears."),
+    (r"^enc_to_dec_proj\.", "output_proj."),
+    (r"^(audio_enc_to_dec|melody)_proj\.", "sound_proj."),
+    (r"^layer_norm\.", "out_norm."),
+    (r"\.self_attn_layer_norm\.", ".norm1."),
+    (r"\.encoder_attn_layer_norm\.", ".norm_cross."),
+    (r"\.final_layer_norm\.", ".norm2."),
+    (r"\.encoder_attn\.", ".cross_attention."),
+    (r"\.fc([12])\.", r".linear\1."),
+    (r"^transformer\.", ""),
+    (r"^condition_provider\.conditioners\.description\.", ""),
+    (r"^condition_provider\.conditioners\.self_wav\.output_", "sound_"),
+    (r"\.in_proj_weight$", ".in_proj.weight"),
+)
+
+
+def rename(name: str) -> str:
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def add(weights: dict[str, mx.array], name: str, weight: mx.array) -> None:
+    """Put a tensor under a name. Raises ValueError when the name is taken."""
+    if name in weights:
+        raise ValueError(f"{name} is there twice, under two spellings")
+    weights[name] = weight
+
+
+def check_numbers(weights: dict[str, mx.array]) -> None:
+    """Raise ValueError unless all are floats, or quantized and so with `scales`."""
+    for name, weight in weights.items():
+        packed = f"{name.removesuffix('.weight')}.scales" in weights
+        quantized = packed and weight.dtype == mx.uint32
+        if not (quantized or mx.issubdtype(weight.dtype, mx.floating)):
+            raise ValueError(f"{name} must hold floats, but holds {weight.dtype}")
+
+
+def split_cross(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Part the queries of audiocraft's cross-attention from keys and values."""
+    split = {}
+    for name, weight in weights.items():
+        stem, found, _ = name.partition("cross_attention.in_proj.weight")
+        if found:
+            if weight.ndim != 2 or weight.shape[0] % 3:
+                raise ValueError(f"{name} must hold 3 matrices, got {weight.shape}")
+            D = weight.shape[0] // 3
+            add(split, f"{stem}cross_attention.q_proj.weight", weight[:D])
+            add(split, f"{stem}cross_attention.kv_proj.weight", weight[D:])
+        else:
+            add(split, name, weight)
+    return split
+
+
+FUSED = (  # pattern of the parts' names -> name of the whole; parts in order
+    (r"(.*self_attn)\.([qkv])_proj\.weight", r"\1.in_proj.weight", "qkv"),
+    (r"(.*cross_attention)\.([kv])_proj\.weight", r"\1.kv_proj.weight", "kv"),
+    (r"(emb)\.(0|[1-9]\d?)\.weight", r"\1.weight", None),
+    (r"(linears)\.(0|[1-9]\d?)\.weight", r"\1.weight", None),
+)
+
+
+def fuse(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Stack the matrices that are applied to the same input."""
+    fused, parts = {}, {}
+    for name, weight in weights.items():
+        for pattern, whole, order in FUSED:
+            if match := re.fullmatch(pattern, name):
+                place = order.index(match[2]) if order else int(match[2])
+                parts.setdefault(match.expand(whole), {})[place] = weight
+                break
+        else:
+            fused[name] = weight
+    for name, places in parts.items():
+        if missing := set(range(max(places) + 1)) - places.keys():
+            raise ValueError(f"part {min(missing)} of {name} is missing")
+        if len({weight.shape for weight in places.values()}) > 1:
+            shapes = ", ".join(str(places[i].shape) for i in sorted(places))
+            raise ValueError(f"the parts of {name} must have one shape, got {shapes}")
+        add(fused, name, mx.concatenate([places[i] for i in sorted(places)]))
+    return fused

@@ -1,0 +1,139 @@
+"""What a take follows besides its text: a condition made of a sound.
+
+A condition is states (R, L, width) with a mask (R, L) of those that count. A text's are
+cross-attended; where a sound is followed too, both come before the codes, as a prefix.
+A new conditioner is a new file and a line in `read_config`: an `nn.Module` with
+
+    kind, width, longest                 its name, features and most frames of a prefix
+    uses_seed                            whether `prepare` depends on the seed
+    prepare(request, seed, duration)     what stays of a request for a whole take
+    frames(prepared)                     prefix frames of a take
+    states(prepared, start)              values (B, T, width) and mask (B, T) of the rows
+                                         in the window from sample `start` on; None: all
+    null_states(shape)                   the same of rows for guidance, without a sound
+
+where a request is whatever `generate(condition=...)` is given, and None where there is
+none. Needs decoder.py and options.py beside it, and the file of the conditioner.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from decoder import Condition, stack_rows
+from options import STYLE_OPTIONS, Options, one_each
+
+if TYPE_CHECKING:
+    from musicgen import MusicGen
+
+
+def read_config(settings: dict) -> Any | None:
+    """The conditioner's config in a `config.json`, ours or transformers'; None without.
+
+    transformers knows melodies alone. Raises ValueError for a kind that is not known.
+    """
+    told = settings.get("conditioner")
+    if told is None and settings["model_type"] == "musicgen_melody":
+        told = settings | {"kind": "melody"}
+    elif told is None and settings["decoder"].get("num_chroma"):  # ours, once
+        told = settings["decoder"] | {"kind": "melody"}
+    if told is None:
+        return None
+    kind = told.get("kind") if isinstance(told, dict) else None
+    if kind == "melody":
+        from melody import MelodyConfig as Config
+    elif kind == "style":
+        from style import StyleConfig as Config
+    else:
+        raise ValueError(
+            f"conditioner must be an object of the kind melody or style, got "
+            f"{told!r:.80}."
+        )
+    return Config.from_dict(told)
+
+
+def make_requests(
+    model: "MusicGen",
+    options: Options,
+    count: int,
+    melody: Any = None,
+    style: Any = None,
+    condition: Any = None,
+    separate: bool = True,
+) -> list:
+    """What each row's conditioner is asked for; None: nothing to follow.
+
+    Raises ValueError for a kind that the model does not follow, and for options of a
+    style without one.
+    """
+    melodies = one_each("melody", melody, count)
+    styles = one_each("style", style, count)
+    check_style(options, styles)
+    if any(audio is not None for audio in melodies):
+        check_follows(model, "melody")
+        from melody import MelodyRequest
+
+        return each_once(melodies, lambda audio: MelodyRequest(audio, separate))
+    if any(audio is not None for audio in styles):
+        check_follows(model, "style")
+        from style import StyleRequest
+
+        excerpt = (options.style_start, options.style_length, options.style_quantizers)
+        return each_once(styles, lambda audio: StyleRequest(audio, *excerpt))
+    if model.conditioner is None and condition is not None:
+        raise ValueError("condition must go with a model that follows a sound.")
+    return one_each("condition", condition, count)
+
+
+def each_once(sounds: list, request: Callable[[Any], Any]) -> list:
+    """A request for each sound; rows that share a sound share it."""
+    requests = {id(x): None if x is None else request(x) for x in sounds}
+    return [requests[id(x)] for x in sounds]
+
+
+def check_follows(model: "MusicGen", kind: str) -> None:
+    """Raise ValueError unless the model follows sounds so: "melody", "style"."""
+    if model.conditioner is None or model.conditioner.kind != kind:
+        raise ValueError(
+            f"{kind} must go with a {kind} model, such as '{kind}'; this is none."
+        )
+
+
+def check_style(options: Options, styles: list) -> None:
+    """Raise ValueError for options of a style where a prompt has none."""
+    given = [name for name in STYLE_OPTIONS if getattr(options, name) is not None]
+    if given and all(style is None for style in styles):
+        raise ValueError(f"{', '.join(given)} must come with a style.")
+    if options.guidance_beta is not None and any(style is None for style in styles):
+        raise ValueError("guidance_beta must come with a style for each prompt.")
+
+
+class Prefixes:
+    """What the rows of a take follow, prepared once, as a prefix for each window."""
+
+    def __init__(
+        self, model: "MusicGen", requests: list, seeds: list[int], duration: float
+    ):
+        self._conditioner = model.conditioner
+        once, self._prepared = {}, []
+        for request, seed in zip(requests, seeds):
+            key = (id(request), seed if self._conditioner.uses_seed else None)
+            if key not in once:
+                once[key] = self._conditioner.prepare(request, seed, duration)
+            self._prepared.append(once[key])
+        self._slides = int(duration * model.frame_rate) > model.longest_window
+        self._hop = model.config.audio_encoder.hop_length
+
+    def frames(self, row: int) -> int:
+        """Frames of a row's prefix, less its text."""
+        return self._conditioner.frames(self._prepared[row])
+
+    def window(self, rows: list[int], start: int, copies: int) -> Condition:
+        """The states of some rows for the window from frame `start` on, and those of
+        their `copies` for guidance."""
+        prepared = [self._prepared[row] for row in rows]
+        place = start * self._hop if self._slides else None
+        given = Condition(*self._conditioner.states(prepared, place))
+        null = Condition(*self._conditioner.null_states(given.states.shape))
+        return stack_rows(
+            [given, null] if copies == 2 else [given, given, null][:copies]
+        )

@@ -1,0 +1,186 @@
+"""EnCodec's published files -> settings, and weights by our names and layouts.
+
+transformers' form is `config.json` and `model.safetensors`, audiocraft's one
+`compression_state_dict.bin`, for which audiocraft.py and torch_file.py are needed beside
+this file; else it stands alone.
+
+    path, settings, weights = read("32khz")  # or a Hub id, or a folder
+"""
+
+import json
+import re
+from pathlib import Path
+
+import mlx.core as mx
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
+
+REPOS = {size: f"facebook/encodec_{size}" for size in ("24khz", "32khz", "48khz")}
+FILES = ("config.json", "model.safetensors")
+AUDIOCRAFT_FILE = "compression_state_dict.bin"
+
+Weights = dict[str, mx.array]
+
+
+def read(path_or_repo: str | Path) -> tuple[Path, dict, Weights]:
+    """Where a codec's files lie, its settings, and its weights in float32.
+
+    Raises ValueError or OSError naming the file and what is wrong with it.
+    """
+    path = Path(path_or_repo) / AUDIOCRAFT_FILE
+    if path.is_file():
+        from audiocraft import find_codec, read_codec
+
+        if other := find_codec(path):  # the file only names a codec
+            try:
+                return read(other)
+            except OSError as error:
+                raise OSError(f"{path} points to {other}: {error}") from error
+        settings, weights = read_codec(path)
+    else:
+        path, settings, weights = read_files(*locate(path_or_repo))
+    try:
+        return path, settings, sanitize(weights)
+    except (IndexError, ValueError) as error:
+        raise ValueError(f"Codec {path} does not load: {error}") from error
+
+
+def locate(path_or_repo: str | Path) -> list[Path]:
+    """The two FILES: in a local folder, or from the Hub through its cache."""
+    folder = Path(path_or_repo)
+    if not folder.is_dir():
+        repo = REPOS.get(str(path_or_repo), str(path_or_repo))
+        try:
+            return [Path(hf_hub_download(repo, name)) for name in FILES]
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise OSError(
+                f"'{path_or_repo}' is none of {', '.join(REPOS)}, no local folder, and "
+                f"the Hub did not give it: {error}. To work offline, name a folder "
+                f"with {' and '.join(FILES)}."
+            ) from error
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} must hold {' and '.join(FILES)}, or {AUDIOCRAFT_FILE}, "
+                f"but {name} is missing."
+            )
+    return [folder / name for name in FILES]
+
+
+def read_files(config: Path, weights: Path) -> tuple[Path, dict, Weights]:
+    """The folder, the settings and the tensors. Raises ValueError for damaged files."""
+    folder = weights.parent
+    try:
+        settings = json.loads(config.read_text())
+        if not isinstance(settings, dict):
+            raise ValueError(f"{config.name} must hold an object")
+        with safe_open(weights, "numpy"):  # checks the header as mx.load does not
+            return folder, settings, mx.load(str(weights))
+    except (RecursionError, RuntimeError, SafetensorError, ValueError) as error:
+        raise ValueError(f"Codec {folder} does not load: {error}") from error
+
+
+def sanitize(weights: Weights) -> Weights:
+    """Names and layouts of either published form -> ours, in float32.
+
+    Raises ValueError for a tensor that does not hold floats or lacks its
+    partner.
+    """
+    kept = {}
+    for name, weight in weights.items():
+        if not UNUSED.fullmatch(name):
+            add(kept, rename(name), weight)
+    for name, weight in kept.items():
+        if not mx.issubdtype(weight.dtype, mx.floating):
+            raise ValueError(f"{name} must hold floats, but holds {weight.dtype}")
+    weights = {name: weight.astype(mx.float32) for name, weight in kept.items()}
+    if not any("lstm.weight_ih" in name for name in weights):
+        return weights  # ours already
+    return merge_lstm(channels_last(fold_weight_norm(weights)))
+
+
+# Training's bookkeeping, of no use here.
+UNUSED = re.compile(r"quantizer\..*\.(inited|cluster_size|embed_avg)")
+
+RENAMES = (  # audiocraft's names, then transformers' since 4.46
+    (r"^(encoder|decoder)\.model\.", r"\1.layers."),
+    (r"\.conv(tr)?\.(conv|convtr)\.", ".conv."),
+    (r"^quantizer\.vq\.", "quantizer."),
+    (r"\._codebook\.", ".codebook."),
+    (r"\.parametrizations\.weight\.original0$", ".weight_g"),
+    (r"\.parametrizations\.weight\.original1$", ".weight_v"),
+)
+
+
+def rename(name: str) -> str:
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def add(weights: Weights, name: str, weight: mx.array) -> None:
+    """Put a tensor under a name. Raises ValueError when the name is taken."""
+    if name in weights:
+        raise ValueError(f"{name} is there twice, under two spellings")
+    weights[name] = weight
+
+
+def fold_weight_norm(weights: Weights) -> Weights:
+    """weight = g * v / |v|, the norm taken over all dimensions but the first."""
+    folded = dict(weights)
+    for name, weight in weights.items():
+        stem, found, _ = name.partition(".weight_v")
+        if found:
+            if weight.ndim != 3:
+                raise ValueError(f"{name} must have 3 dimensions, got {weight.shape}")
+            gain = partner(folded, f"{stem}.weight_g", (len(weight), 1, 1))
+            norm = mx.sqrt((weight**2).sum(axis=(1, 2), keepdims=True))
+            add(folded, f"{stem}.weight", gain * folded.pop(name) / norm)
+    return folded
+
+
+def partner(weights: Weights, name: str, shape: tuple) -> mx.array:
+    """Take `name` out of `weights`. Raises ValueError unless it has the shape."""
+    if name not in weights or weights[name].shape != shape:
+        found = weights[name].shape if name in weights else "nothing"
+        raise ValueError(f"{name} must have the shape {shape}, got {found}")
+    return weights.pop(name)
+
+
+def channels_last(weights: Weights) -> Weights:
+    """Move torch's kernels to our layouts.
+
+    (out, in, kernel) -> (out, kernel, in), and where the decoder upsamples, in
+    its inner layers, (in, out, kernel) -> (kernel, out, in).
+    """
+    inner = re.compile(r"decoder\.layers\.(\d+)\.conv\.weight")
+    numbers = [int(m[1]) for m in map(inner.fullmatch, weights) if m]
+    if not numbers:
+        raise ValueError("decoder.layers.0.conv.weight is missing")
+    last = max(numbers)
+
+    def move(name: str, weight: mx.array) -> mx.array:
+        match = inner.fullmatch(name)
+        if match and 0 < int(match[1]) < last:
+            return weight.transpose(2, 1, 0)
+        return weight.swapaxes(1, 2) if weight.ndim == 3 else weight
+
+    return {name: move(name, weight) for name, weight in weights.items()}
+
+
+def merge_lstm(weights: Weights) -> Weights:
+    """torch's `lstm.weight_ih_l0` and its like -> `lstm.0.Wx`, biases added up."""
+    merged = dict(weights)
+    for name, weight in weights.items():
+        match = re.fullmatch(r"(.*lstm)\.(weight_ih|weight_hh|bias_ih)_l(\d+)", name)
+        if not match:
+            continue
+        stem, kind, layer = match.groups()
+        weight = merged.pop(name)
+        if kind == "bias_ih":
+            other = f"{stem}.bias_hh_l{layer}"
+            weight = weight + partner(merged, other, weight.shape)
+        ours = {"weight_ih": "Wx", "weight_hh": "Wh", "bias_ih": "bias"}[kind]
+        add(merged, f"{stem}.{layer}.{ours}", weight)
+    return merged

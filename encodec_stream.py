@@ -1,0 +1,197 @@
+"""EnCodec's decoder in pieces: the same samples, in less memory, while codes come.
+
+The twin of `Encodec.decode_chunk`. A sample of the 32 kHz codec depends on the 3 3/4
+frames around its own, so pieces can be decoded one after another, each with a few frames
+of its neighbours. Needs encodec.py beside it.
+
+    stream = DecodingStream(codec)
+    for codes in pieces:  # (B, T, K), T of any size
+        play(stream.push(codes))  # (B, N, C)
+    play(stream.push(codes[:, :0], last=True))  # what is left
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from encodec import Encodec, EncodecConfig, by_channel, trim_right
+
+if TYPE_CHECKING:
+    from musicgen import MusicGen, Take
+
+
+class DecodingStream:
+    """The codec's decoder on frames as they come.
+
+    What `push` returns is, put together, what decoding all frames at once gives,
+    however they are split. The LSTM keeps its state; the convolutions before and
+    after it wait for the frames on which a sample depends.
+    """
+
+    def __init__(self, model: Encodec):
+        config = model.config
+        if config.norm_type != "weight_norm":
+            raise ValueError(
+                "A codec with group norm, which looks at all samples at once, cannot "
+                "decode a stream; use decode."
+            )
+        self._model = model
+        first, lstm, *_ = model.decoder.layers
+        reach = convolution_reach(config, config.kernel_size)
+        self._convolve = Lookahead(
+            lambda x, window, place: first(x[:, window])[:, place],
+            *(1, *reach, 1000, first.conv.bias.size),
+        )
+        self._states = [None] * len(lstm.lstm)
+        self._upsample: list[Lookahead] = []  # for two rows each, to save memory
+
+    def push(self, codes: mx.array, last: bool = False) -> mx.array:
+        """Samples (B, N, C) that the codes (B, T, K) complete; N can be 0.
+
+        `last` hands out all that is left, and ends the stream.
+        """
+        x = self._convolve(self._model.quantizer.decode(codes), last)
+        if x.shape[1] > 0:
+            x, self._states = self._model.decoder.layers[1].advance(x, self._states)
+            mx.async_eval(x)  # or pieces side by side would wait for each other
+        if not self._upsample:
+            self._upsample = [
+                make_upsampler(self._model, min(len(x) - i, 2))
+                for i in range(0, len(x), 2)
+            ]
+        rows = [up(x[2 * i : 2 * i + 2], last) for i, up in enumerate(self._upsample)]
+        return mx.concatenate(rows)
+
+
+def play(
+    model: "MusicGen", take: "Take", frames: int, steps: "Iterable[Take]"
+) -> Iterator[mx.array]:
+    """Samples (N, C) of a take of one row while it is made, in pieces of `frames` frames.
+
+    A piece is handed out when the next step is under way, so that a GPU always has work.
+    """
+    push, done, waiting = DecodingStream(model.audio_encoder).push, 0, []
+    for _ in steps:
+        yield from waiting
+        waiting = []
+        if take.frames >= done + frames:
+            sound = by_channel(push, take.codes[:, done:], model.channels)[0]
+            mx.async_eval(sound)
+            done, waiting = take.frames, [sound] if len(sound) else []
+    yield from waiting
+    rest = take.codes[:, done:]
+    yield by_channel(lambda rows: push(rows, last=True), rest, model.channels)[0]
+
+
+class Lookahead:
+    """Applies layers that reach over few frames to frames as they come.
+
+    `apply` maps frames (B, T, D) to `rate` outputs for each. An output is handed
+    out when all it depends on is there: `before` and `after` its own place, counted
+    in outputs. So each piece takes some frames along on both sides and drops the
+    outputs they give, and what is left is what one pass over all would give.
+    """
+
+    def __init__(
+        self, apply, rate: int, before: int, after: int, frames: int, width: int
+    ):
+        self._apply, self._rate, self._frames = apply, rate, frames
+        self._before, self._after, self._width = before, after, width
+        # Where more is seen before than after, reflection at the beginning shows the
+        # first outputs what comes as much later.
+        self._hold = before if before > after else 0
+        self._buffer = None  # the frames that are still needed
+        self._start = 0  # number of its first frame
+        self._done = 0  # outputs handed out
+
+    def __call__(self, x: mx.array, last: bool) -> mx.array:
+        """The outputs (B, N, C) that frames (B, T, D) complete; N can be 0."""
+        rate, size = self._rate, self._frames * self._rate
+        buffer = x if self._buffer is None else mx.concatenate([self._buffer, x], 1)
+        end = self._start + buffer.shape[1]
+        stop = end * rate - self._after
+        stop = self._done if stop < max(self._hold, self._done) else stop
+        stop = end * rate if last else stop
+        pieces = []
+        for a in range(self._done, stop, size):
+            b = min(a + size, stop)
+            first = max((a - self._before) // rate, 0)
+            until = min(math.ceil((max(b, self._hold) + self._after) / rate), end)
+            window = slice(first - self._start, until - self._start)
+            place = slice(a - first * rate, b - first * rate)
+            pieces.append(self._apply(buffer, window, place))
+        keep = max((stop - self._before) // rate, 0)
+        self._buffer = buffer[:, keep - self._start :]
+        self._start, self._done = keep, stop
+        nothing = mx.zeros((len(x), 0, self._width))
+        return mx.concatenate(pieces, axis=1) if pieces else nothing
+
+
+def make_upsampler(model: Encodec, rows: int, frames: int = 200) -> Lookahead:
+    """The layers after the LSTM, for `frames` frames of all rows at a time, to save
+    memory."""
+    streams = parallel_streams()
+    waiting, turn = [], itertools.cycle(streams)
+
+    def apply(x: mx.array, window: slice, place: slice) -> mx.array:
+        with mx.stream(next(turn)):
+            x = x[:, window]
+            for layer in model.decoder.layers[2:]:
+                x = layer(x)
+            waiting.append(x[:, place])
+        piece = waiting[-1]
+        if len(waiting) == len(streams):  # together, so that they interleave
+            mx.async_eval(waiting)
+            waiting.clear()
+        return piece
+
+    frames = math.ceil(frames / (rows * len(streams)))
+    reach = upsampling_reach(model.config)
+    return Lookahead(apply, model.config.hop_length, *reach, frames, model.channels)
+
+
+def convolution_reach(
+    config: EncodecConfig, kernel_size: int, dilation: int = 1
+) -> tuple[int, int]:
+    """Positions before and after its own that a convolution sees."""
+    total = (kernel_size - 1) * dilation
+    after = 0 if config.use_causal_conv else total // 2
+    return total - after, after
+
+
+def upsampling_reach(config: EncodecConfig) -> tuple[int, int]:
+    """Samples before and after its own on whose frames a sample depends, in the
+    layers after the LSTM: 482 after it, 3/4 of a frame, for the 32 kHz codec."""
+    before = after = 0
+    step = config.hop_length  # samples between two positions of a layer
+    for ratio in config.upsampling_ratios:
+        step //= ratio
+        right = trim_right(config, ratio)
+        reaches = [(right, ratio - right)]
+        for i in range(config.num_residual_layers):
+            dilation = config.dilation_growth_rate**i
+            kernel_size = config.residual_kernel_size
+            reaches.append(convolution_reach(config, kernel_size, dilation))
+        before += step * sum(left for left, _ in reaches)
+        after += step * sum(right for _, right in reaches)
+    left, right = convolution_reach(config, config.last_kernel_size)
+    return before + left, after + right
+
+
+@functools.cache
+def second_stream(device: str) -> mx.Stream:
+    return mx.new_stream(mx.default_device())
+
+
+def parallel_streams() -> list[mx.Stream]:
+    """Streams for work that can be done side by side: on the CPU two, for each is a
+    thread, and the plain BLAS of MLX's Linux wheel keeps to the thread that calls it;
+    on a GPU the default one."""
+    device = mx.default_device()
+    streams = [mx.default_stream(device)]
+    # by name: devices that are equal are different keys of a cache
+    return streams + ([second_stream(str(device))] if device == mx.cpu else [])

@@ -1,0 +1,348 @@
+"""The engine: the decoder's step again, fast and small.
+
+The twin of `musicgen.PlainStep`, with the same codes. What it does beside the plain step:
+all between two self-attentions is compiled, so that Python does not build the graph anew
+in every step; rows without a text skip the cross-attention; on the CPU the rows are two
+lanes, computed side by side; on an NVIDIA GPU products of few rows are taken as columns.
+And what concerns a machine: a decoder quantized or shared among processes, and what its
+memory holds. Needs decoder.py and options.py beside it.
+
+    forward = Engine(decoder, text, copies=2, steps=403)
+    logits = forward(tokens)  # (B, S, K) -> (R, 1, K, V)
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.nn.layers.distributed import shard_linear
+
+from decoder import Condition, Decoder, KVCache, Layer, TextKV, attend, join_heads
+from options import check_quantization
+
+State = tuple[mx.array, mx.array, mx.array]  # x, queries, keys and values of a layer
+
+
+class Engine:
+    """The decoder under the conditions of B takes, in `copies` rows each.
+
+    `text` is a condition of R = B * copies rows; there are up to `steps` steps.
+    """
+
+    def __init__(self, decoder: Decoder, text: Condition, copies: int, steps: int):
+        R = len(text.mask)
+        self._copies = copies
+        on_cpu = mx.default_device() == mx.cpu
+        self._cut = R // 2 if on_cpu and R > 1 and decoder.group is None else R
+        self._lanes = [
+            Lane(decoder, rows, steps, stream)
+            for rows, stream in zip(self._split(text), parallel_streams())
+        ]
+        self._halfway: list[State] = []  # of the step before
+
+    def _split(self, rows: NamedTuple) -> list[NamedTuple]:
+        """A tuple of arrays (R, ...) -> one for each lane."""
+        kind = type(rows)
+        parts = [kind(*(x[: self._cut] for x in rows))]
+        if self._cut < len(rows[0]):
+            parts.append(kind(*(x[self._cut :] for x in rows)))
+        return parts
+
+    def rewind(self, sound: Condition | None = None) -> None:
+        """Forget all steps, to begin a window, after the prefix of a sound if any."""
+        sounds = [None] * len(self._lanes) if sound is None else self._split(sound)
+        for lane, rows in zip(self._lanes, sounds):
+            lane.rewind(rows)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """Logits (R, 1, K, V) of what follows the tokens (B, S, K)."""
+        rows = mx.concatenate([tokens] * self._copies)
+        parts = [rows[: self._cut], rows[self._cut :]]
+        if tokens.shape[1] > 1 or self._lanes[0].prefix is not None:
+            steps = zip(self._lanes, parts)
+            return mx.concatenate([lane.prefill(part) for lane, part in steps])
+        states = [lane.lower(part) for lane, part in zip(self._lanes, parts)]
+        self._keep_pace(tokens, states)
+        steps = zip(self._lanes, states)
+        return mx.concatenate([lane.upper(state) for lane, state in steps])
+
+    def _keep_pace(self, tokens: mx.array, states: list[State]) -> None:
+        """Start on the lower layers, when the step before is through with them.
+
+        MLX writes into a cache only once all that reads it is done, and copies the
+        whole of it otherwise. So half a step is under way while the other is built.
+        """
+        mx.eval(self._halfway)
+        mx.async_eval(states)
+        mx.eval(tokens)
+        self._halfway = states
+
+
+class Lane:
+    """Some of the rows, on a stream of their own.
+
+    A single step goes through compiled blocks, with the self-attention between them,
+    whose shape grows.
+    """
+
+    def __init__(
+        self, decoder: Decoder, text: Condition, steps: int, stream: mx.Stream
+    ):
+        self._decoder, self._text, self._stream = decoder, text, stream
+        with mx.stream(stream):
+            self._text_kv = prepare_text(decoder, text)
+            self._positions = decoder.positions(0, steps)
+            # Now, for compiled steps would compute again whatever is still lazy.
+            mx.eval(self._text_kv, self._positions)
+        self._cache = decoder.make_cache(len(text.mask), steps)
+        self._enter, *self._between, self._leave = compile_blocks(
+            decoder, self._text_kv
+        )
+        self._half = len(self._between) // 2
+        self.prefix: mx.array | None = None
+
+    def rewind(self, sound: Condition | None) -> None:
+        for layer in self._cache:
+            layer.offset = 0
+        with mx.stream(self._stream):
+            self.prefix = sound and self._decoder.prefix(sound, self._text)
+
+    def prefill(self, tokens: mx.array) -> mx.array:
+        """Logits (R, 1, K, V) after tokens (R, S, K) and the prefix, if there is one."""
+        prefix, self.prefix = self.prefix, None
+        with mx.stream(self._stream):
+            x = self._decoder.embed(tokens)
+            x = x if prefix is None else mx.concatenate([prefix, x], axis=1)
+            x = x + self._positions[: x.shape[1]]
+            for layer, text, cache in zip(
+                self._decoder.layers, self._text_kv, self._cache
+            ):
+                attended = attend_past(cache, *before(layer, x))
+                x = after(layer, x, attended, text)
+            return project_logits(self._decoder, x[:, -1:])
+
+    def lower(self, tokens: mx.array) -> State:
+        """The lower layers' part of a step on tokens (R, 1, K)."""
+        with mx.stream(self._stream):
+            state = self._enter(tokens, self._positions[self._cache[0].offset])
+            return self._climb(state, 0, self._half)
+
+    def upper(self, state: State) -> mx.array:
+        """Logits (R, 1, K, V), from what the lower layers gave."""
+        with mx.stream(self._stream):
+            x, *qkv = self._climb(state, self._half, len(self._between))
+            return self._leave(x, attend_past(self._cache[-1], *qkv))
+
+    def _climb(self, state: State, first: int, end: int) -> State:
+        for cache, block in zip(self._cache[first:end], self._between[first:end]):
+            x, *qkv = state
+            state = block(x, attend_past(cache, *qkv))
+        return state
+
+
+def prepare_text(decoder: Decoder, text: Condition) -> list[TextKV | None]:
+    """The text's keys and values in each layer. Where all of the second half of the
+    rows have no text, as null rows have none, they are left out."""
+    R = len(text.mask)
+    has_null = R % 2 == 0 and not text.mask[R // 2 :].any().item()
+    text = type(text)(*(x[: R // 2] for x in text)) if has_null else text
+    all_attended = (text.mask | ~text.mask.any(axis=1, keepdims=True)).all().item()
+    layers = decoder.text_kv(text)
+    if not all_attended:
+        return layers
+    return [layer and layer._replace(mask=None) for layer in layers]
+
+
+def compile_blocks(decoder: Decoder, text: list[TextKV | None]) -> list[Callable]:
+    """A step in blocks: from tokens (R, 1, K) to the first self-attention, between each
+    two, and from the last one to logits (R, 1, K, V)."""
+    layers = decoder.layers
+
+    def enter(tokens: mx.array, position: mx.array) -> State:
+        x = decoder.embed(tokens) + position
+        return x, *before(layers[0], x)
+
+    def between(i: int) -> Callable:
+        def block(x: mx.array, attended: mx.array) -> State:
+            x = after(layers[i], x, attended, text[i])
+            return x, *before(layers[i + 1], x)
+
+        return block
+
+    def leave(x: mx.array, attended: mx.array) -> mx.array:
+        return project_logits(decoder, after(layers[-1], x, attended, text[-1]))
+
+    blocks = [enter, *map(between, range(len(layers) - 1)), leave]
+    return [mx.compile(block) for block in blocks]
+
+
+def before(layer: Layer, x: mx.array) -> tuple[mx.array, mx.array]:
+    """A layer up to its self-attention: queries (1, R * H, S, d), keys and values
+    (2, R * H, S, d) of x (R, S, D)."""
+    attention = layer.self_attn
+    return attention.split_heads(project(attention.in_proj, layer.norm1(x)))
+
+
+def attend_past(cache: KVCache, queries: mx.array, keys_values: mx.array) -> mx.array:
+    """Append keys and values to the cache, and attend all that is in it."""
+    mask = "causal" if queries.shape[2] > 1 else None
+    return attend(queries, *cache.update_and_fetch(keys_values), mask)
+
+
+def after(
+    layer: Layer, x: mx.array, attended: mx.array, text: TextKV | None
+) -> mx.array:
+    """A layer from its self-attention on: its output (R, S, D)."""
+    x = project(layer.self_attn.out_proj, join_heads(attended, len(x)), x)
+    if text is not None:
+        x = add_text(layer, x, text)
+    hidden = nn.gelu(project(layer.linear1, layer.norm2(x)))
+    return project(layer.linear2, hidden, x)
+
+
+def add_text(layer: Layer, x: mx.array, text: TextKV) -> mx.array:
+    """Add to the rows that have a text, the first, what they find in it: (R, S, D)."""
+    attention, rows = layer.cross_attention, len(text.keys)
+    queries = project(attention.q_proj, layer.norm_cross(x[:rows]))
+    attended = join_heads(attend(attention.split_heads(queries), *text), rows)
+    found = project(attention.out_proj, attended)
+    parts = x.reshape(-1, *found.shape)
+    has_text = mx.array([True] + [False] * (len(parts) - 1))[:, None, None, None]
+    return (parts + mx.where(has_text, found, 0)).reshape(x.shape)
+
+
+def project_logits(decoder: Decoder, x: mx.array) -> mx.array:
+    """(R, S, D) -> (R, S, K, V)."""
+    R, S, _ = x.shape
+    x = project(decoder.linears, decoder.out_norm(x))
+    return x.reshape(R, S, decoder.config.num_codebooks, -1)
+
+
+# cublasLt, which MLX's CUDA build asks for a product with several rows, costs the
+# host 12 to 18 microseconds a call; the same product as matrix times columns is one
+# kernel of 4 to 6. It reads the matrix again for each row, so where that is much, no.
+MAX_COLUMNS = 16 if mx.cuda.is_available() else 0
+MAX_READ = 2**26  # numbers, for all rows together
+
+
+def project(
+    layer: nn.Module, x: mx.array, residual: mx.array | None = None
+) -> mx.array:
+    """`layer(x)`, plus `residual`: (R, S, D) -> (R, S, D') in the fewest operations."""
+    R, S, _ = x.shape
+    if not isinstance(layer, nn.Linear):  # quantized, shared, or with an adapter
+        y = layer(x)
+    elif S == 1 < R <= MAX_COLUMNS and R * layer.weight.size <= MAX_READ:
+        y = (layer.weight @ x.swapaxes(1, 2)).swapaxes(1, 2)
+    elif residual is None:
+        return layer(x)
+    else:
+        return mx.addmm(residual, x, layer.weight.T)
+    return y if residual is None else residual + y
+
+
+@functools.cache
+def second_stream(device: str) -> mx.Stream:
+    return mx.new_stream(mx.default_device())
+
+
+def parallel_streams() -> list[mx.Stream]:
+    """Streams for work that can be done side by side: on the CPU two, for each is a
+    thread, and the plain BLAS of MLX's Linux wheel keeps to the thread that calls it;
+    on a GPU the default one."""
+    device = mx.default_device()
+    streams = [mx.default_stream(device)]
+    # by name: devices that are equal are different keys of a cache
+    return streams + ([second_stream(str(device))] if device == mx.cpu else [])
+
+
+def store_columns(decoder: Decoder) -> None:
+    """Store the matrices column after column, shapes unchanged.
+
+    For the CPU: with two rows the plain BLAS of MLX's Linux wheel then takes
+    0.7 of the time a step, and OpenBLAS 0.4.
+    """
+    for module in decoder.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = mx.contiguous(module.weight.T).T
+            mx.eval(module.weight)
+
+
+def quantize(decoder: Decoder, bits: int, group_size: int = 64) -> None:
+    """Store the layers' matrices in `bits` bits, with a scale for each group.
+
+    Embeddings and output heads stay as they are, and the keys and values of the text,
+    which are made once. Raises ValueError for what MLX cannot do.
+    """
+    check_quantization({"bits": bits, "group_size": group_size})
+    width = math.gcd(decoder.config.hidden_size, decoder.config.ffn_dim)
+    if width % group_size:
+        raise ValueError(
+            "q_group_size must divide the matrices' width, a multiple of "
+            f"{width}; got {group_size}."
+        )
+
+    def in_every_step(name: str, module: nn.Module) -> bool:
+        in_layer = isinstance(module, nn.Linear) and name.startswith("layers.")
+        return in_layer and not name.endswith("kv_proj")
+
+    nn.quantize(decoder, group_size, bits, class_predicate=in_every_step)
+
+
+def shard(decoder: Decoder, group: mx.distributed.Group) -> None:
+    """Keep this process's share of every layer: some of the heads, and of the
+    feed-forward's width. Raises ValueError when they do not divide."""
+    for name in ("num_attention_heads", "ffn_dim"):
+        if getattr(decoder.config, name) % group.size():
+            raise ValueError(
+                f"The number of processes must divide {name}, "
+                f"{getattr(decoder.config, name)}, got {group.size()}."
+            )
+
+    def share(module: nn.Module, name: str, way: str, segments: int = 1) -> None:
+        linear = shard_linear(module[name], way, segments=segments, group=group)
+        setattr(module, name, linear)
+
+    for layer in decoder.layers:
+        share(layer.self_attn, "in_proj", "all-to-sharded", 3)
+        share(layer.self_attn, "out_proj", "sharded-to-all")
+        layer.self_attn.heads //= group.size()
+        if "cross_attention" in layer:
+            share(layer.cross_attention, "q_proj", "all-to-sharded")
+            share(layer.cross_attention, "kv_proj", "all-to-sharded", 2)
+            share(layer.cross_attention, "out_proj", "sharded-to-all")
+            layer.cross_attention.heads //= group.size()
+        share(layer, "linear1", "all-to-sharded")
+        share(layer, "linear2", "sharded-to-all")
+    decoder.group = group
+
+
+DECODING_MEMORY = 10**9  # bytes that making audio of codes takes beyond the weights
+
+
+def memory_size() -> int:
+    """Bytes that MLX may use on this machine."""
+    limit = mx.get_memory_limit()
+    return mx.device_info().get("max_recommended_working_set_size", limit)
+
+
+def cache_bytes(decoder: Decoder, steps: int) -> int:
+    """Bytes that the caches of one row of `steps` steps take."""
+    width = decoder.config.hidden_size // decoder.config.num_attention_heads
+    heads = decoder.layers[0].self_attn.heads  # fewer where they are shared
+    return 2 * len(decoder.layers) * heads * width * steps * decoder.dtype.size
+
+
+def rows_that_fit(decoder: Decoder, steps: int) -> int:
+    """How many rows of `steps` steps fit into memory beside what is there."""
+    room = memory_size() - mx.get_active_memory() - DECODING_MEMORY
+    return int(room // cache_bytes(decoder, steps))
+
+
+def fits(decoder: Decoder, rows: int, steps: int) -> bool:
+    """Whether the caches of so many rows, and then decoding, fit beside what is there."""
+    size = max(rows * cache_bytes(decoder, steps), DECODING_MEMORY)
+    return mx.get_active_memory() + size <= memory_size()

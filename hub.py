@@ -1,0 +1,81 @@
+"""The Hugging Face Hub: short names of the released models, and fetching what they need.
+
+    folder = fetch("stereo-small")  # the Hub's cache of two files
+
+Of a short name exactly audiocraft's two files are fetched; of another repository these,
+or where it has none transformers' layout. Stands alone.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+AUDIOCRAFT_FILES = ("state_dict.bin", "compression_state_dict.bin")
+MODELS = {
+    name: f"facebook/musicgen-{name}"
+    for name in (
+        "small",
+        "medium",
+        "large",
+        "stereo-small",
+        "stereo-medium",
+        "stereo-large",
+        "melody",
+        "melody-large",
+        "stereo-melody",
+        "stereo-melody-large",
+        "style",
+    )
+} | {"tiny": str(Path(__file__).with_name("tiny"))}
+AUDIOCRAFT_FILES = ("state_dict.bin", "compression_state_dict.bin")
+T5_REPO = "google-t5/t5-base"
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for what is no short name, Hub id or local folder."""
+    folder = name != "" and os.path.isdir(name)
+    hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not os.path.exists(name)
+    if not (name in MODELS or folder or hub_id):
+        raise ValueError(
+            f"model must be one of {', '.join(MODELS)}, a Hub id or a local folder, "
+            f"got '{name:.200}'."
+        )
+
+
+def local(name: str) -> Path:
+    """The path that `name` would have here. `tiny` is the folder beside this file,
+    never one of the current directory: that is `./tiny`."""
+    return Path(MODELS[name] if name == "tiny" else name)
+
+
+def fetch(name: str) -> Path:
+    """The Hub's cache of what a model needs, by short name or Hub id. Raises ValueError
+    for what is neither, OSError where the Hub does not give it."""
+    check_name(name)
+    repo = MODELS.get(name, name)
+    try:
+        try:
+            paths = [hf_hub_download(repo, file) for file in AUDIOCRAFT_FILES]
+            return Path(paths[0]).parent
+        except EntryNotFoundError:
+            if name in MODELS:
+                raise
+            return fetch_transformers(repo)
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        raise OSError(
+            f"The Hub did not give {repo}: {error} To work offline, take --model tiny "
+            f"or a local folder with {' and '.join(AUDIOCRAFT_FILES)}, T5 in t5-base/ "
+            "and, for stereo, the codec in encodec_32khz/; or one that convert.py wrote."
+        ) from error
+
+
+def fetch_transformers(repo: str) -> Path:
+    common = ["config.json", "spiece.model", "preprocessor_config.json"]
+    files = ["model*.safetensors", "model.safetensors.index.json"]
+    folder = Path(snapshot_download(repo, allow_patterns=common + files))
+    if not any(folder.glob("model*.safetensors")):
+        snapshot_download(repo, allow_patterns=common + ["pytorch_model*"])
+    return folder

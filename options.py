@@ -1,0 +1,187 @@
+"""What a caller may ask of MusicGen, and what is said where it cannot be done.
+
+Every option is checked here, once, before anything is computed. Stands alone.
+"""
+
+import secrets
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import mlx.core as mx
+
+STYLE_OPTIONS = ("guidance_beta", "style_start", "style_length", "style_quantizers")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What shapes a take, besides its prompt and seed.
+
+    duration: seconds; beyond the model's longest window, a window slides.
+    temp: sampling temperature; 0 takes the likeliest code.
+    top_k: draw from this many likeliest codes.
+    top_p: draw from the likeliest codes that together reach this probability, instead
+        of the top k; 0 is off.
+    guidance_coef: weight of the text against no text; 1 is the text alone, and runs
+        half the rows.
+    negative_prompt: what to move away from, in place of no text.
+    extend_stride: seconds from one window's start to the next's; what lies between that
+        and the window's end begins the next. None: 3/5 of the window, so 18 of 30.
+    guidance_beta: how many times the text counts beside the style. None: they count
+        alike.
+    style_start, style_length: seconds of the style's excerpt. None: from anywhere on,
+        by the seed, and the model's own, 3.
+    style_quantizers: how much to keep to the style, 1 to 6. None: the model's own, 3.
+    """
+
+    duration: float = 8.0
+    temp: float = 1.0
+    top_k: int = 250
+    top_p: float = 0.0
+    guidance_coef: float = 3.0
+    negative_prompt: str = ""
+    extend_stride: float | None = None
+    guidance_beta: float | None = None
+    style_start: float | None = None
+    style_length: float | None = None
+    style_quantizers: int | None = None
+
+    @property
+    def style(self) -> bool:
+        """Whether any option of a style is given."""
+        return any(getattr(self, name) is not None for name in STYLE_OPTIONS)
+
+    @property
+    def copies(self) -> int:
+        """Decoder rows that each take needs."""
+        return 3 if self.guidance_beta is not None else 1 + (self.guidance_coef != 1)
+
+    def check(self, max_duration: float = 30.0, frame_rate: int = 50) -> None:
+        """Raise ValueError, saying what must hold, for what cannot be made."""
+        for name in ("duration", "temp", "top_p", "guidance_coef", *STYLE_OPTIONS):
+            number = getattr(self, name)
+            if not (number is None and name in STYLE_OPTIONS or is_number(number)):
+                raise ValueError(f"{name} must be a number, got {number!r}.")
+        if self.duration < 1 / frame_rate:
+            raise ValueError(
+                f"duration must be at least a frame, 1/{frame_rate} s, got "
+                f"{self.duration}."
+            )
+        if self.temp != 0 and self.temp < 1e-3:  # dividing by less overflows
+            raise ValueError(f"temp must be 0 (greedy) or 0.001 up, got {self.temp}.")
+        if not (is_whole(self.top_k) and 1 <= self.top_k <= 2048):
+            raise ValueError(
+                f"top_k must be between 1 and 2048 (all), got {self.top_k}. "
+                "For greedy decoding use temp=0."
+            )
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p must be between 0 (off) and 1, got {self.top_p}.")
+        if self.style_start is not None and self.style_start < 0:
+            raise ValueError(
+                f"style_start must be 0 s or more, got {self.style_start}."
+            )
+        if not isinstance(self.style_quantizers, Integral | None):
+            raise ValueError(
+                f"style_quantizers must be whole, got {self.style_quantizers}."
+            )
+        self._check_negative_prompt()
+        stride, least = self.extend_stride, 1 / frame_rate
+        if stride is not None and not (
+            isinstance(stride, Real) and least <= stride < max_duration
+        ):
+            raise ValueError(
+                f"extend_stride must be from 1/{frame_rate} to less than the longest "
+                f"window of {max_duration:g} seconds, got {stride}."
+            )
+
+    def _check_negative_prompt(self) -> None:
+        if not isinstance(self.negative_prompt, str):
+            raise ValueError(
+                f"negative_prompt must be a text, got {self.negative_prompt!r}."
+            )
+        if self.negative_prompt and self.copies == 1:
+            raise ValueError(
+                "negative_prompt needs guidance, which guidance_coef 1 leaves out."
+            )
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is real and of a size that float32 can count with."""
+    return isinstance(value, Real) and type(value) is not bool and abs(value) < 1e6
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and type(value) is not bool
+
+
+def check_prompts(prompts: str | list[str]) -> list[str]:
+    """A list of at least one text. Raises ValueError for anything else."""
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    several = isinstance(prompts, list | tuple) and len(prompts) > 0
+    if not several or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(
+            f"There must be a prompt, or a list of them, got {prompts!r:.80}. "
+            "An empty text generates freely."
+        )
+    return list(prompts)
+
+
+def row_seeds(seed: int | list[int] | None, rows: int) -> list[int]:
+    """One seed a row: counted up from `seed`, as listed, or any."""
+    if seed is None:
+        seed = secrets.randbits(32)
+    if is_whole(seed):
+        seed = [int(seed) + row for row in range(rows)]
+    seeds = list(seed) if isinstance(seed, list | tuple) else []
+    if len(seeds) != rows or not all(is_whole(s) and 0 <= s < 2**64 for s in seeds):
+        raise ValueError(
+            f"seed must be a number from 0 to 2**64 - 1, or {rows} of them, got {seed}."
+        )
+    return [int(s) for s in seeds]
+
+
+def one_each(name: str, values: Any, count: int) -> list:
+    """A value, or None, for each of `count` prompts: as listed, or the same for all."""
+    if type(values) not in (list, tuple):  # a request is a NamedTuple
+        return [values] * count
+    if len(values) != count:
+        raise ValueError(
+            f"{name} must be one sound, or one for each of {count} prompts, got "
+            f"{len(values)}."
+        )
+    return list(values)
+
+
+def check_batch_size(size: int | None) -> None:
+    """Raise ValueError unless it is None or 1 and more."""
+    if size is not None and not (is_whole(size) and size > 0):
+        raise ValueError(f"batch_size must be 1 or more, got {size!r}.")
+
+
+def check_chunk(seconds: float, frame_rate: int = 50) -> None:
+    """Raise ValueError for pieces of sound shorter than a frame."""
+    if not is_number(seconds) or seconds < 1 / frame_rate:
+        raise ValueError(f"chunk must be at least 1/{frame_rate} s, got {seconds}.")
+
+
+DTYPES = {name: getattr(mx, name) for name in ("float16", "bfloat16", "float32")}
+
+
+def check_dtype(dtype: mx.Dtype | None) -> None:
+    """Raise ValueError unless it is None or one that a decoder can have."""
+    if dtype is not None and dtype not in [*DTYPES.values()]:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}.")
+
+
+BITS, GROUP_SIZES = (2, 3, 4, 6, 8), (32, 64, 128)
+
+
+def check_quantization(settings: dict[str, int]) -> None:
+    """Raise ValueError unless MLX can quantize so."""
+    for name, choices in (("bits", BITS), ("group_size", GROUP_SIZES)):
+        value = settings.get(name) if isinstance(settings, dict) else settings
+        if type(value) is not int or value not in choices or len(settings) != 2:
+            raise ValueError(
+                f"quantization must give bits and group_size, q_{name} of {choices}, "
+                f"got {value!r}."
+            )

@@ -1,0 +1,94 @@
+"""What a take starts with: the codes of a sound, or codes that were kept.
+
+    codes = encode_prompt(model, audio, frames=400)  # (N, C) -> (1, T, K)
+
+Needs audio.py beside it, and a MusicGen.
+"""
+
+import math
+import warnings
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from audio import check_samples
+
+if TYPE_CHECKING:
+    from musicgen import MusicGen
+
+
+def start_with(
+    model: "MusicGen",
+    audio: mx.array | None,
+    codes: mx.array | None,
+    duration: float,
+) -> mx.array:
+    """Codes (1, T, K) of a sound (N, C), or those that are given.
+
+    Raises ValueError for both, and for as much as the take of `duration` seconds.
+    """
+    if audio is not None and codes is not None:
+        raise ValueError("audio_prompt and codes_prompt must not come together.")
+    frames = int(duration * model.frame_rate)
+    if codes is not None:
+        return check_prompt(model, codes, frames)
+    return encode_prompt(model, audio, frames)
+
+
+def encode_prompt(model: "MusicGen", audio: mx.array, frames: int) -> mx.array:
+    """Codes (1, T, K) of a sound (N, C), mono or stereo, at the model's rate.
+
+    Raises ValueError for another shape, NaN, or `frames` frames or more.
+    """
+    K, C = model.config.decoder.num_codebooks, model.channels
+    audio = check_samples("audio_prompt", audio, channels=2)
+    hop, rate = model.config.audio_encoder.hop_length, model.sampling_rate
+    if len(audio) > (frames - 1) * hop:
+        raise ValueError(
+            f"The audio prompt is {len(audio) / rate:g} s long, but the duration is "
+            f"{frames * hop / rate:g} s: give a longer duration or a shorter prompt."
+        )
+    if mx.abs(audio).max() < 1e-4:
+        warnings.warn("The audio prompt is silent; the music may be, too.")
+    audio = audio.mean(axis=1, keepdims=True) if C == 1 else audio
+    audio = mx.broadcast_to(audio, (len(audio), C))
+    ((codes, _),) = model.audio_encoder.encode(audio.T[..., None])  # (C, T, K / C)
+    return codes.transpose(1, 2, 0).reshape(1, -1, K).astype(mx.uint32)
+
+
+def prompt_frames(model: "MusicGen", audio: mx.array | None) -> int:
+    """Frames that a sound (N, C) takes; none for None."""
+    hop = model.config.audio_encoder.hop_length
+    return 0 if audio is None else math.ceil(len(audio) / hop)
+
+
+def check_prompt(model: "MusicGen", codes: mx.array, frames: int) -> mx.array:
+    """Codes (1, T, K) that a take of `frames` frames can start with, else ValueError."""
+    if codes.ndim != 3 or len(codes) != 1:
+        raise ValueError(f"codes_prompt must be codes (1, T, K), got {codes.shape}.")
+    T, rate = codes.shape[1], model.frame_rate
+    if T > 0:
+        check_codes(model, codes)
+    if T >= frames:
+        raise ValueError(
+            f"The codes are {T / rate:g} s long already, but the duration is "
+            f"{frames / rate:g} s: give a longer duration."
+        )
+    return codes
+
+
+def check_codes(model: "MusicGen", codes: mx.array) -> None:
+    """Raise ValueError unless codes (B, T, K) can be this model's."""
+    config = model.config.decoder
+    if (
+        codes.ndim != 3
+        or not mx.issubdtype(codes.dtype, mx.integer)
+        or codes.shape[2] != config.num_codebooks
+        or codes.size == 0
+        or codes.min().item() < 0
+        or codes.max().item() >= config.vocab_size
+    ):
+        raise ValueError(
+            f"The codes must be of {config.num_codebooks} codebooks with "
+            f"{config.vocab_size} entries, as this model's are; they are not."
+        )

@@ -1,0 +1,281 @@
+"""Published checkpoints: audiocraft's and transformers' folders -> our config and names.
+
+audiocraft's layout is two `.bin` files beside T5 and, where the codec is only named, the
+codec; transformers' a `config.json` with all weights. Needs audiocraft.py, torch_file.py,
+encodec.py, encodec_files.py and t5.py beside it, and the file of a conditioner that a model has.
+
+    path, settings, weights, tokenizer, read_text_encoder = read(Path("musicgen-small"))
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from safetensors import SafetensorError, safe_open
+
+import audiocraft
+import encodec_files
+from encodec import Encodec
+from t5 import T5, Tokenizer
+
+T5_REPO = "google-t5/t5-base"
+WEIGHTS = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+Weights = dict[str, mx.array]
+
+
+class Published(NamedTuple):
+    """What a published folder holds."""
+
+    path: Path  # of the config, or of audiocraft's decoder
+    settings: dict[str, Any]  # as in our config.json
+    weights: Weights  # by our names
+    tokenizer: Tokenizer
+    read_text_encoder: Callable[[], Weights]  # T5's weights once more
+
+
+def read(folder: Path) -> Published:
+    """Read a folder of either layout. Raises ValueError or OSError naming the file,
+    tensor or key and what to do.
+
+    A clone of a published repository has both layouts, and then transformers' needs no
+    T5 from elsewhere.
+    """
+    other = [folder / "config.json", folder / "spiece.model"]
+    complete = all(path.is_file() for path in other) and find_weights(folder)
+    has_t5 = (folder / T5_REPO.split("/")[1]).is_dir()
+    if (folder / audiocraft.FILES[0]).is_file() and (has_t5 or not complete):
+        return read_audiocraft(folder)
+    return read_transformers(folder)
+
+
+def under(prefix: str, weights: Weights | nn.Module) -> Weights:
+    """Weights, or those of a module, with a prefix before their names."""
+    if isinstance(weights, nn.Module):
+        weights = dict(tree_flatten(weights.parameters()))
+    return {f"{prefix}.{name}": weight for name, weight in weights.items()}
+
+
+# audiocraft's layout
+
+
+def read_audiocraft(folder: Path) -> Published:
+    path = folder / audiocraft.FILES[0]
+    package = audiocraft.read_decoder(path)
+    place = find_t5(path, package.cfg)
+    try:
+        text_encoder, tokenizer = T5.from_pretrained(place)
+    except OSError as error:
+        local = folder / place.name if isinstance(place, Path) else place.split("/")[-1]
+        raise OSError(
+            f"{folder} needs T5 in {Path(local).name}/ or from the Hub: {error}"
+        )
+    codec = Encodec.from_pretrained(folder)
+    try:
+        settings = {
+            "model_type": "musicgen",
+            "decoder": package.config,
+            "text_encoder": asdict(text_encoder.config),
+            "audio_encoder": asdict(codec.config),
+            "max_duration": float(package.cfg.get("dataset.segment_duration", 30)),
+        }
+        weights = under("decoder", package.decoder)
+        weights |= under("text_encoder", text_encoder) | under("audio_encoder", codec)
+        has_sound = package.config["prefix_width"] > 0
+        audiocraft.check_conditions(package.cfg, has_sound)
+        if has_sound:
+            settings["conditioner"], learned = read_conditioner(package, folder)
+            weights |= under("conditioner", learned)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not load: {error}") from error
+    read_text = lambda: dict(  # noqa: E731
+        tree_flatten(T5.from_pretrained(place)[0].parameters())
+    )
+    return Published(path, settings, weights, tokenizer, read_text)
+
+
+def find_t5(path: Path, cfg: dict[str, Any]) -> Path | str:
+    """The text encoder that `cfg` names: a folder beside the file, else the Hub id."""
+    name = cfg.get("conditioners.description.t5.name", "t5-base")
+    if not isinstance(name, str) or not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):
+        raise ValueError(f"{path} names a T5 that cannot be.")
+    local = path.with_name(name.split("/")[-1])
+    return local if local.is_dir() else name if "/" in name else f"google-t5/{name}"
+
+
+def read_conditioner(
+    package: audiocraft.Package, folder: Path
+) -> tuple[dict[str, Any], Weights]:
+    """The settings of the conditioner of a sound, and what it has learned."""
+    unsaid = "style" if package.conditioner else "chroma_stem"
+    kind = package.cfg.get("conditioners.self_wav.model", unsaid)
+    if kind == "chroma_stem":
+        return audiocraft.melody_settings(package.cfg, package.window), {}
+    if kind != "style":
+        raise ValueError(f"self_wav must be chroma_stem or style, got {kind}")
+    from style import StyleConditioner
+
+    weights = StyleConditioner.sanitize(package.conditioner)
+    settings = audiocraft.style_settings(weights, package.cfg) | {"mert": None}
+    if settings["encodec_n_q"] == 0:
+        mert = read_mert(folder)
+        settings["mert"] = asdict(mert.config)
+        weights |= under("mert", mert)
+    return settings, weights
+
+
+def read_mert(folder: Path) -> nn.Module:
+    """From `MERT-v1-95M/` in the folder, else from the Hub."""
+    from mert import MERT, REPO
+
+    local = folder / REPO.split("/")[1]
+    try:
+        return MERT.from_pretrained(local if local.is_dir() else REPO)
+    except OSError as error:
+        raise OSError(f"{folder} needs MERT in {local.name}/ or from the Hub: {error}")
+
+
+# transformers' layout
+
+
+def read_transformers(folder: Path) -> Published:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} must hold {' and '.join(audiocraft.FILES)}, or config.json "
+            "with weights and spiece.model, but has neither."
+        )
+    settings = read_json(path)
+    warn_of_heads(path, settings)
+    if not (folder / "spiece.model").is_file():
+        raise FileNotFoundError(
+            f"{folder} must hold spiece.model; take that of {T5_REPO}."
+        )
+    tokenizer = Tokenizer(folder / "spiece.model")
+    try:
+        if settings.get("model_type") == "musicgen_melody":
+            settings |= read_extractor(folder, settings)
+        weights = sanitize(read_weights(folder))
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} does not load: {error}") from error
+
+    def read_text_encoder() -> Weights:
+        prefix = "text_encoder."
+        weights = {
+            name.removeprefix(prefix): weight
+            for name, weight in read_weights(folder).items()
+            if name.startswith(prefix)
+        }
+        return T5.sanitize(weights)
+
+    return Published(path, settings, weights, tokenizer, read_text_encoder)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a file. Raises ValueError when it holds none."""
+    try:
+        settings = json.loads(path.read_text())
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path} does not load: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold an object, got {settings!r:.40}")
+    return settings
+
+
+def read_extractor(folder: Path, settings: dict) -> dict[str, Any]:
+    """What transformers' feature extractor says of a melody, if its file is there."""
+    from melody import extractor_settings
+
+    path = folder / "preprocessor_config.json"
+    return extractor_settings(read_json(path) if path.is_file() else {}, settings)
+
+
+def warn_of_heads(path: Path, settings: dict) -> None:
+    """Shapes do not show the heads, and every published model's are 64 wide."""
+    decoder = settings.get("decoder")
+    decoder = decoder if isinstance(decoder, dict) else {}
+    heads, D = decoder.get("num_attention_heads"), decoder.get("hidden_size")
+    if isinstance(heads, int) and isinstance(D, int) and D >= 1024 and heads != D // 64:
+        warnings.warn(
+            f"{path} gives {heads} attention heads for a hidden size of {D}; the "
+            f"published models have {D // 64}. If the sound is noise, correct it."
+        )
+
+
+def find_weights(folder: Path) -> Path | None:
+    """The first of WEIGHTS that is there."""
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+
+
+def read_weights(folder: Path) -> Weights:
+    """All tensors of `model.safetensors`, `pytorch_model.bin`, or their shards."""
+    path = find_weights(folder)
+    if path is None:
+        raise FileNotFoundError(
+            f"{folder} must hold model.safetensors or pytorch_model.bin, or their "
+            "shards and index, but has neither."
+        )
+    if path.suffix != ".json":
+        return read_file(path)
+    shards = [read_file(folder / shard) for shard in read_index(path)]
+    return {name: weight for shard in shards for name, weight in shard.items()}
+
+
+def read_index(path: Path) -> list[str]:
+    """Names of the shards beside the index `path`."""
+    try:
+        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        if any(Path(shard).name != shard for shard in shards):
+            raise ValueError("it names a file outside its folder")
+        if not all(shard.endswith((".bin", ".safetensors")) for shard in shards):
+            raise ValueError("it names a file that is neither safetensors nor .bin")
+    except (
+        AttributeError,
+        KeyError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise ValueError(f"{path} is damaged, fetch it again: {error!r}") from error
+    return shards
+
+
+def read_file(path: Path) -> Weights:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, though the index names it.")
+    if path.suffix == ".bin":
+        from torch_file import load_state
+
+        return load_state(path)
+    try:
+        with safe_open(path, "numpy"):  # checks the header as mx.load does not
+            return mx.load(str(path))
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged, fetch it again: {error}") from error
+
+
+def sanitize(weights: Weights) -> Weights:
+    """Names and layouts of a whole model, transformers' -> ours."""
+    parts = {
+        "text_encoder": T5.sanitize,
+        "audio_encoder": encodec_files.sanitize,
+        "decoder": audiocraft.name_decoder,
+    }
+    grouped = {part: {} for part in parts}
+    for name, weight in weights.items():
+        part, _, rest = name.partition(".")
+        if part in parts:
+            grouped[part][rest] = weight
+        else:
+            grouped["decoder"][name] = weight
+    named = {part: parts[part](own) for part, own in grouped.items()}
+    return {k: w for part, own in named.items() for k, w in under(part, own).items()}

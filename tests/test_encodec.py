@@ -1,0 +1,280 @@
+"""The codec: codes, samples, and decoding in pieces."""
+
+import io
+import json
+import shutil
+from contextlib import redirect_stderr, redirect_stdout
+from unittest.mock import patch
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import soundfile
+from common import EXPECTED, REFERENCE, Test, expected, last
+from mlx.utils import tree_flatten
+
+import convert
+import encodec
+from encodec import Encodec, EncodecConfig, save_audio
+
+
+class TestEncodec(Test):
+    def test_encode_and_decode(self):
+        for name in ("encodec_24khz", "encodec_32khz", "encodec_48khz"):
+            model, want = Encodec.from_pretrained(REFERENCE / name), expected(name)
+            for bandwidth in EXPECTED[name]["bandwidths"]:
+                with self.subTest(name, bandwidth=bandwidth):
+                    chunks = model.encode(last(want["audio"]), bandwidth)
+                    codes = want[f"codes_{bandwidth}"]
+                    self.assertEqual(len(chunks), len(codes))
+                    for i, (got, scale) in enumerate(chunks):
+                        self.assertSame(last(got), codes[i, ..., : got.shape[1]])
+                        if scale is not None:
+                            scales = want[f"scales_{bandwidth}"][i]
+                            self.assertClose(scale[..., 0], scales)
+                    audio = model.decode(chunks)
+                    self.assertClose(last(audio), want[f"decoded_{bandwidth}"])
+
+    def test_audio_shorter_than_its_padding(self):
+        for name in ("encodec_24khz", "encodec_32khz", "encodec_48khz"):
+            model, want = Encodec.from_pretrained(REFERENCE / name), expected(name)
+            bandwidth = model.config.target_bandwidths[-1]
+            chunks = model.encode(last(want["short_audio"]), bandwidth)
+            self.assertSame(last(chunks[0][0]), want["codes_short"][0])
+            self.assertClose(last(model.decode(chunks)), want["decoded_short"])
+
+    def test_audiocraft(self):
+        model = Encodec.from_pretrained(REFERENCE / "mono-audiocraft")
+        self.assertEqual(model.config.pad_mode, "constant")  # as its xp.cfg says
+        want = expected("mono-audiocraft")
+        for kind in ("", "short_"):
+            ((codes, _),) = model.encode(last(want[f"{kind}audio"]))
+            self.assertSame(last(codes), want[f"{kind}codes"])
+            self.assertClose(last(model.decode_chunk(codes)), want[f"{kind}decoded"])
+
+    def test_sanitize_twice(self):
+        for name in ("encodec_24khz", "encodec_32khz", "encodec_48khz"):
+            weights = mx.load(str(REFERENCE / name / "model.safetensors"))
+            once = Encodec.sanitize(weights)
+            twice = Encodec.sanitize(once)
+            self.assertEqual(once.keys(), twice.keys())
+            self.assertTrue(all(mx.array_equal(once[k], twice[k]) for k in once))
+
+    def test_float32_always(self):
+        folder = self.copy("encodec_32khz")
+        path = str(folder / "model.safetensors")
+        weights = {k: w.astype(mx.float16) for k, w in mx.load(path).items()}
+        mx.eval(weights)
+        mx.save_safetensors(path, weights)
+        model = Encodec.from_pretrained(folder)
+        for spelling in (
+            model,
+            Encodec.sanitize(dict(tree_flatten(model.parameters()))),
+        ):
+            tree = spelling if isinstance(spelling, dict) else spelling.parameters()
+            self.assertEqual({w.dtype for _, w in tree_flatten(tree)}, {mx.float32})
+
+    def test_strict_where_tensors_are_merged(self):
+        gain = "decoder.layers.0.conv.parametrizations.weight.original0"
+        bias = "encoder.layers.13.lstm.bias_hh_l0"
+        for change, pattern in (
+            (lambda w: w.pop(gain), "decoder.layers.0.conv.weight_g must have"),
+            (
+                lambda w: w.update({gain: w[gain].reshape(1, -1, 1)}),
+                "weight_g must have",
+            ),
+            (lambda w: w.pop(bias), "lstm.bias_hh_l0 must have"),
+            (lambda w: w.update({bias: mx.zeros(1)}), "lstm.bias_hh_l0 must have"),
+            (
+                lambda w: w.update({"encoder.layers.13.lstm.foo_l0": mx.zeros(1)}),
+                "foo_l0",
+            ),
+            (
+                lambda w: w.update({bias: w[bias].astype(mx.int32)}),
+                "bias_hh_l0 must hold floats",
+            ),
+        ):
+            with self.subTest(pattern):
+                folder = self.copy("encodec_32khz")
+                path = str(folder / "model.safetensors")
+                weights = mx.load(path)
+                mx.eval(weights)
+                change(weights)
+                mx.save_safetensors(path, weights)
+                with self.assertRaisesRegex(ValueError, pattern):
+                    Encodec.from_pretrained(folder)
+                shutil.rmtree(folder)
+
+    def test_transposed_convolution(self):
+        for causal, out_channels, stride in ((True, 3, 4), (False, 2, 5)):
+            config = EncodecConfig(use_causal_conv=causal)
+            layer = encodec.ConvTranspose1d(config, 6, out_channels, stride)
+            layer.conv.bias = mx.random.normal((out_channels,))
+            x = mx.random.normal((2, 7, 6))
+            plain = mx.conv_transpose1d(
+                x, layer.conv.weight.transpose(1, 0, 2), stride=stride
+            )
+            right = stride if causal else stride // 2
+            plain = plain[:, stride - right : plain.shape[1] - right]
+            self.assertClose(layer(x), plain + layer.conv.bias, 1e-5)
+
+    def test_lstm(self):
+        mx.random.seed(0)
+        layer, x = encodec.LSTMLayer(6, 6), mx.random.normal((2, 9, 6))
+        whole = nn.LSTM.__call__(layer, x)[0]
+        self.assertClose(layer(x)[0], whole, 1e-6)
+        first, state = layer(x[:, :4])
+        rest, _ = layer(x[:, 4:], state)
+        self.assertClose(mx.concatenate([first, rest], axis=1), whole, 1e-6)
+
+    def test_stream_equals_the_whole(self):
+        rng = np.random.default_rng(0)
+        for name in ("encodec_24khz", "encodec_32khz"):
+            model = Encodec.from_pretrained(REFERENCE / name)
+            K = model.config.num_codebooks()
+            for T in (1, 2, 4, 7, 23, 60):
+                codes = mx.array(rng.integers(0, 64, (5, T, K)))
+                whole = model.decoder(model.quantizer.decode(codes))
+                for _ in range(4):
+                    cuts = sorted(rng.integers(0, T + 1, rng.integers(0, 5)).tolist())
+                    stream = model.stream()
+                    pieces = [
+                        stream.push(codes[:, start:stop], last=stop is None)
+                        for start, stop in zip([0, *cuts], [*cuts, None])
+                    ]
+                    audio = mx.concatenate(pieces, axis=1)
+                    self.assertClose(audio, whole, 1e-5)
+
+    def test_upsampling_in_pieces(self):
+        for name in ("encodec_24khz", "encodec_32khz"):
+            model = Encodec.from_pretrained(REFERENCE / name)
+            x = mx.random.normal((2, 23, 32))
+            whole = x
+            for layer in model.decoder.layers[2:]:
+                whole = layer(whole)
+            for frames in (1, 3, 4, 22, 100):
+                upsample = encodec.make_upsampler(model, 2, 2 * frames)
+                self.assertClose(upsample(x, last=True), whole, 1e-5)
+
+    def test_reach_is_exact(self):
+        # changing a frame changes no sample out of reach, but the last one within
+        for name in ("encodec_24khz", "encodec_32khz"):
+            model = Encodec.from_pretrained(REFERENCE / name)
+            before, after = encodec.upsampling_reach(model.config)
+            hop, x = model.config.hop_length, mx.random.normal((1, 15, 32))
+            changed = x + mx.where(mx.arange(15)[:, None] == 7, 1.0, 0.0)
+
+            def decode(x: mx.array) -> mx.array:
+                for layer in model.decoder.layers[2:]:
+                    x = layer(x)
+                return x
+
+            different = np.abs(np.array(decode(x) - decode(changed)))[0, :, 0] > 0
+            (places,) = np.nonzero(different)
+            self.assertGreaterEqual(places.min(), 7 * hop - after)
+            self.assertLess(places.max(), 8 * hop + before)
+            self.assertLessEqual(places.min(), 7 * hop - after + 1)
+        self.assertEqual(encodec.upsampling_reach(EncodecConfig())[1], 482)
+
+    def test_streams_are_made_once(self):
+        first, again = (encodec.parallel_streams() for _ in range(2))
+        self.assertEqual(first, again)
+        self.assertEqual(len(first), 2 if mx.default_device() == mx.cpu else 1)
+
+    def test_group_norm_cannot_stream(self):
+        model = Encodec.from_pretrained(REFERENCE / "encodec_48khz")
+        with self.assertRaisesRegex(ValueError, "cannot decode a stream"):
+            model.stream()
+
+    def test_settings_of_the_bin_are_heeded(self):
+        package = convert.load_torch(
+            REFERENCE / "mono-audiocraft/compression_state_dict.bin"
+        )
+        weights = Encodec.sanitize(package["best_state"])
+        for name, value, field, found in (
+            ("seanet.causal", "true", "use_causal_conv", True),
+            ("seanet.dilation_base", "3", "dilation_growth_rate", 3),
+            ("seanet.pad_mode", "constant", "pad_mode", "constant"),
+            ("encodec.renormalize", "true", "normalize", True),
+            ("sample_rate", "16000", "sampling_rate", 16000),
+        ):
+            config = encodec.audiocraft_config(weights, {name: value})
+            self.assertEqual(getattr(config, field), found)
+            published = encodec.audiocraft_config(weights, {})
+            self.assertNotEqual(getattr(published, field), found)
+        with self.assertRaisesRegex(ValueError, "seanet.causal must be true or false"):
+            encodec.audiocraft_config(weights, {"seanet.causal": "maybe"})
+
+    def test_silence(self):
+        model = Encodec.from_pretrained(REFERENCE / "encodec_48khz")
+        chunk = model.encode(mx.zeros((1, 4000, 2)))[0]
+        self.assertClose(1e8 * chunk.scale, mx.ones((1, 1, 1)), 1e-5)
+        self.assertLess(mx.abs(model.decode([chunk])).max().item(), 1e-6)
+
+    def test_default_bandwidth_is_the_smallest(self):
+        model = Encodec.from_pretrained(REFERENCE / "encodec_24khz")
+        audio = mx.random.normal((1, 4000, 1))
+        smallest = min(model.config.target_bandwidths)
+        self.assertSame(
+            model.encode(audio)[0].codes, model.encode(audio, smallest)[0].codes
+        )
+
+    def test_bad_config(self):
+        for change, pattern in (
+            ({"upsampling_ratios": "abc"}, "upsampling_ratios must be a list"),
+            ({"upsampling_ratios": [0, 1]}, "upsampling_ratios must be from 1"),
+            ({"upsampling_ratios": []}, "upsampling_ratios must have 1"),
+            ({"target_bandwidths": []}, "target_bandwidths must have 1"),
+            ({"target_bandwidths": [1000]}, "at most 128 codebooks"),
+            ({"sampling_rate": 0}, "sampling_rate must be"),
+            ({"sampling_rate": "x"}, "sampling_rate must be"),
+            ({"codebook_size": 0}, "codebook_size must be"),
+            ({"overlap": 1}, "overlap must be"),
+            ({"chunk_length_s": 1e-9}, "chunk_length_s must be"),
+            ({"num_filters": 10**12}, "num_filters must be"),
+            ({"num_filters": None}, "num_filters must be"),
+            ({"pad_mode": "edge"}, "pad_mode must be one of"),
+            ({"normalize": "yes"}, "normalize must be one of"),
+        ):
+            with self.subTest(change):
+                folder = self.copy("encodec_48khz")
+                path = folder / "config.json"
+                path.write_text(json.dumps(json.loads(path.read_text()) | change))
+                with self.assertRaisesRegex(ValueError, f"Codec {folder}.*{pattern}"):
+                    Encodec.from_pretrained(folder)
+                shutil.rmtree(folder)
+        folder = self.copy("encodec_48khz")
+        for text in ("[]", "{", "[" * 100_000):
+            (folder / "config.json").write_text(text)
+            with self.assertRaisesRegex(ValueError, "config.json (must|is no JSON)"):
+                Encodec.from_pretrained(folder)
+
+    def test_bad_input(self):
+        model = Encodec.from_pretrained(REFERENCE / "encodec_24khz")
+        for shape in ((1, 0, 1), (1, 100, 2), (100, 1)):
+            with self.assertRaisesRegex(ValueError, "audio must have the shape"):
+                model.encode(mx.zeros(shape))
+        with self.assertRaisesRegex(ValueError, "bandwidth must be one of"):
+            model.encode(mx.zeros((1, 100, 1)), bandwidth=5)
+
+    def test_script(self):
+        source, target = self.folder / "in.wav", self.folder / "out.flac"
+        save_audio(source, 0.1 * mx.random.normal((9000, 1)), 44100)
+        model = str(REFERENCE / "encodec_48khz")
+        arguments = ["encodec.py", str(source), str(target), "--model", model]
+        with patch("sys.argv", arguments + ["--bandwidth", "3.6"]):
+            with redirect_stdout(io.StringIO()):
+                encodec.main()
+        audio, rate = soundfile.read(target)
+        self.assertEqual((audio.shape, rate), ((9000 * 480 // 441, 2), 48000))
+        with patch("sys.argv", arguments + ["--bandwidth", "99"]):
+            with self.assertRaisesRegex(SystemExit, "bandwidth must be one of"):
+                encodec.main()
+        for name, status in (("out.xyz", "2"), ("no/out.wav", "must exist")):
+            arguments[2] = str(self.folder / name)
+            with patch("sys.argv", arguments), patch("encodec.demo") as demo:
+                with redirect_stderr(io.StringIO()) as err:
+                    with self.assertRaisesRegex(SystemExit, status):
+                        encodec.main()
+            demo.assert_not_called()
+            self.assertLessEqual(err.getvalue().count("\n"), 1)

@@ -1,0 +1,208 @@
+"""generate.py's command line."""
+
+import re
+import subprocess
+import sys
+import warnings
+from unittest.mock import patch
+
+import mlx.core as mx
+import numpy as np
+import soundfile
+from common import REFERENCE, ROOT, ScriptTest
+
+import generate
+import jobs
+import loudness as loudness_script
+import musicgen
+import settings
+from encodec import save_audio
+from musicgen import MusicGen
+
+
+class TestCommandLine(ScriptTest):
+    model = str(REFERENCE / "stereo-audiocraft")
+
+    def test_end_to_end(self):
+        output = self.folder / "music.wav"
+        command = [sys.executable, "generate.py", "-p", "drums", "--model", self.model]
+        command += ["--duration", "0.5", "--seed", "4", "--output", str(output)]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertRegex(
+            result.stdout, r"^.*music.wav: 0.50 s of audio in .* seed 4\n$"
+        )
+        self.assertIn("28/28", result.stderr)  # 25 frames and 3 steps of delay
+        audio, rate = soundfile.read(output)
+        self.assertEqual((audio.shape, rate), ((16000, 2), 32000))
+        model = MusicGen.from_pretrained(self.model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            save_audio(
+                self.folder / "same.wav",
+                model.generate("drums", duration=0.5, seed=4)[0],
+                32000,
+            )
+        same, _ = soundfile.read(self.folder / "same.wav")
+        self.assertSame(audio, same)
+        told = settings.read_settings(output)
+        wanted = dict(prompt="drums", seed=4, duration=0.5, model=self.model, top_k=250)
+        self.assertEqual({name: told[name] for name in wanted}, wanted)
+
+    def test_flags_reach_the_model(self):
+        output = self.folder / "out.wav"
+        flags = "--duration 0.1 --temp 0.5 --top-k 9 --top-p 0.7 --guidance-coef 2"
+        arguments = ["-p", "a", "--output", output, "--model", self.model]
+        seeds = []
+
+        sound = self.folder / "sound.wav"
+        save_audio(sound, 0.1 * mx.random.normal((3200, 1)), 16000)
+        flags += " --negative-prompt b --extend-stride 7 --prompt-start 0.1"
+        flags += " --prompt-length 0.05 --takes 2"
+        arguments += ["--audio-prompt", sound]
+
+        def generate_codes(model, prompts, seed, **options):
+            seeds.append(seed[0])
+            self.assertEqual(seed[1], seed[0] + 1)
+            self.assertEqual(model.decoder.dtype, mx.bfloat16)
+            self.assertEqual(options.pop("audio_prompt").shape, (1600, 2))
+            del options["callback"], options["stop"]
+            want = dict(
+                melody=None,
+                separate=False,
+                temp=0.5,
+                top_k=9,
+                top_p=0.7,
+                guidance_coef=2,
+            )
+            want |= dict(negative_prompt="b", extend_stride=7, batch_size=2)
+            want |= dict(duration=0.1, codes_prompt=None, style=None)
+            want |= dict.fromkeys(musicgen.STYLE_OPTIONS)
+            self.assertEqual((prompts, options), (["a", "a"], want))
+            return mx.zeros((2, 5, 8), mx.int32)
+
+        arguments += flags.split() + ["--dtype", "bfloat16"]
+        with patch.object(MusicGen, "generate_codes", generate_codes):
+            for _ in range(2):
+                self.assertEqual(self.run_script(*arguments)[0], 0)
+        self.assertNotEqual(*seeds)
+
+    def test_warnings_take_one_line(self):
+        loud = mx.full((1, 640, 2), 3.0)
+        with patch.object(MusicGen, "decode", return_value=loud):
+            output = ["--output", self.folder / "out.wav", "--duration", "0.02"]
+            _, _, err = self.run_script("-p", "a", "--model", self.model, *output)
+        self.assertRegex(err, r"(?m)^(.*\r)?generate.py: warning: .*scaled down.*$")
+
+    def test_interrupt(self):
+        with patch("generate.run", side_effect=KeyboardInterrupt):
+            self.assertEqual(self.run_script("-p", "a", "--model", self.model)[0], 130)
+
+    def test_wrong_command_lines(self):
+        good = ["--prompt", "a", "--output", self.folder / "out.wav"]
+        for bad, pattern in (
+            (["--duration", "0"], "duration must"),
+            (["--duration", "-3"], "duration must"),
+            (["--duration", "nan"], "duration must"),
+            (["--duration", "0.001"], "duration must be at least a frame"),
+            (["--duration", "x"], "duration: invalid"),
+            (["--top-k", "0"], "top_k must"),
+            (["--top-k", "2049"], "top_k must"),
+            (["--top-p", "1.5"], "top_p must"),
+            (["--top-p", "-1"], "top_p must"),
+            (["--temp", "-1"], "temp must"),
+            (["--guidance-coef", "nan"], "guidance_coef must"),
+            (["--seed", "-1"], "seed must"),
+            (["--dtype", "int8"], "invalid choice"),
+            (["--nonsense"], "unrecognized"),
+            (["--model", "smal"], "must be one of small"),
+            (["--model", "sm\nal"], "must be one of small"),
+            (["--model", ""], "must be one of small"),
+            (["--model", "a" * 300], "must be one of small"),
+            (["--output", "out.xyz"], "must end in one of"),
+        ):
+            with self.subTest(bad):
+                status, out, err = self.run_script(*good, *bad)
+                self.assertEqual((status, out), (2, ""))
+                self.assertRegex(err, rf"^generate.py: error: .*{pattern}.*\n$")
+        self.assertEqual(self.run_script()[0], 2)
+
+    def test_what_else_goes_wrong(self):
+        empty = self.folder / "empty"
+        empty.mkdir()
+        damaged = self.copy("stereo-audiocraft")
+        (damaged / "state_dict.bin").write_bytes(b"PK\x03\x04 and nothing more")
+        for arguments, pattern in (
+            (["--output", self.folder / "no/out.wav"], "must exist"),
+            (["--output", empty / ".wav" / "x.wav"], "must exist"),
+            (["--model", empty], "must hold state_dict.bin"),
+            (["--model", damaged], "state_dict.bin is not a checkpoint"),
+        ):
+            with self.subTest(pattern):
+                output = ["--output", self.folder / "out.wav", "--prompt", "a"]
+                status, out, err = self.run_script(*output, *arguments)
+                self.assertEqual((status, out), (1, ""))
+                self.assertRegex(err, rf"^generate.py: error: .*{pattern}.*\n$")
+        self.assertFalse((self.folder / "out.wav").exists())
+
+    def test_help_names_every_unit(self):
+        status, out, _ = self.run_script("--help")
+        self.assertEqual(status, 0)
+        for flag in (
+            "--prompt",
+            "--model",
+            "--duration",
+            "--temp",
+            "--top-k",
+            "--top-p",
+            "--guidance-coef",
+            "--seed",
+            "--output",
+            "--dtype",
+        ):
+            self.assertIn(flag, out)
+        self.assertIn("seconds", out)
+
+    def test_level(self):
+        output = self.folder / "out.wav"
+        arguments = ["-p", "a", "--model", self.model, "--duration", "1"]
+        arguments += ["--output", output]
+        self.run_script(*arguments, "--loudness", "-30")
+        audio, rate = soundfile.read(output)
+        got = loudness_script.integrated_loudness(audio, rate)
+        self.assertAlmostEqual(got, -30, delta=0.05)
+        self.run_script(*arguments, "--peak", "-6")
+        audio, _ = soundfile.read(output)
+        self.assertAlmostEqual(np.abs(audio).max(), 10 ** (-6 / 20), 3)
+        for bad, pattern in (
+            (["--loudness", "3"], "loudness must"),
+            (["--peak", "nan"], "peak must"),
+            (["--peak", "-1", "--loudness", "-14"], "together"),
+        ):
+            status, _, err = self.run_script(*arguments, *bad)
+            self.assertEqual(status, 2)
+            self.assertRegex(err, f"^generate.py: error: .*{pattern}.*\n$")
+
+    def test_report(self):
+        job = jobs.make_job(dict(prompt="a", seed=4, output="out.wav"))
+        for batch, told in (
+            (1, "8.00 s of audio in 4.0 s, 2.00 times real time, seed 4"),
+            (3, "8.00 s of audio in 4.0 s (3 at once), 6.00 times"),
+        ):
+            line = generate.describe(jobs.Made(job, 8.0, 4.0, batch))
+            self.assertRegex(line, f"^out.wav: {re.escape(told)}")
+
+    def test_takes_are_numbered(self):
+        arguments = ["-p", "drums", "-p", "piano", "--takes", "2", "--seed", "5"]
+        arguments += ["--output", self.folder / "out.flac"]
+        common = ["--duration", "0.1", "--dtype", "float32", "--model", self.model]
+        status, out, err = self.run_script(*arguments, *common)
+        self.assertEqual(status, 0, err)
+        names = [f"out-{i}.flac" for i in range(1, 5)]
+        self.assertEqual(sorted(p.name for p in self.folder.iterdir()), names)
+        self.assertEqual(out.count("\n"), 4)
+        alone = ["-p", "piano", "--seed", "8"]
+        self.run_script(*alone, "--output", self.folder / "alone.flac", *common)
+        same = [self.folder / name for name in ("out-4.flac", "alone.flac")]
+        sounds = [mx.array(soundfile.read(path)[0]) for path in same]
+        self.assertClose(*sounds, 1e-4)  # a GPU rounds otherwise in a batch

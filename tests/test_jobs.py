@@ -1,0 +1,317 @@
+"""Files of prompts."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from unittest.mock import Mock, patch
+
+import mlx.core as mx
+import numpy as np
+import soundfile
+from common import REFERENCE, ScriptTest
+
+import generate
+import jobs
+import musicgen
+from encodec import save_audio
+from musicgen import MusicGen
+
+
+class TestJobs(ScriptTest):
+    model = str(REFERENCE / "stereo-audiocraft")
+    settings = dict(seed=3, output="out.wav", duration=0.1)
+
+    def lines(self, *lines: str) -> Path:
+        path = self.folder / "prompts.txt"
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    def script(self, path: Path, *more: str) -> tuple[int, str, str]:
+        arguments = ["--prompts", path, "--output", self.folder / "out.wav"]
+        arguments += ["--duration", "0.1", "--seed", "3", "--model", self.model]
+        return self.run_script(*arguments, "--dtype", "float32", *more)
+
+    def found(self) -> list[str]:
+        return sorted(path.name for path in self.folder.glob("*.wav"))
+
+    def contents(self) -> dict[str, str]:
+        sounds = {name: self.folder / name for name in self.found()}
+        digest = hashlib.sha256
+        return {n: digest(p.read_bytes()).hexdigest() for n, p in sounds.items()}
+
+    def test_plain_text(self):
+        planned = jobs.plan_file(self.lines("drums", "", "  piano "), self.settings)
+        told = [(job.prompt, job.seed, str(job.output), job.line) for job in planned]
+        self.assertEqual(
+            told, [("drums", 3, "out-1.wav", 1), ("piano", 4, "out-2.wav", 3)]
+        )
+
+    def test_json_lines(self):
+        path = self.lines(
+            '{"prompt": "a", "guidance": 2, "top-k": 9, "seed": 8}',
+            '{"prompt": "", "output": "b.flac", "duration": 40, "audio_prompt": "s.wav"}',
+        )
+        first, second = jobs.plan_file(path, self.settings)
+        self.assertEqual((first.seed, str(first.output)), (8, "out-1.wav"))
+        want = musicgen.Options(duration=0.1, guidance_coef=2, top_k=9)
+        self.assertEqual(first.options, want)
+        self.assertEqual((second.seed, str(second.output)), (4, "b.flac"))
+        self.assertEqual(second.options.duration, 40)
+        self.assertEqual(second.audio_prompt, jobs.AudioPrompt("s.wav"))
+
+    def test_bad_files(self):
+        for lines, pattern in (
+            ([], "must hold a prompt"),
+            (['{"prompt": "a"}', "[]"], "line 2 must be an object"),
+            (['{"prompt": "a"}', "b"], "line 2 is no JSON"),
+            (["", '{"prompt": "a", "tempo": 3}'], "line 2 has the unknown key 'tempo'"),
+            (['{"seed": 1}'], "line 1 must have a prompt"),
+            (
+                ['{"prompt": "a", "output": "x.wav"}'] * 2,
+                "line 2: its output x.wav is that of line 1",
+            ),
+            (
+                ['{"prompt": "a", "audio_prompt": "b", "prompt_start": "c"}'],
+                "line 1: prompt_start must",
+            ),
+        ):
+            with self.subTest(pattern):
+                status, out, err = self.script(self.lines(*lines))
+                self.assertEqual((status, out), (1, ""))
+                self.assertRegex(err, f"^generate.py: error: .*{pattern}.*\n$")
+        self.assertEqual(self.script(self.folder / "none")[0], 1)
+
+    def test_outputs_are_called_after_the_file(self):
+        path = self.lines("a", "b")
+        arguments = ["generate.py", "--prompts", str(path), "--model", self.model]
+        with patch("sys.argv", [*arguments, "--seed", "1"]):
+            planned = generate.make_jobs(generate.parse_arguments())
+        self.assertEqual(str(planned[1].output), "prompts-2.wav")
+
+    def test_a_first_line_that_fails(self):
+        for bad in (
+            '"duration": "x"',
+            '"duration": null',
+            '"duration": 1e999',
+            '"duration": true',
+            '"extend_stride": "x"',
+            '"prompt_start": 1',
+            '"audio_prompt": "s.wav", "drop_prompt": "no"',
+            f'"output": "{"x" * 300}.wav"',
+            '"output": "a\\u0000b.wav"',
+            '"loudness": "x"',
+        ):
+            with self.subTest(bad):
+                path = self.lines(f'{{"prompt": "a", {bad}}}', '{"prompt": "b"}')
+                status, out, err = self.script(path)
+                self.assertEqual(status, 1)
+                self.assertRegex(err, r"(?m)^(.*\r)?generate.py: error: .*line 1: .*$")
+                self.assertNotIn("Traceback", err)
+                early = "prompt" in bad  # found before any line is made
+                self.assertEqual(self.found(), [] if early else ["out-2.wav"])
+                for made in self.folder.glob("*.wav"):
+                    made.unlink()
+
+    def test_what_is_json_lines(self):
+        array = self.lines('["a"]', '{"prompt": "b"}')
+        with self.assertRaisesRegex(ValueError, "line 1 must be an object"):
+            jobs.plan_file(array, self.settings)
+        marked = self.folder / "marked.txt"
+        text = '\ufeff{"prompt": "a\u2028b"}\r\n'
+        marked.write_bytes(text.encode())
+        (job,) = jobs.plan_file(marked, self.settings)
+        self.assertEqual(job.prompt, "a\u2028b")
+        named = self.folder / "x.jsonl"
+        named.write_text("plain\n")
+        with self.assertRaisesRegex(ValueError, "line 1 is no JSON"):
+            jobs.plan_file(named, self.settings)
+
+    def test_same_file_by_another_name(self):
+        (self.folder / "link").symlink_to(self.folder)
+        names = [str(self.folder / name) for name in ("x.wav", "link/x.wav")]
+        lines = [json.dumps(dict(prompt="a", output=name)) for name in names]
+        with self.assertRaisesRegex(ValueError, "is that of line 1, too"):
+            jobs.plan_file(self.lines(*lines), self.settings)
+
+    def test_an_empty_file_is_not_done(self):
+        path = self.lines("a", "b")
+        (self.folder / "out-1.wav").touch()
+        self.script(path)
+        self.assertGreater((self.folder / "out-1.wav").stat().st_size, 44)
+
+    def test_share_is_of_all_lines(self):
+        class Two:
+            def size(self):
+                return 2
+
+            def rank(self):
+                return 1
+
+        planned = jobs.plan_file(self.lines(*"abcde"), self.settings)
+        told = [job.prompt for job in jobs.share(planned, Two())]
+        self.assertEqual(told, ["b", "d"])
+
+    def test_prompt_that_is_dropped(self):
+        path = self.folder / "s.wav"
+        save_audio(path, 0.1 * mx.random.normal((1300, 1)), 32000)
+        model = MusicGen.from_pretrained(self.model)
+        own = dict(self.settings, audio_prompt=str(path))
+        whole = jobs.plan(["a"], own)
+        rest = jobs.plan(["a"], own | dict(drop_prompt=True))
+        sound = whole[0].sound(model)
+        codes = jobs.generate(model, whole, sound)
+        kept = jobs.decode(model, whole, codes, 3)
+        frames = model.prompt_frames(sound)
+        self.assertSame(jobs.decode(model, rest, codes, frames), kept[:, 1920:])
+
+    def test_disk_that_fills_up(self):
+        info = Mock(frames=8)
+        with patch("soundfile.info", return_value=info):
+            with self.assertRaisesRegex(OSError, "the disk is full"):
+                save_audio(self.folder / "x.wav", mx.zeros((9, 1)), 32000)
+        self.assertEqual(list(self.folder.iterdir()), [])
+
+    def test_a_line_that_fails_leaves_the_others_alone(self):
+        path = self.lines(
+            '{"prompt": "a"}',
+            '{"prompt": "b", "duration": -1}',
+            '{"prompt": "c", "seed": "x"}',
+            '{"prompt": "d", "audio_prompt": "none.wav"}',
+            '{"prompt": 5}',
+            '{"prompt": "f", "extend_stride": "x"}',
+            '{"prompt": "g"}',
+        )
+        status, out, err = self.script(path)
+        self.assertEqual(status, 1)
+        self.assertEqual(self.found(), ["out-1.wav", "out-7.wav"])
+        reports = [line for line in err.splitlines() if ": error: " in line]
+        self.assertEqual(len(reports), 5)
+        for number, report in zip((2, 3, 4, 5, 6), reports):
+            self.assertIn(f"line {number}: ", report)
+
+    def test_resumes(self):
+        path = self.lines("drums", "piano", "guitar")
+        self.script(path)
+        whole = self.contents()
+        self.assertEqual(len(whole), 3)
+        (self.folder / "out-2.wav").unlink()
+        kept = (self.folder / "out-1.wav").stat().st_mtime_ns
+        status, out, _ = self.script(path)
+        self.assertEqual((status, out.count("\n")), (0, 1))
+        if mx.default_device() == mx.cpu:  # a GPU rounds otherwise in a batch
+            self.assertEqual(self.contents(), whole)
+        self.assertEqual(self.found(), sorted(whole))
+        self.assertEqual((self.folder / "out-1.wav").stat().st_mtime_ns, kept)
+        status, out, _ = self.script(path)
+        self.assertEqual((status, out), (0, "Nothing is left to make.\n"))
+
+    def test_file_appears_whole_or_not_at_all(self):
+        write, seen = soundfile.SoundFile.write, []
+
+        def spy(file, data):
+            write(file, data)
+            seen.append((self.folder / "x.wav").exists())
+            raise KeyboardInterrupt
+
+        with patch.object(soundfile.SoundFile, "write", spy):
+            with self.assertRaises(KeyboardInterrupt):
+                save_audio(self.folder / "x.wav", mx.zeros((9, 1)), 32000)
+        self.assertEqual((seen, list(self.folder.iterdir())), ([False], []))
+
+    def test_folder_that_vanishes(self):
+        folder = self.folder / "there"
+        folder.mkdir()
+        path = self.lines(
+            '{"prompt": "a"}', json.dumps(dict(prompt="b", output=f"{folder}/b.wav"))
+        )
+        generate_batch = jobs.generate
+
+        def vanish(*arguments):
+            shutil.rmtree(folder, ignore_errors=True)
+            return generate_batch(*arguments)
+
+        with patch("jobs.generate", vanish):
+            status, _, err = self.script(path)
+        self.assertEqual((status, self.found()), (1, ["out-1.wav"]))
+        self.assertRegex(err, "line 2: The folder .*there of b.wav must exist")
+
+    def test_batches(self):
+        path = self.lines(*(f'{{"prompt": "a", "temp": {t}}}' for t in (1, 1, 1, 2, 1)))
+        planned = jobs.plan_file(path, self.settings)
+        sizes = [len(batch) for batch in jobs.batches(planned, lambda job: 2)]
+        self.assertEqual(sizes, [2, 1, 1, 1])
+        sound = [jobs.AudioPrompt(name) for name in ("a.wav", "b.wav", "b.wav")]
+        own = [dataclasses.replace(planned[0], audio_prompt=each) for each in sound]
+        sizes = [len(batch) for batch in jobs.batches(own, lambda job: 3)]
+        self.assertEqual(sizes, [1, 2])
+
+    def test_batch_is_what_memory_holds_for_its_own_length(self):
+        path = self.lines(
+            '{"prompt": "a", "duration": 0.1}',
+            *['{"prompt": "b", "duration": 0.5}'] * 4,
+        )
+        model, sizes = MusicGen.from_pretrained(self.model), []
+        own = dict(self.settings, output=str(self.folder / "x.wav"))
+
+        def generate_rows(model, batch, *rest):
+            sizes.append(len(batch))
+            return mx.zeros((len(batch), 5, 8), mx.uint32)
+
+        with patch.object(model, "rows_that_fit", lambda o: round(1 / o.duration)):
+            with patch("jobs.generate", generate_rows), patch("jobs.save"):
+                jobs.run(model, jobs.plan_file(path, own), 8)
+                self.assertEqual(sizes, [1, 2, 2])
+                jobs.run(model, jobs.plan_file(path, own), 1)
+                self.assertEqual(sizes[3:], [1] * 5)
+
+    def test_batch_that_does_not_fit_after_all(self):
+        model = MusicGen.from_pretrained(self.model)
+        planned = jobs.plan(["a", "b", "c"], self.settings)
+        whole, tried = jobs.generate(model, planned), []
+        generate_rows = model.generate_codes
+
+        def out_of_memory(prompts, **options):
+            tried.append(len(prompts))
+            if len(prompts) > 1:
+                raise RuntimeError("[malloc] Unable to allocate")
+            return generate_rows(prompts, **options)
+
+        with patch.object(model, "generate_codes", out_of_memory):
+            self.assertSame(jobs.generate(model, planned), whole)
+        self.assertEqual(tried, [3, 1, 2, 1, 1])
+
+    def test_part_of_the_audio_prompt(self):
+        model = MusicGen.from_pretrained(self.model)
+        path = self.folder / "ramp.wav"
+        ramp = np.linspace(0, 0.5, 3200)
+        soundfile.write(path, ramp, 32000, subtype="FLOAT")
+        part = jobs.AudioPrompt(str(path), 0.02, 0.05).load(model)
+        self.assertClose(part[:, 1], mx.array(ramp)[640:2240], 1e-6)
+        for sound, pattern in (
+            (jobs.AudioPrompt(str(path), 0.1), "prompt_start must"),
+            (jobs.AudioPrompt(str(path), -1.0), "prompt_start must"),
+            (jobs.AudioPrompt(str(path), 0.0, 0.0), "prompt_length must"),
+        ):
+            with self.assertRaisesRegex(ValueError, pattern):
+                sound.load(model)
+
+    def test_wrong_command_lines(self):
+        for arguments, pattern in (
+            ([], "either --prompt or --prompts"),
+            (["-p", "a", "--prompts", "b"], "either --prompt or --prompts"),
+            (["-p", "a", "--takes", "0"], "takes must be from 1"),
+            (["-p", "a", "--takes", "1000000000"], "takes must be from 1"),
+            (["-p", "a", "--batch-size", "0"], "batch_size must be from 1"),
+            (["--prompts", "b", "--takes", "2"], "--takes goes with --prompt"),
+            (["-p", "a", "--drop-prompt"], "need an audio_prompt"),
+            (["-p", "a", "--prompt-start", "0"], "need an audio_prompt"),
+            (["-p", "a", "--prompt-start", "inf"], "prompt_start must"),
+            (["-p", "a", "--prompt-length", "nan"], "prompt_length must"),
+            (["-p", "a", "--extend-stride", "0"], "extend_stride must"),
+        ):
+            with self.subTest(pattern):
+                status, out, err = self.run_script(*arguments, "--model", self.model)
+                self.assertEqual((status, out), (2, ""))
+                self.assertRegex(err, f"^generate.py: error: .*{pattern}.*\n$")

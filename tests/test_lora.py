@@ -1,0 +1,274 @@
+"""Training an adapter, and using it."""
+
+import io
+import math
+import shutil
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from unittest.mock import Mock, patch
+
+import mlx.core as mx
+import mlx.nn as nn
+import soundfile
+import sounds
+from common import REFERENCE, ScriptTest, exact
+
+import convert
+import lora
+import musicgen
+import settings
+import train
+from encodec import load_audio, save_audio
+from musicgen import MusicGen, delay_mask
+
+
+class TestLora(ScriptTest):
+    path = str(REFERENCE / "mono-transformers")
+
+    def setUp(self):
+        super().setUp()
+        self.clips = self.folder / "clips"
+        self.clips.mkdir()
+        for i, notes in enumerate(([60, 64, 67], [69, 65, 62])):
+            save_audio(self.clips / f"{i}.wav", sounds.tune(32000, notes), 32000)
+            (self.clips / f"{i}.txt").write_text(f"tune number {i}\n")
+        self.adapter = self.folder / "adapter.safetensors"
+
+    def train(self, *flags: str) -> tuple[int, str, str]:
+        arguments = ["lora", "--model", self.path, "--data", self.clips]
+        arguments += ["--output", self.adapter, "--rank", "4", "--dtype", "float32"]
+        out, err, status = io.StringIO(), io.StringIO(), 0
+        with patch.object(sys, "argv", ["train.py", *map(str, [*arguments, *flags])]):
+            with redirect_stdout(out), redirect_stderr(err):
+                try:
+                    train.main()
+                except SystemExit as error:
+                    status = error.code
+        return status, out.getvalue(), err.getvalue()
+
+    def batch(self, model: MusicGen) -> tuple[mx.array, ...]:
+        texts, codes = train.load_clips(model, self.clips)
+        ids, mask = train.padded([model.tokenizer.encode(t) for t in texts], 16)
+        told = mx.array([True, False])
+        return ids, mask, told, mx.stack([c[:20] for c in codes]).astype(mx.int32)
+
+    def test_loss_is_that_of_the_decoder(self):
+        """In one pass as step by step."""
+        for name in ("mono-transformers", "stereo-transformers", "melody-transformers"):
+            model = exact(name)
+            ids, mask, told, codes = self.batch(model)
+            loss, _, _ = train.lm_loss(model, ids, mask, told, codes)
+            config, T = model.config.decoder, codes.shape[1]
+            wanted = musicgen.delay(codes, config.delays, T, config.vocab_size)
+            text = model.text_encoder(ids, mask)
+            attended = mask & told[:, None]
+            run = musicgen.Run(model.decoder, text, attended, 2, T + 60)
+            run.rewind(*model._states([None, None], 0, T))
+            token, total = mx.full((2, 1, wanted.shape[2]), config.vocab_size), 0
+            real = delay_mask(T, config.delays)
+            for step in range(T):  # before the end, as in audiocraft
+                logits = run(token)[:, -1]
+                token = wanted[:, step : step + 1]
+                chosen = mx.where(real[step], token[:, 0], 0)
+                each = nn.losses.cross_entropy(logits, chosen) * real[step]
+                total = total + each.sum(axis=0)
+            want = (total / (2 * real[:T].sum(axis=0))).mean()
+            self.assertAlmostEqual(loss.item(), want.item(), 3)
+
+    def test_gradients(self):
+        """Against finite differences."""
+        model = exact("mono-transformers")
+        model.freeze()
+        lora.add_adapters(model.decoder, 2, 1.0)
+        layer = model.decoder.layers[0].linear1
+        layer.b = 0.1 * mx.random.normal(layer.b.shape, key=mx.random.key(1))
+        layer.unfreeze(keys=["a", "b"], recurse=False)
+        batch = self.batch(model)
+        gradient = nn.value_and_grad(model, train.lm_loss)
+        _, found = gradient(model, *batch)
+        found = found["decoder"]["layers"][0]["linear1"]
+        for name in ("a", "b"):
+            way = mx.random.normal(layer[name].shape, key=mx.random.key(2))
+            values, start = [], layer[name]
+            for step in (1e-2, -1e-2):
+                layer[name] = start + step * way
+                values.append(train.lm_loss(model, *batch)[0].item())
+            layer[name] = start
+            slope = (found[name] * way).sum().item()
+            self.assertAlmostEqual((values[0] - values[1]) / 2e-2, slope, 3)
+            self.assertGreater(abs(slope), 1e-3)
+
+    def test_learns(self):
+        before = exact("mono-transformers").generate_codes("a", duration=0.3, temp=0)
+        status, out, err = self.train("--steps", "60", "--lr", "0.02", "--batch", "2")
+        self.assertEqual((status, err), (0, ""))
+        model = exact("mono-transformers")
+        batch = self.batch(model)
+        first = train.lm_loss(model, *batch)[0].item()
+        learned = MusicGen.from_pretrained(self.path, mx.float32, adapter=self.adapter)
+        self.assertLess(train.lm_loss(learned, *batch)[0].item(), first - 0.3)
+        none = dict(adapter=self.adapter, adapter_scale=0)
+        same = MusicGen.from_pretrained(self.path, mx.float32, **none)
+        self.assertSame(same.generate_codes("a", duration=0.3, temp=0), before)
+        self.assertLess(self.adapter.stat().st_size, 200_000)
+
+        converted = self.folder / "fused"
+        convert.convert(self.path, converted, mx.float32, adapter=self.adapter)
+        fused = MusicGen.from_pretrained(converted, mx.float32)
+        wanted = learned.generate_codes("b", duration=0.3, seed=1)
+        self.assertSame(fused.generate_codes("b", duration=0.3, seed=1), wanted)
+
+        flags = ["-p", "b", "--model", self.path, "--seed", "1", "--duration", "0.3"]
+        flags += ["--dtype", "float32"]
+        for name, more in (("a", ["--adapter", self.adapter]), ("b", [])):
+            flags += more if name == "a" else ["--again", self.folder / "a.wav"]
+            output = ["--output", self.folder / f"{name}.wav"]
+            status, _, err = self.run_script(*flags, *output)
+            self.assertEqual(status, 0, err)
+            told = settings.read_settings(self.folder / f"{name}.wav")
+            self.assertEqual(told["adapter"], str(self.adapter))
+        self.assertSame(*(soundfile.read(self.folder / f"{n}.wav")[0] for n in "ab"))
+
+    def test_goes_on(self):
+        """As if it had never stopped; with a rate that does not depend on the end."""
+        flags = ["--lr", "0.01", "--seed", "3", "--batch", "2", "--crop", "0.4"]
+        with patch("math.cos", return_value=1.0):
+            self.train("--steps", "8", *flags)
+            whole = lora.read_adapter(self.adapter)[0]
+            self.train("--steps", "3", *flags)
+            status, out, err = self.train("--steps", "8", "--resume", *flags)
+        self.assertEqual((status, err), (0, ""))
+        self.assertIn("step 8", out)
+        for name, value in lora.read_adapter(self.adapter)[0].items():
+            self.assertClose(value, whole[name], 1e-5)
+        self.adapter.unlink()
+        self.train("--steps", "8", "--resume", *flags)  # it is done already
+        self.assertTrue(self.adapter.is_file())
+        status, _, _ = self.train("--resume", *flags, "--rank", "8")
+        self.assertRegex(str(status), "rank must be as it was, 4, .* got 8")
+        checkpoint = self.folder / "adapter.safetensors.training"
+        checkpoint = checkpoint / "checkpoint.safetensors"
+        checkpoint.write_bytes(checkpoint.read_bytes()[:999])
+        status, _, _ = self.train("--resume", *flags)
+        self.assertRegex(str(status), "checkpoint.safetensors is damaged")
+        mx.save_safetensors(str(checkpoint), {"a": mx.zeros(1)})
+        status, _, _ = self.train("--resume", *flags)
+        self.assertRegex(str(status), "checkpoint.safetensors is damaged")
+
+    def test_text_is_left_out_at_times(self):
+        for share in (0.0, 1.0):
+            loss = Mock(wraps=train.lm_loss)
+            with patch.multiple(train, WITHOUT_TEXT=share, lm_loss=loss):
+                self.assertEqual(self.train("--steps", "1")[0], 0)
+            self.assertEqual(loss.call_args.args[3].tolist(), [share == 0])
+
+    def test_interrupted(self):
+        with patch("train.Training.tell", side_effect=KeyboardInterrupt):
+            self.assertEqual(self.train("--steps", "2")[0], 130)
+        with patch("train.lm_loss", side_effect=KeyboardInterrupt):
+            self.assertEqual(self.train("--steps", "2")[0], 130)
+        self.assertEqual(self.train("--steps", "2", "--resume")[0], 0)
+
+    def test_loss_that_is_not_finite(self):
+        def loss(model: MusicGen, *batch: mx.array) -> tuple:
+            total, losses, state = true_loss(model, *batch)
+            return total, losses * math.nan, state
+
+        true_loss = train.lm_loss
+        with patch("train.lm_loss", loss):
+            status, _, _ = self.train("--steps", "3")
+        self.assertRegex(str(status), "The loss must be finite.*step 3")
+        self.assertFalse(self.adapter.exists())
+
+    def test_kept_codes(self):
+        """Are those of the clip as it is, and of this codec."""
+        path, model = self.clips / "0.wav", exact("mono-transformers")
+        codes = train.clip_codes(model, path)
+        with patch.object(MusicGen, "encode_prompt", side_effect=AssertionError):
+            self.assertSame(train.clip_codes(model, path), codes)
+        (kept,) = self.clips.glob(".*.codes.safetensors")
+        kept.write_bytes(b"noise")
+        self.assertSame(train.clip_codes(model, path), codes)
+        other = exact("mono-audiocraft")
+        same = other.encode_prompt(load_audio(path, 32000, 1), 10**6)[0]
+        self.assertSame(train.clip_codes(other, path), same)
+        shutil.copy2(self.clips / "1.wav", path)
+        self.assertNotEqual(train.clip_codes(model, path).tolist(), codes.tolist())
+        (self.clips / "._0.wav").touch()
+        self.assertEqual(len(train.find_clips(self.clips)), 2)
+
+    def test_beside_quantized_layers(self):
+        sizes = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
+        config = musicgen.DecoderConfig(ffn_dim=64, **sizes)
+        decoder = musicgen.Decoder(config, text_width=16)
+        decoder.quantize(8, 32)
+        inputs = mx.random.normal((1, 3, 64))
+        layer = decoder.layers[0].linear1
+        lora.add_adapters(decoder, 2, 0.5)
+        adapted = decoder.layers[0].linear1
+        adapted.b = mx.ones(adapted.b.shape)
+        want = layer(inputs) + 0.5 * (inputs @ adapted.a) @ adapted.b
+        self.assertClose(adapted(inputs), want, 1e-5)
+        lora.fuse(decoder)
+        self.assertIs(decoder.layers[0].linear1, adapted)
+        self.assertTrue(lora.has_adapters(decoder))
+
+    def test_bad_clips(self):
+        (self.clips / "bad.wav").write_bytes(b"noise")
+        (self.clips / "bad.txt").write_text("bad")
+        status, _, err = self.train("--steps", "1")
+        self.assertEqual(status, 0)
+        self.assertRegex(err, "skipped: .*bad.wav is not a readable sound file.*\n$")
+        for name in ("0", "1"):
+            (self.clips / f"{name}.wav").write_bytes(b"noise")
+        status, _, err = self.train("--steps", "1")
+        self.assertRegex(str(status), "must hold a sound file that can be read")
+        save_audio(self.clips / "0.wav", mx.zeros((32000, 1)), 32000)
+        self.assertRegex(self.train("--steps", "1")[2], "skipped: .*0.wav is silent.\n")
+        (self.clips / "0.txt").unlink()
+        status, _, err = self.train("--steps", "1")
+        self.assertRegex(str(status), "0.wav needs a caption in 0.txt")
+        (self.clips / "captions.jsonl").write_text('{"file": 3}')
+        status, _, err = self.train("--steps", "1")
+        self.assertRegex(str(status), "captions.jsonl, line 1 must be")
+
+    def test_bad_flags_and_files(self):
+        for flag in ("--lr", "--rank", "--steps", "--crop"):
+            status, _, err = self.train(flag, "0")
+            self.assertEqual(status, 2)
+            self.assertIn(f"{flag} must be above 0, got 0", err)
+        status, _, _ = self.train("--rank", "999")
+        self.assertRegex(str(status), "rank must be from 1 to 32, got 999")
+        status, _, _ = self.train("--resume", "--steps", "2")
+        self.assertRegex(str(status), "nothing to resume")
+        for flag, value in (("--lr", "inf"), ("--crop", "0.01")):
+            self.assertEqual(self.train(flag, value)[0], 2)
+        self.assertIn("must be from 0 to 4294967296", self.train("--seed", "-1")[2])
+        with patch.object(mx, "save_safetensors", side_effect=RuntimeError("full")):
+            status, _, _ = self.train("--steps", "1")
+        self.assertRegex(str(status), "could not be written: full")
+        self.assertFalse(self.adapter.exists())
+        self.train("--steps", "1")
+        for name, pattern in (
+            ("stereo-transformers", "belongs to another model: its num_hidden"),
+            ("mono-transformers", "adapter_scale must be"),
+        ):
+            options = dict(adapter=self.adapter, adapter_scale=1.0)
+            options["adapter_scale"] = math.nan if "scale" in pattern else 1.0
+            with self.assertRaisesRegex(ValueError, pattern):
+                MusicGen.from_pretrained(REFERENCE / name, **options)
+        model = exact("mono-transformers")
+        arrays, told = lora.read_adapter(self.adapter)
+        name = "layers.0.linear1.a"
+        for changed, pattern in (
+            ({name: arrays[name][:3]}, "must have layers.0.linear1.a of the shape"),
+            ({"layers.9.a": arrays[name]}, "layers.9.a of the shape None"),
+        ):
+            with self.assertRaisesRegex(ValueError, pattern):
+                lora.check_adapter(model.decoder, arrays | changed, told, "x")
+        with self.assertRaisesRegex(ValueError, "must tell sizes and a rank"):
+            lora.check_adapter(model.decoder, arrays, {"rank": "x"}, "x")
+        (self.folder / "x.safetensors").write_bytes(b"noise")
+        for path, error in (("x", ValueError), ("none", FileNotFoundError)):
+            with self.assertRaises(error):
+                lora.read_adapter(self.folder / f"{path}.safetensors")

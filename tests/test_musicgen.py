@@ -1,0 +1,239 @@
+"""Codes and sounds of prompts, whole and as a stream."""
+
+import math
+from unittest.mock import patch
+
+import mlx.core as mx
+import numpy as np
+from common import (
+    AUDIOCRAFT,
+    EXPECTED,
+    REFERENCE,
+    TRANSFORMERS,
+    Test,
+    exact,
+    expected,
+    last,
+    random_decoder,
+    slow,
+)
+from mlx.utils import tree_flatten
+
+import musicgen
+from musicgen import MusicGen
+
+
+class TestGenerate(Test):
+    def test_greedy_codes(self):
+        for name in TRANSFORMERS + AUDIOCRAFT:
+            model, want = exact(name), expected(name)
+            prompts = EXPECTED[name]["prompts"]
+            duration = EXPECTED[name]["frames"] / model.frame_rate
+            for guidance in (1, 3, 4.5):
+                options = dict(duration=duration, temp=0, guidance_coef=guidance)
+                with self.subTest(name, guidance=guidance):
+                    codes = model.generate_codes(prompts, **options)
+                    self.assertSame(last(codes), want[f"batch_g{guidance}_codes"])
+                    alone = model.generate_codes(prompts[0], **options)
+                    self.assertSame(alone[0], codes[0])
+                    if name in TRANSFORMERS:
+                        self.assertSame(last(alone), want[f"one_g{guidance}_codes"])
+
+    def test_audio(self):
+        for name in TRANSFORMERS + AUDIOCRAFT:
+            model, want = exact(name), expected(name)
+            codes = want["batch_g3_codes"][:1]
+            self.assertClose(last(model.decode(last(codes))), want["one_g3_audio"])
+
+    def test_take_is_the_same_alone_and_in_a_batch(self):
+        model = exact("stereo-audiocraft")
+        prompts = [
+            "slow piano",
+            "",
+            "808 drums and a very long guitar solo",
+            "slow piano",
+        ]
+        batch = model.generate_codes(prompts, duration=0.4, seed=11)
+        for row, prompt in enumerate(prompts):
+            alone = model.generate_codes(prompt, duration=0.4, seed=11 + row)
+            self.assertSame(alone[0], batch[row])
+        listed = model.generate_codes(prompts[:2], duration=0.4, seed=[12, 12])
+        self.assertSame(listed[1], batch[1])
+        self.assertNotEqual(batch[0].tolist(), batch[3].tolist())
+
+    def test_no_guidance_by_the_text_is_the_null_rows(self):
+        model = exact("mono-audiocraft")
+        null = model.generate_codes("", duration=0.3, temp=0, guidance_coef=1)
+        guided = model.generate_codes("drums", duration=0.3, temp=0, guidance_coef=0)
+        self.assertSame(guided, null)
+        empty = model.generate_codes("", duration=0.3, temp=0, guidance_coef=3)
+        self.assertSame(empty, null)
+        _, mask = model.encode_text(["", "drums"], with_null=False)
+        self.assertSame(mask.any(axis=1), [False, True])
+
+    def test_text_encoder_is_freed_where_memory_is_short(self):
+        for name in ("mono-transformers", "stereo-audiocraft"):
+            model = exact(name)
+            codes = model.generate_codes("drums", duration=0.1, seed=1)
+            self.assertIsNotNone(model.text_encoder)
+            with patch("musicgen.mx.get_memory_limit", return_value=10**6):
+                for _ in range(2):  # and loaded again for the next text
+                    again = model.generate_codes("drums", duration=0.1, seed=1)
+                    self.assertIsNone(model.text_encoder)
+                    self.assertSame(again, codes)
+
+    def test_columns_hold_the_same_numbers(self):
+        decoder, conditioning, tokens = random_decoder()
+        before = dict(tree_flatten(decoder.parameters()))
+        rows = decoder(tokens, conditioning, decoder.make_cache(2, 9))
+        decoder.store_columns()
+        after = dict(tree_flatten(decoder.parameters()))
+        self.assertTrue(all(mx.array_equal(before[k], after[k]) for k in before))
+        columns = decoder(tokens, conditioning, decoder.make_cache(2, 9))
+        self.assertClose(columns, rows, 1e-5)
+
+    def test_every_step_draws_anew(self):
+        model = exact("mono-audiocraft")
+        model.decoder.linears.weight *= 0  # all codes equally likely
+        codes = np.array(model.generate_codes("a", duration=1.0, top_k=64, seed=0))
+        for k in range(4):
+            self.assertGreater(len(np.unique(codes[0, :, k])), 20)
+
+    def test_dtype_on_a_gpu(self):
+        with patch("musicgen.mx.default_device", return_value=mx.gpu):
+            for name in ("mono-audiocraft", "mono-transformers"):
+                model = MusicGen.from_pretrained(REFERENCE / name)
+                self.assertEqual(model.decoder.dtype, mx.float16)
+                for part in (model.text_encoder, model.audio_encoder):
+                    dtypes = {w.dtype for _, w in tree_flatten(part.parameters())}
+                    self.assertEqual(dtypes, {mx.float32})
+
+    def test_shapes(self):
+        model = exact("stereo-transformers")
+        audio = model.generate(["a", "b"], duration=0.239, seed=0)
+        self.assertEqual(audio.shape, (2, 11 * 640, 2))
+        self.assertEqual(audio.dtype, mx.float32)
+        self.assertEqual(model.generate_codes("a", duration=0.02).shape, (1, 1, 8))
+
+    @slow(3)
+    def test_half_precision(self):
+        single = exact("mono-transformers")
+        for dtype in (mx.float16, mx.bfloat16):
+            model = MusicGen.from_pretrained(REFERENCE / "mono-transformers", dtype)
+            self.assertEqual(model.decoder.dtype, dtype)
+            codes = model.generate_codes("drums", duration=0.1, temp=0)
+            want = single.generate_codes("drums", duration=0.1, temp=0)
+            self.assertSame(codes[:, 0], want[:, 0])
+
+    def test_long_prompt_is_cut_with_a_warning(self):
+        model = exact("mono-transformers")
+        prompt = "drums " * 600
+        ids = model.tokenizer.encode(prompt)[:511] + [1]
+        with self.assertWarnsRegex(UserWarning, "T5 takes 512"):
+            text, mask = model.encode_text([prompt], with_null=False)
+        self.assertSame(text, model.text_encoder.encode([ids])[0])
+        self.assertTrue(mask.all().item())
+
+    def test_bad_options(self):
+        model = exact("mono-transformers")
+        for name, values in {
+            "duration": (0, -1, math.nan, 0.01, math.inf, 10**400),
+            "temp": (-0.1, math.nan, "1", None, 1e-39),
+            "top_k": (0, 2049, 2.5),
+            "top_p": (-0.1, 1.1, math.nan),
+            "guidance_coef": (math.nan, math.inf),
+            "seed": (-1, 2**64, [1, 2], [0.5], 1.5),
+        }.items():
+            for value in values:
+                with self.subTest(name, value=value):
+                    with self.assertRaisesRegex(ValueError, f"^{name} must"):
+                        model.generate_codes("a", **{name: value})
+        for prompts in ([], [None], ["a", 3], None, 3):
+            with self.assertRaisesRegex(ValueError, "must be a prompt"):
+                model.generate_codes(prompts)
+        codes = model.generate_codes("a", duration=0.1, seed=np.int64(3))
+        self.assertSame(codes, model.generate_codes("a", duration=0.1, seed=3))
+
+
+class TestStream(Test):
+    @slow(3)
+    def test_is_what_generate_gives(self):
+        sound = mx.array(np.random.default_rng(0).normal(size=(1000, 1)), mx.float32)
+        for name in TRANSFORMERS + AUDIOCRAFT:
+            model = exact(name)
+            model.config.max_duration = 15 / 50
+            for duration in (0.02, 0.2, 0.9):
+                options = dict(duration=duration, seed=3, negative_prompt="piano")
+                if duration > 0.1:
+                    options["audio_prompt"] = sound
+                whole = model.generate("drums", **options)[0]
+                for chunk in (0.02, 0.1, 0.2):
+                    if chunk > duration:
+                        continue
+                    pieces = list(model.stream("drums", chunk=chunk, **options))
+                    self.assertTrue(all(piece.shape[0] for piece in pieces))
+                    self.assertClose(mx.concatenate(pieces), whole, 1e-5)
+
+    def test_comes_while_it_is_made(self):
+        model = exact("mono-audiocraft")
+        steps = []
+        stream = model.stream(
+            "drums", duration=1.0, chunk=0.2, callback=lambda *step: steps.append(step)
+        )
+        self.assertEqual(steps, [])
+        first = next(stream)
+        # 10 frames and 3 of delay are made, and some steps more are under way;
+        # the codec waits for 3 frames and 482 samples
+        self.assertEqual(len(steps), 13 + musicgen.STEPS_AHEAD)
+        self.assertEqual(first.shape[0], 7 * 640 - 482)
+        sizes = [piece.shape[0] for piece in stream]
+        self.assertEqual(sizes[:3], [6400] * 3)
+        self.assertEqual(len(steps), 53)
+
+    def test_comes_in_time_for_any_chunk(self):
+        model = exact("mono-audiocraft")
+        for frames in (1, 2, 3, 5, 7, 25):
+            steps, made = [], 0
+            count = lambda *step: steps.append(step)  # noqa: E731
+            options = dict(duration=1.0, chunk=frames / 50, callback=count)
+            for piece in model.stream("drums", **options):
+                made += len(piece)
+                if len(steps) < 53:  # all but delay, look-ahead and what is under way
+                    behind = len(steps) * 640 - made
+                    ahead = 3 + 4 + frames + musicgen.STEPS_AHEAD
+                    self.assertLessEqual(behind, 640 * ahead)
+            self.assertEqual(made, 32000)
+
+    def test_bad_options(self):
+        model = exact("mono-audiocraft")
+        for options, pattern in (
+            (dict(chunk=0), "chunk must"),
+            (dict(chunk=math.inf), "chunk must"),
+            (dict(chunk=math.nan), "chunk must"),
+            (dict(chunk="a"), "chunk must"),
+            (dict(temp=-1), "temp must"),
+            (dict(seed=-1), "seed must"),
+            (dict(codes_prompt=mx.zeros((1, 4))), "codes_prompt must be"),
+            (dict(codes_prompt=mx.zeros((2, 4, 4), mx.int32)), "codes_prompt must be"),
+            (dict(codes_prompt=mx.zeros((1, 4, 4))), "codes must be"),
+            (dict(codes_prompt=mx.zeros((1, 4, 4), mx.int32) - 1), "codes must be"),
+        ):
+            with self.assertRaisesRegex(ValueError, pattern):
+                model.stream("a", duration=1.0, **options)
+        with self.assertRaisesRegex(ValueError, "prompt must be one text"):
+            model.stream(["a", "b"], duration=1.0)
+        both = dict(audio_prompt=mx.ones((640, 1)), codes_prompt=mx.zeros((1, 1, 4)))
+        with self.assertRaisesRegex(ValueError, "must not come together"):
+            model.generate_codes("a", duration=1.0, **both)
+
+    def test_stopped_among_batches(self):
+        model, steps = exact("mono-audiocraft"), []
+        options = dict(duration=1.0, seed=3, batch_size=1)
+        codes = model.generate_codes(
+            ["drums", "piano", "guitar"],
+            stop=lambda: len(steps) > 20 or steps.append(0),
+            **options,
+        )
+        self.assertEqual(codes.shape[0], 1)  # the others were not begun
+        whole = model.generate_codes("drums", **options)
+        self.assertSame(codes, whole[:, : codes.shape[1]])

@@ -1,0 +1,307 @@
+"""Torch's files without torch, hostile ones too."""
+
+import io
+import os
+import pickle
+import struct
+import zipfile
+
+import mlx.core as mx
+import numpy as np
+from common import REFERENCE, Test
+
+import convert
+from musicgen import MusicGen
+
+
+class TestTorchFiles(Test):
+    def fails(self, pattern: str, content: bytes):
+        path = self.folder / "x.bin"
+        path.write_bytes(content)
+        with self.assertRaisesRegex(
+            ValueError, "x.bin is not a checkpoint.*" + pattern
+        ):
+            convert.load_torch(path)
+
+    def test_round_trip(self):
+        numbers = np.arange(12, dtype=np.float32)
+        for form in (zip_file, legacy_file):
+            path = self.folder / "x.bin"
+            path.write_bytes(form(tensor_pickle((2, 3), (3, 1), offset=4), numbers))
+            found = convert.load_torch(path)["x"]
+            self.assertSame(found, numbers[4:10].reshape(2, 3))
+            path.write_bytes(form(tensor_pickle((3, 2), (1, 3)), numbers))
+            self.assertSame(convert.load_torch(path)["x"], numbers[:6].reshape(2, 3).T)
+            path.write_bytes(form(tensor_pickle((), (), offset=11), numbers))
+            self.assertEqual(convert.load_torch(path)["x"].item(), 11)
+
+    def test_bfloat16(self):
+        content = tensor_pickle((3,), (1,), kind="BFloat16Storage")
+        path = self.folder / "x.bin"
+        path.write_bytes(zip_file(content, np.array([0x3F80] * 12, np.uint16)))
+        found = convert.load_torch(path)["x"]
+        self.assertEqual((found.dtype, found.tolist()), (mx.bfloat16, [1, 1, 1]))
+
+    def test_reads_nothing_out_of_bounds(self):
+        numbers = np.arange(12, dtype=np.float32)
+        for shape, stride, offset in (
+            ((2, 3), (6, 3), 1),  # last element 13
+            ((12,), (1,), 1),
+            ((2,), (-1,), 3),
+            ((2,), (1,), -1),
+            ((2, 2), (1,), 0),
+            ((10**9, 10**9), (0, 0), 0),
+            ((-1,), (1,), 0),
+        ):
+            content = tensor_pickle(shape, stride, offset)
+            for form in (zip_file, legacy_file):
+                self.fails("a tensor", form(content, numbers))
+        for size in (13, 2**60):
+            content = tensor_pickle((1,), (1,), size=size)
+            self.fails("storage 0 reaches beyond", zip_file(content, numbers))
+        content = tensor_pickle((1,), (1,), size=-1)
+        self.fails("a storage has no name or size", zip_file(content, numbers))
+
+    def test_parameter(self):
+        tensor = tensor_pickle((2,), (1,))
+        start, stop = tensor.index(b"ctorch._utils"), tensor.rindex(b"s.")
+        wrapped = b"ctorch._utils\n_rebuild_parameter\n(" + tensor[start:stop]
+        content = tensor[:start] + wrapped + b"\x89ccollections\nOrderedDict\n)RtRs."
+        path = self.folder / "x.bin"
+        path.write_bytes(zip_file(content, np.arange(12, dtype=np.float32)))
+        self.assertSame(convert.load_torch(path)["x"], [0, 1])
+
+    def test_refuses_what_torch_does_not_write(self):
+        numbers = np.zeros(12, np.float32)
+        new = b"\x80\x02ccollections\nOrderedDict\n)\x81."
+        self.fails("opcode NEWOBJ", zip_file(new, numbers))
+        floats = tensor_pickle((2,), (1,)).replace(
+            b"(J\x02\0\0\0t", b"(G" + struct.pack(">d", 2) + b"t"
+        )
+        self.fails("a tensor has a size", zip_file(floats, numbers))
+        content = tensor_pickle((2,), (1,))
+        big = zip_file(content, numbers, {"any/byteorder": "big"})
+        self.fails("little-endian", big)
+        self.fails("neither of torch's", legacy_file(content, numbers, little=False))
+        old = legacy_file(content.replace(b"VIEW", b"K\x01"), numbers)
+        self.fails("unknown kind of storage", old)
+
+    def test_runs_nothing(self):
+        witness = self.folder / "witness"
+
+        class Hostile:
+            def __reduce__(self):
+                return (os.mkdir, (str(witness),))
+
+        class Building:
+            def __reduce__(self):
+                return (convert.Dict, (), {"a": 1})
+
+        numbers = np.zeros(12, np.float32)
+        for content in (
+            pickle.dumps(Hostile(), 2),
+            pickle.dumps({"x": [Hostile()]}, 2),
+            pickle.dumps(Building(), 2),
+            pickle.dumps(Hostile(), 4),
+            b"cbuiltins\neval\n(U\x0c__import__('U\x01'tR.",
+            b"\x80\x02cos\nsystem\nq\x00.",
+            b"\x80\x02ctorch\nload\n.",
+            b"\x80\x02cos\nFloatStorage\n.",
+            b"\x80\x02ctorch._utils\n_rebuild_tensor_v2.__globals__\n.",
+        ):
+            refused = "it (names|holds the pickle opcode)"
+            self.fails(refused, zip_file(content, numbers))
+            self.fails(refused, legacy_file(content, numbers))
+            self.fails(refused, content)
+        self.assertFalse(witness.exists())
+
+    def test_sets_nothing_on_our_functions(self):
+        for name in ("collections\nOrderedDict", "torch._utils\n_rebuild_tensor_v2"):
+            content = b"\x80\x02c" + name.encode() + b"\n}X\x01\0\0\0aK\x01sb."
+            self.fails("has no attribute '__dict__'", zip_file(content, np.zeros(1)))
+            slots = b"\x80\x02c" + name.encode() + b"\n(N}X\x04\0\0\0makeK\x01stb."
+            self.fails("can't set attribute", zip_file(slots, np.zeros(1)))
+        for maker in convert.KNOWN.values():
+            self.assertFalse(hasattr(maker, "a") or hasattr(maker, "__dict__"))
+
+    def test_arguments_of_another_kind(self):
+        for name in ("_rebuild_parameter", "_rebuild_tensor_v2"):
+            content = b"\x80\x02ctorch._utils\n" + name.encode()
+            content += b"\n(X\x03\0\0\0heyK\0))tR."
+            self.fails(
+                "it makes a (parameter|tensor) of something else",
+                zip_file(content, np.zeros(1)),
+            )
+        content = b"\x80\x02cos\x1b[31m\nsystem\n."
+        self.fails(r"it names 'os\\x1b\[31m.system'", zip_file(content, np.zeros(1)))
+
+    def test_what_is_held_often_is_made_once(self):
+        laughs = b"\x80\x02]q\0"
+        for level in range(60):  # each list holds the one before it ten times
+            inner = b"h" + bytes([level])
+            laughs += b"](" + 10 * inner + b"eq" + bytes([level + 1])
+        path = self.folder / "x.bin"
+        path.write_bytes(zip_file(laughs + b".", np.zeros(1)))
+        convert.load_torch(path)
+        tensor = tensor_pickle((6,), (1,))
+        again = tensor.removesuffix(b"s.") + b"q\0sX\x01\0\0\0yh\0s."
+        path.write_bytes(zip_file(again, np.arange(12, dtype=np.float32)))
+        found = convert.load_torch(path)
+        self.assertIs(found["x"], found["y"])
+
+    def test_nests_no_tuples(self):
+        bomb = b"\x80\x02}(K\x01t" + b"".join(
+            b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60)
+        )
+        for content in (bomb + b"K\x01s.", bomb + b"."):  # as a key, and alone
+            self.fails("holds a tuple twice", zip_file(content, np.zeros(1)))
+        with self.assertRaisesRegex(ValueError, "a size, stride"):
+            huge = (2**64,) * 3
+            convert.make_tensor(convert.Storage("FloatStorage", "0", 1), 0, huge, huge)
+        with self.assertRaisesRegex(ValueError, "something else"):
+            many = (1,) * 9
+            convert.make_tensor(convert.Storage("FloatStorage", "0", 1), 0, many, many)
+
+    def test_state_must_map_names_to_tensors(self):
+        folder = self.copy("stereo-transformers")
+        path = folder / "pytorch_model-00001-of-00002.bin"
+        for content in (
+            b"].",
+            b"N.",
+            b"K\x03.",
+            b"}X\x01\0\0\0aK\x01s.",
+            b"}K\x01K\x02s.",
+        ):
+            path.write_bytes(zip_file(b"\x80\x02" + content, np.zeros(1)))
+            with self.assertRaisesRegex(ValueError, "00001-of-00002.bin must map"):
+                MusicGen.from_pretrained(folder)
+
+    def test_cut_short_says_what_to_do(self):
+        content = (REFERENCE / "mono-audiocraft" / "state_dict.bin").read_bytes()
+        for size in (0, 1, 2, 100, len(content) // 2, len(content) - 1):
+            self.fails("fetch it again", content[:size])
+
+    def test_overlapping_tensors_do_not_multiply(self):
+        numbers = np.zeros(1000, np.float32)
+        start, stop = b"\x80\x02]", b"."
+        body = b"".join(
+            tensor_pickle((1000 - i,), (1,), i, size=1000)[2:].removesuffix(b".") + b"a"
+            for i in range(20)
+        )
+        self.fails("far more than the file", zip_file(start + body + stop, numbers))
+
+    def test_memory_is_not_for_the_asking(self):
+        bomb = b"\x80\x02}r\xff\xff\xff\xff."  # memo entry 2**32 - 1
+        self.fails("numbers more objects", zip_file(bomb, np.zeros(1, np.float32)))
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("x/data.pkl", bytes(10**6))
+        self.fails("stored", buffer.getvalue())
+
+    def test_damaged(self):
+        content = (REFERENCE / "mono-audiocraft" / "state_dict.bin").read_bytes()
+        step = len(content) // 7
+        for damaged in (b"", b"PK\x03\x04", *(content[: i * step] for i in range(7))):
+            self.fails("", damaged)
+        rng = np.random.default_rng(0)
+        path = self.folder / "x.bin"
+        for _ in range(200):  # flipped bytes: any outcome but a crash
+            flipped = bytearray(content[:60000] + content[-40000:])
+            for place in rng.integers(0, len(flipped), 20):
+                flipped[place] ^= int(rng.integers(1, 256))
+            path.write_bytes(flipped)
+            try:
+                convert.load_torch(path)
+            except ValueError:
+                pass
+
+    def test_yaml(self):
+        text = """
+a: 1
+b:
+  c: 'x'
+  d: ${b.e}
+  e: ${a}
+  list:
+  - 0
+  - 1.5
+  empty: {}
+  short: [0, '1'] # two
+  quoted: 'a # b'
+  text: |
+    e: 7
+    - 8
+  # c: y
+  list2:
+  - 'x'
+  - "y" # z
+  loop: ${b.loop}
+  null_value: null
+f:
+  g:
+    h: .inf
+i: true
+"""
+        values = convert.read_yaml(text)
+        self.assertEqual(values["b.d"], "1")
+        self.assertEqual(values["b.list"], ["0", "1.5"])
+        self.assertEqual(values["b.short"], ["0", "1"])
+        self.assertEqual(values["b.list2"], ["x", "y"])
+        self.assertEqual(values["b.quoted"], "a # b")
+        self.assertNotIn("b.text", values)
+        self.assertEqual(
+            (values["b.c"], values["f.g.h"], values["i"]), ("x", ".inf", "true")
+        )
+        self.assertEqual(convert.read_yaml(""), {})
+        looped = convert.read_yaml("a: ${b}\nb: ${c}\nc: ${b}")
+        self.assertEqual(looped, {"a": "", "b": "", "c": ""})
+
+
+def tensor_pickle(shape, stride, offset=0, size=12, kind="FloatStorage") -> bytes:
+    """The pickle that torch writes for {"x": tensor}, assembled by hand."""
+
+    def number(n: int) -> bytes:
+        if -(2**31) <= n < 2**31:
+            return b"J" + struct.pack("<i", n)
+        return b"\x8a\x09" + n.to_bytes(9, "little", signed=True)
+
+    def text(string: str) -> bytes:
+        return b"X" + struct.pack("<I", len(string)) + string.encode()
+
+    def numbers(values) -> bytes:
+        return b"(" + b"".join(map(number, values)) + b"t"
+
+    storage = b"(" + text("storage") + b"ctorch\n" + kind.encode() + b"\n"
+    storage += text("0") + text("cpu") + number(size)
+    return (
+        b"\x80\x02}"
+        + text("x")
+        + b"ctorch._utils\n_rebuild_tensor_v2\n("
+        # the legacy form's sixth item, None, is left out of the zip form
+        + storage
+        + b"VIEW"
+        + b"tQ"
+        + number(offset)
+        + numbers(shape)
+        + numbers(stride)
+        + b"\x89ccollections\nOrderedDict\n)RtRs."
+    )
+
+
+def zip_file(content: bytes, numbers: np.ndarray, more: dict | None = None) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("any/data.pkl", content.replace(b"VIEW", b""))
+        archive.writestr("any/data/0", numbers.tobytes())
+        archive.writestr("any/version", "3\n")
+        for name, text in (more or {}).items():
+            archive.writestr(name, text)
+    return buffer.getvalue()
+
+
+def legacy_file(content: bytes, numbers: np.ndarray, little: bool = True) -> bytes:
+    magic = 0x1950A86A20F9469CFC6C
+    header = [magic, 1001, {"little_endian": little, "protocol_version": 1001}]
+    head = b"".join(pickle.dumps(item, 2) for item in header)
+    content = content.replace(b"VIEW", b"N") + pickle.dumps(["0"], 2)
+    return head + content + struct.pack("<q", numbers.size) + numbers.tobytes()
