@@ -1,11 +1,22 @@
-"""Sound files (stand-in)."""
+"""Sound files: read, resample, write; and a wav file that grows.
 
+    audio = load_audio("in.mp3", 32000, 2)  # (N, 2) float32
+    save_audio("out.flac", audio, 32000)
+
+or `python audio.py in.mp3 out.flac --sampling-rate 32000 --channels 2`. Reads what
+soundfile reads: wav, flac, ogg, mp3 and more. Stands alone.
+"""
+
+import argparse
 import hashlib
 import math
 import os
+import struct
+import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -69,12 +80,118 @@ def resample(audio: np.ndarray, source: int, target: int) -> np.ndarray:
     return output
 
 
+def check_samples(name: str, audio: Any, channels: int = 8) -> mx.array:
+    """The samples (N, C) of a sound in float32, C at most `channels`.
+
+    `audio` is an array of MLX or numpy; `name` is what the caller knows it by. Raises
+    ValueError for anything else, another shape, no samples, NaN and infinity.
+    """
+    if isinstance(audio, str | Path):
+        raise ValueError(
+            f"{name} must be samples (N, C), got {str(audio)!r}. Read the file with "
+            "load_audio first."
+        )
+    try:
+        audio = mx.array(audio).astype(mx.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} must be samples (N, C), got {type(audio).__name__}. Give an array."
+        ) from error
+    if audio.ndim != 2 or len(audio) == 0 or not 1 <= audio.shape[1] <= channels:
+        raise ValueError(
+            f"{name} must have the shape (N, C), with N > 0 samples of 1 to {channels} "
+            f"channels, got {audio.shape}. Mono is audio[:, None]; where channels come "
+            "first, give audio.T."
+        )
+    if not mx.isfinite(audio).all().item():
+        raise ValueError(
+            f"{name} must be finite, but it holds NaN or infinity. Look at where the "
+            "samples come from."
+        )
+    return audio
+
+
 SUBTYPES = {  # the first is the default
     ".wav": ("PCM_16", "PCM_24", "FLOAT"),
     ".flac": ("PCM_16", "PCM_24"),
     ".ogg": ("VORBIS",),
     ".mp3": ("MPEG_LAYER_III",),
 }
+
+
+def save_audio(
+    path: str | Path,
+    audio: mx.array,
+    sampling_rate: int,
+    comment: str = "",
+    subtype: str | None = None,
+) -> None:
+    """Write (N, C) or (N,) float samples; the extension names the format.
+
+    wav and flac (16 bit with dither; `subtype` "PCM_24", or of wav "FLOAT"), ogg
+    and mp3. Samples beyond 1 would clip: then, but in FLOAT, the whole is scaled
+    down to a peak of 1, with a warning. Raises ValueError for another shape, NaN,
+    an unknown extension or subtype, OSError where nothing can be written. The file
+    appears under its name only when it is whole.
+    """
+    path = check_audio_path(path, subtype)
+    subtype = choose_subtype(path, subtype)
+    audio = np.asarray(audio, dtype=np.float32)
+    audio = audio[:, None] if audio.ndim == 1 else audio
+    if audio.ndim != 2 or not 1 <= audio.shape[1] <= 8:
+        raise ValueError(
+            f"The audio for {path} must have the shape (N, C) with 1 to 8 channels, "
+            f"got {audio.shape}."
+        )
+    if not 1000 <= sampling_rate <= 192_000:  # libsndfile crashes on others
+        raise ValueError(f"sampling_rate must be 1000 to 192000, got {sampling_rate}.")
+    peak = np.abs(audio).max(initial=0)
+    if not np.isfinite(peak):
+        raise ValueError(f"The audio for {path} must be finite, but it holds NaN.")
+    if peak > 1 and subtype != "FLOAT":
+        warnings.warn(f"{path} was scaled down: its peak of {peak:.2f} would clip.")
+        audio = audio / peak
+    if path.suffix.lower() == ".wav" and len(comment) > 50_000:
+        warnings.warn(f"{path} takes no comment as long as its settings.")
+    target = path.resolve()  # of a link
+    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
+    part = target.with_name(f".{digest}.part{target.suffix}")
+    try:
+        write_samples(part, audio, sampling_rate, comment, subtype)
+        part.replace(target)
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_samples(
+    path: Path, audio: np.ndarray, sampling_rate: int, comment: str, subtype: str
+) -> None:
+    """Write samples (N, C) that were checked. Raises what soundfile does, and OSError
+    for a full disk, of which not every format tells."""
+    form = dict(channels=audio.shape[1], subtype=subtype)
+    random = np.random.default_rng(0)  # the same file of the same samples
+    with soundfile.SoundFile(path, "w", sampling_rate, **form) as file:
+        if comment:
+            file.comment = comment
+        # libsndfile's Vorbis encoder crashes on minutes in one call
+        for start in range(0, len(audio), 65536):
+            block = audio[start : start + 65536]
+            file.write(to_int16(block, random) if subtype == "PCM_16" else block)
+    if soundfile.info(path).frames < len(audio):
+        raise OSError("the disk is full")
+
+
+def to_int16(audio: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Float samples (N, C) in 16 bits, beyond 1 clipped.
+
+    With triangular dither of a step to both sides, so that what is quieter than a
+    step is heard in a constant hiss and not as distortion.
+    """
+    noise = random.random((*audio.shape, 2), np.float32)
+    steps = np.clip(audio, -1, 1) * 32766 + noise[..., 0] - noise[..., 1]
+    return np.rint(steps).astype(np.int16)
 
 
 def choose_subtype(path: str | Path, subtype: str | None = None) -> str:
@@ -122,97 +239,7 @@ def check_writable(path: str | Path) -> None:
         ) from error
 
 
-def to_int16(audio: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Float samples (N, C) in 16 bits, beyond 1 clipped.
-
-    With triangular dither of a step to both sides, so that what is quieter than a
-    step is heard in a constant hiss and not as distortion.
-    """
-    noise = random.random((*audio.shape, 2), np.float32)
-    steps = np.clip(audio, -1, 1) * 32766 + noise[..., 0] - noise[..., 1]
-    return np.rint(steps).astype(np.int16)
-
-
-def save_audio(
-    path: str | Path,
-    audio: mx.array,
-    sampling_rate: int,
-    comment: str = "",
-    subtype: str | None = None,
-) -> None:
-    """Write (N, C) or (N,) float samples; the extension names the format.
-
-    wav and flac (16 bit with dither; `subtype` "PCM_24", or of wav "FLOAT"), ogg
-    and mp3. Samples beyond 1 would clip: then, but in FLOAT, the whole is scaled
-    down to a peak of 1, with a warning. Raises ValueError for another shape, NaN,
-    an unknown extension or subtype, OSError where nothing can be written. The file
-    appears under its name only when it is whole.
-    """
-    path = check_audio_path(path, subtype)
-    subtype = choose_subtype(path, subtype)
-    audio = np.asarray(audio, dtype=np.float32)
-    audio = audio[:, None] if audio.ndim == 1 else audio
-    if audio.ndim != 2 or not 1 <= audio.shape[1] <= 8:
-        raise ValueError(
-            f"The audio for {path} must have the shape (N, C) with 1 to 8 channels, "
-            f"got {audio.shape}."
-        )
-    if not 1000 <= sampling_rate <= 192_000:  # libsndfile crashes on others
-        raise ValueError(f"sampling_rate must be 1000 to 192000, got {sampling_rate}.")
-    peak = np.abs(audio).max(initial=0)
-    if not np.isfinite(peak):
-        raise ValueError(f"The audio for {path} must be finite, but it holds NaN.")
-    if peak > 1 and subtype != "FLOAT":
-        warnings.warn(f"{path} was scaled down: its peak of {peak:.2f} would clip.")
-        audio = audio / peak
-    target = path.resolve()  # of a link
-    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
-    part = target.with_name(f".{digest}.part{target.suffix}")
-    settings = dict(channels=audio.shape[1], subtype=subtype)
-    random = np.random.default_rng(0)  # the same file of the same samples
-    try:
-        with soundfile.SoundFile(part, "w", sampling_rate, **settings) as file:
-            if comment:
-                file.comment = comment
-                if path.suffix.lower() == ".wav" and len(comment) > 50_000:
-                    warnings.warn(f"{path} takes no comment as long as its settings.")
-            # libsndfile's Vorbis encoder crashes on minutes in one call
-            for start in range(0, len(audio), 65536):
-                block = audio[start : start + 65536]
-                file.write(to_int16(block, random) if subtype == "PCM_16" else block)
-        if soundfile.info(part).frames < len(audio):  # not every format says so
-            raise OSError("the disk is full")
-        part.replace(target)
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise OSError(f"{path} could not be written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-import struct
-from typing import BinaryIO
-
 UNKNOWN = 0xFFFFFFFF  # the length that players take for "until the end"
-
-
-def riff_chunk(name: bytes, content: bytes) -> bytes:
-    """A name, the length, and the content, filled up to an even one."""
-    return (
-        struct.pack("<4sI", name, len(content)) + content + b"\0" * (len(content) % 2)
-    )
-
-
-def wav_header(channels: int, rate: int, size: int, comment: str = "") -> bytes:
-    """What comes before 16-bit samples that take `size` bytes."""
-    align = 2 * channels
-    form = struct.pack("<HHIIHH", 1, channels, rate, rate * align, align, 16)
-    chunks = riff_chunk(b"fmt ", form)
-    if comment:
-        text = riff_chunk(b"ICMT", comment.encode() + b"\0")
-        chunks += riff_chunk(b"LIST", b"INFO" + text)
-    chunks = b"WAVE" + chunks + struct.pack("<4sI", b"data", size)
-    whole = min(len(chunks) + size, UNKNOWN)
-    return struct.pack("<4sI", b"RIFF", whole) + chunks
 
 
 class WavStream:
@@ -266,35 +293,44 @@ class WavStream:
         self._file.flush()
 
 
-from typing import Any
+def riff_chunk(name: bytes, content: bytes) -> bytes:
+    """A name, the length, and the content, filled up to an even one."""
+    return (
+        struct.pack("<4sI", name, len(content)) + content + b"\0" * (len(content) % 2)
+    )
 
 
-def check_samples(name: str, audio: Any, channels: int = 8) -> mx.array:
-    """The samples (N, C) of a sound in float32, C at most `channels`.
+def wav_header(channels: int, rate: int, size: int, comment: str = "") -> bytes:
+    """What comes before 16-bit samples that take `size` bytes."""
+    align = 2 * channels
+    form = struct.pack("<HHIIHH", 1, channels, rate, rate * align, align, 16)
+    chunks = riff_chunk(b"fmt ", form)
+    if comment:
+        text = riff_chunk(b"ICMT", comment.encode() + b"\0")
+        chunks += riff_chunk(b"LIST", b"INFO" + text)
+    chunks = b"WAVE" + chunks + struct.pack("<4sI", b"data", size)
+    whole = min(len(chunks) + size, UNKNOWN)
+    return struct.pack("<4sI", b"RIFF", whole) + chunks
 
-    `audio` is an array of MLX or numpy; `name` is what the caller knows it by. Raises
-    ValueError for anything else, another shape, no samples, NaN and infinity.
-    """
-    if isinstance(audio, str | Path):
-        raise ValueError(
-            f"{name} must be samples (N, C), got {str(audio)!r}. Read the file with "
-            "load_audio first."
-        )
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Convert a sound file.")
+    parser.add_argument("source", help="sound file to read")
+    parser.add_argument("target", help="sound file to write")
+    parser.add_argument("--sampling-rate", type=int, help="Hz (default: the source's)")
+    parser.add_argument("--channels", type=int, help="(default: the source's)")
+    args = parser.parse_args()
     try:
-        audio = mx.array(audio).astype(mx.float32)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{name} must be samples (N, C), got {type(audio).__name__}. Give an array."
-        ) from error
-    if audio.ndim != 2 or len(audio) == 0 or not 1 <= audio.shape[1] <= channels:
-        raise ValueError(
-            f"{name} must have the shape (N, C), with N > 0 samples of 1 to {channels} "
-            f"channels, got {audio.shape}. Mono is audio[:, None]; where channels come "
-            "first, give audio.T."
-        )
-    if not mx.isfinite(audio).all().item():
-        raise ValueError(
-            f"{name} must be finite, but it holds NaN or infinity. Look at where the "
-            "samples come from."
-        )
-    return audio
+        if not Path(args.source).is_file():
+            raise FileNotFoundError(f"There is no sound file {args.source}.")
+        form = soundfile.info(args.source)
+        rate = args.sampling_rate or form.samplerate
+        audio = load_audio(args.source, rate, args.channels or form.channels)
+        save_audio(args.target, audio, rate)
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"audio.py: error: {' '.join(str(error).split())}")
+    print(f"{args.target}: {len(audio) / rate:.2f} s")
+
+
+if __name__ == "__main__":
+    main()

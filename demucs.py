@@ -1,16 +1,14 @@
 """HTDemucs: a song into drums, bass, other and vocals.
 
-The hybrid transformer of Rouard et al. (https://arxiv.org/abs/2211.08553). One
-branch works on the spectrogram, one on the waveform; between their encoders and
-decoders a transformer lets each attend the other, and the stems are the sum of what
-both give.
+The hybrid transformer of Rouard et al. (https://arxiv.org/abs/2211.08553). One branch
+works on the spectrogram, one on the waveform; between their encoders and decoders a
+transformer lets each attend the other, and the stems are the sum of what both give.
+Stands alone; audio.py is needed beside it to split a file from the command line.
 
     model = HTDemucs.from_pretrained("adefossez/HTDemucs")
-    audio = load_audio("song.mp3", model.sampling_rate, model.channels)
-    drums, bass, other, vocals = model.separate(audio)
+    drums, bass, other, vocals = model.separate(audio)  # (N, 2) at model.sampling_rate
 
-or `python demucs.py song.mp3 --output-dir stems/ --stems vocals,drums`. Needs
-encodec.py beside it, to read and write sound files.
+or `python demucs.py song.mp3 --output-dir stems/ --stems vocals,drums`.
 """
 
 import argparse
@@ -18,7 +16,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
@@ -29,8 +27,6 @@ import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
-
-from encodec import Parser, check_audio_path, load_audio, save_audio
 
 REPO = "adefossez/HTDemucs"
 FILES = ["*.safetensors", "*.yaml"]
@@ -59,24 +55,6 @@ class HTDemucsConfig:
     samplerate: int = 44100
     segment: Fraction = Fraction(39, 5)  # seconds
 
-    def __post_init__(self):
-        for name, (least, most) in LIMITS.items():
-            value = getattr(self, name)
-            if not least <= value <= most:
-                raise ValueError(f"{name} must be from {least} to {most}, got {value}.")
-        last = 2 * STRIDE ** (self.depth - 1)
-        if self.nfft % (last * STRIDE) or self.nfft // last <= KERNEL:
-            raise ValueError(
-                f"nfft must be a multiple of {last * STRIDE} and more than "
-                f"{last * KERNEL} for {self.depth} layers, got {self.nfft}."
-            )
-        width = self.bottom_channels
-        if width < 1 or width % self.t_heads or width % 4:
-            raise ValueError(
-                "bottom_channels must be a multiple of t_heads and of 4, got "
-                f"{width} and {self.t_heads} heads."
-            )
-
     @classmethod
     def from_dict(cls, given: dict) -> "HTDemucsConfig":
         """From the published arguments. Raises ValueError for what is not ported."""
@@ -89,7 +67,9 @@ class HTDemucsConfig:
                 )
         values = {name: given[name] for name in known & given.keys()}
         values["sources"] = tuple(values.get("sources", cls.sources))
-        return cls(**values)
+        config = cls(**values)
+        check_config(config)
+        return config
 
     @property
     def segment_length(self) -> int:
@@ -97,89 +77,174 @@ class HTDemucsConfig:
         return int(self.segment * self.samplerate)
 
 
-LIMITS = {  # least and largest value of each size
-    "audio_channels": (1, 8),
-    "channels": (1, 1024),
-    "growth": (1, 8),
-    "depth": (1, 8),
-    "nfft": (16, 2**16),
-    "dconv_depth": (0, 8),
-    "dconv_comp": (1, 1024),
-    "bottom_channels": (4, 2**14),
-    "t_layers": (0, 64),
-    "t_heads": (1, 256),
-    "samplerate": (1000, 192_000),
-    "segment": (Fraction(1, 10), 600),
-}
-FIXED = {  # arguments of the original of which only one value is published
-    "cac": (True,),
-    "rewrite": (True,),
-    "multi_freqs": (None, []),
-    "channels_time": (None,),
-    "kernel_size": (KERNEL,),
-    "stride": (STRIDE,),
-    "context": (1,),
-    "context_enc": (0,),
-    "norm_starts": (4,),
-    "dconv_mode": (3,),
-    "t_emb": ("sin",),
-    "t_norm_in": (True,),
-    "t_norm_in_group": (False,),
-    "t_group_norm": (False,),
-    "t_norm_first": (True,),
-    "t_norm_out": (True,),
-    "t_layer_scale": (True,),
-    "t_gelu": (True,),
-    "t_weight_pos_embed": (1.0,),
-    "t_sin_random_shift": (0,),
-    "t_sparse_self_attn": (False,),
-    "t_sparse_cross_attn": (False,),
-    "t_cross_first": (False,),
-    "use_train_segment": (True,),
-}
+class HTDemucs(nn.Module):
+    """The published model of that name, and others of its kind."""
 
-
-class Scale(nn.Module):
-    """A learned factor for each channel."""
-
-    def __init__(self, channels: int):
+    def __init__(self, config: HTDemucsConfig):
         super().__init__()
-        self.scale = mx.ones((channels,))
+        self.config = config
+        widths = [config.channels * config.growth**i for i in range(config.depth)]
+        C, S = config.audio_channels, len(config.sources)
+        bottom = config.bottom_channels
+        ins, outs = [None, *widths[:-1]], [None, *widths[:-1]]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.scale * x
+        def encoders(first: int) -> list[Encoder]:
+            return [Encoder(a or first, b, config) for a, b in zip(ins, widths)]
 
+        def decoders(first: int, spectral: bool) -> list[Decoder]:
+            return [
+                Decoder(b, a or first, config, spectral, last=a is None)
+                for a, b in zip(outs[::-1], widths[::-1])
+            ]
 
-def total(x: mx.array) -> mx.array:
-    """The sum of each row of (B, ...), in two stages: added up one after another, as
-    on MLX's CPU, millions of numbers would lose three digits."""
-    x = x.reshape(len(x), -1)
-    whole = x.shape[1] // 1024 * 1024
-    parts = x[:, :whole].reshape(len(x), -1, 1024).sum(axis=-1)
-    return parts.sum(axis=-1) + x[:, whole:].sum(axis=-1)
+        self.encoder, self.tencoder = encoders(2 * C), encoders(C)
+        self.decoder, self.tdecoder = decoders(2 * C * S, True), decoders(C * S, False)
+        self.freq_emb = nn.Embedding(config.nfft // 2 // STRIDE, widths[0])
+        self.channel_upsampler = nn.Linear(widths[-1], bottom)
+        self.channel_downsampler = nn.Linear(bottom, widths[-1])
+        self.channel_upsampler_t = nn.Linear(widths[-1], bottom)
+        self.channel_downsampler_t = nn.Linear(bottom, widths[-1])
+        self.crosstransformer = CrossTransformer(config)
 
+    @property
+    def sampling_rate(self) -> int:
+        """Samples per second that it takes and gives."""
+        return self.config.samplerate
 
-def center(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """x (B, ...) less each row's mean; the mean; the sum of the squares."""
-    shape = (len(x), *[1] * (x.ndim - 1))
-    mean = (total(x) / (x.size // len(x))).reshape(shape)
-    x = x - mean
-    return x, mean, total(x * x).reshape(shape)
+    @property
+    def channels(self) -> int:
+        """Channels that it takes and gives: 2."""
+        return self.config.audio_channels
 
+    def __call__(self, audio: mx.array) -> mx.array:
+        """Stems (B, S, N, C) of audio (B, N, C), N being `config.segment_length`."""
+        config = self.config
+        B, N, C = audio.shape
+        spectrum = spectrogram(audio.swapaxes(1, 2).reshape(B * C, N), config.nfft)
+        _, F, T = spectrum.shape
+        parts = mx.stack([spectrum.real, spectrum.imag], axis=1)  # (B C, 2, F, T)
+        x, mean, deviation = normalize(parts.reshape(B, 2 * C, F, T).moveaxis(1, -1))
+        xt, mean_t, deviation_t = normalize(audio[:, :, None])
+        x, xt = self.separated(x, xt)
+        x = (x * deviation + mean).reshape(B, F, T, -1, 2).transpose(0, 3, 1, 2, 4)
+        spectrum = (x[..., 0] + 1j * x[..., 1]).reshape(-1, F, T)
+        x = waveform(spectrum, N).reshape(B, -1, C, N)
+        xt = (xt * deviation_t + mean_t).reshape(B, N, -1, C)
+        return x.swapaxes(2, 3) + xt.swapaxes(1, 2)
 
-class Norm(nn.Module):
-    """Over all time and channels of each row of (B, T, C)."""
+    def separated(self, x: mx.array, xt: mx.array) -> tuple[mx.array, mx.array]:
+        """Spectrogram (B, F, T, 2 C) and waveform (B, N, 1, C) of the mix, both
+        normalized -> those of all stems, (B, F, T, 2 C S) and (B, N, 1, C S)."""
+        saved, lengths = [], []
+        for i, (encode, encode_t) in enumerate(zip(self.encoder, self.tencoder)):
+            lengths.append((x.shape[1], xt.shape[1]))
+            x, xt = encode(x), encode_t(xt)
+            if i == 0:
+                factor = self.config.freq_emb * self.config.emb_scale
+                x = x + factor * self.freq_emb.weight[:, None]
+            saved.append((x, xt))
+        x, xt = self.attended(x, xt)
+        for decode, decode_t in zip(self.decoder, self.tdecoder):
+            (skip, skip_t), (length, length_t) = saved.pop(), lengths.pop()
+            x, xt = decode(x, skip, length), decode_t(xt, skip_t, length_t)
+        return x, xt
 
-    def __init__(self, channels: int):
-        super().__init__()
-        self.weight = mx.ones((channels,))
-        self.bias = mx.zeros((channels,))
+    def attended(self, x: mx.array, xt: mx.array) -> tuple[mx.array, mx.array]:
+        """Both branches through the transformer, shapes unchanged."""
+        x, xt = self.channel_upsampler(x), self.channel_upsampler_t(xt[:, :, 0])
+        x, xt = self.crosstransformer(x, xt)
+        xt = self.channel_downsampler_t(xt)
+        return self.channel_downsampler(x), xt[:, :, None]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        x, _, squares = center(x)
-        return (
-            x * mx.rsqrt(squares / (x.size // len(x)) + 1e-5) * self.weight + self.bias
-        )
+    def separate(
+        self, audio: mx.array, shifts: int = 0, overlap: float = 0.25
+    ) -> mx.array:
+        """Stems (S, N, C) of audio (N, C) at the model's rate, in the order of
+        `config.sources`: drums, bass, other, vocals.
+
+        Heard in pieces of 7.8 s that overlap by `overlap` of their length. With
+        `shifts` the mean of as many passes over the audio moved by up to half a second,
+        a little better and as much slower. Raises ValueError for another shape or NaN.
+        """
+        *_, (_, _, stems) = self.steps(audio, shifts, overlap)
+        return stems
+
+    def steps(
+        self, audio: mx.array, shifts: int = 0, overlap: float = 0.25
+    ) -> Iterator[tuple[int, int, mx.array]]:
+        """Yields each piece's number, how many there are, and the stems so far."""
+        audio, most = mx.array(audio), self.sampling_rate // 2
+        check_audio(audio, self.channels, shifts, overlap)
+        stride = max(1, int((1 - overlap) * self.config.segment_length))
+        padded, random = mx.pad(audio, ((most, most), (0, 0))), np.random.default_rng(0)
+        moves = random.integers(0, most + 1, shifts).tolist()
+        passes = [padded[move : len(audio) + most] for move in moves] or [audio]
+        number, count = 0, sum(len(range(0, len(x), stride)) for x in passes)
+        total = 0
+        for moved in passes:
+            for stems in self._overlap_add(moved, stride):
+                number += 1
+                if number < count:
+                    yield number, count, stems
+            total = total + stems[:, len(moved) - len(audio) :]
+            mx.eval(total)
+        yield number, count, total / len(passes)
+
+    def _overlap_add(self, audio: mx.array, stride: int) -> Iterator[mx.array]:
+        """Stems (S, N, C) as a sum of pieces, each weighted most in its middle; yielded
+        after each piece."""
+        N, size = len(audio), self.config.segment_length
+        ramp = mx.minimum(mx.arange(size) + 1, size - mx.arange(size)) / (size // 2)
+        total = mx.zeros((len(self.config.sources), *audio.shape))
+        weights = mx.zeros((N, 1))
+        for start in range(0, N, stride):
+            stop = min(start + size, N)
+            weight = ramp[: stop - start, None]
+            total[:, start:stop] += weight * self.piece(audio, start, stop)
+            weights[start:stop] += weight
+            mx.eval(total, weights)
+            yield total / weights
+
+    def piece(self, audio: mx.array, start: int, stop: int) -> mx.array:
+        """Stems (S, stop - start, C), heard in the middle of a whole segment."""
+        size = self.config.segment_length
+        before = (size - (stop - start)) // 2
+        first, last = start - before, start - before + size
+        left, right = max(-first, 0), max(last - len(audio), 0)
+        heard = mx.pad(audio[max(first, 0) : last], ((left, right), (0, 0)))
+        stems = self(heard[None])[0]
+        return stems[:, before : before + stop - start]
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | Path = REPO) -> "HTDemucs":
+        """Load a folder or a Hub repository with one .safetensors file, which holds
+        the sizes too, as demucs 4.1 writes it. Float32. Raises FileNotFoundError, or
+        ValueError for a file that is damaged or holds another kind of model.
+        """
+        path = find_file(path_or_repo)
+        try:
+            with safe_open(path, "numpy") as file:  # which checks the header, too
+                config = read_config(file.metadata() or {})
+            weights = cls.sanitize(mx.load(str(path)))
+            model = cls(config)
+            model.load_weights(list(weights.items()))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"{path} does not load: {error}") from error
+        model.eval()
+        mx.eval(model.parameters())
+        return model
+
+    @staticmethod
+    def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The published names and layouts -> ours, in float32."""
+        kept = {}
+        for name, weight in weights.items():
+            for pattern, ours in RENAMES:
+                name = re.sub(pattern, ours, name)
+            kept[name] = arrange(name, weight.astype(mx.float32))
+        return kept
 
 
 class Residuals(nn.Module):
@@ -243,9 +308,8 @@ class Upsample(nn.Module):
         B, L, W, _ = x.shape
         head, tail = mx.split(x @ self.weight.T, 2, axis=-1)
         ends = (0, 0), (0, 0)
-        y = mx.pad(head, ((0, 0), (0, 1), *ends)) + mx.pad(
-            tail, ((0, 0), (1, 0), *ends)
-        )
+        y = mx.pad(head, ((0, 0), (0, 1), *ends))
+        y = y + mx.pad(tail, ((0, 0), (1, 0), *ends))
         y = y.reshape(B, L + 1, W, STRIDE, -1).swapaxes(2, 3)
         return y.reshape(B, STRIDE * (L + 1), W, -1) + self.bias
 
@@ -345,6 +409,48 @@ class CrossTransformer(nn.Module):
         return x.reshape(B, T, F, D).swapaxes(1, 2), xt
 
 
+class Scale(nn.Module):
+    """A learned factor for each channel."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.scale = mx.ones((channels,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.scale * x
+
+
+def total(x: mx.array) -> mx.array:
+    """The sum of each row of (B, ...), in two stages: added up one after another, as
+    on MLX's CPU, millions of numbers would lose three digits."""
+    x = x.reshape(len(x), -1)
+    whole = x.shape[1] // 1024 * 1024
+    parts = x[:, :whole].reshape(len(x), -1, 1024).sum(axis=-1)
+    return parts.sum(axis=-1) + x[:, whole:].sum(axis=-1)
+
+
+def center(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """x (B, ...) less each row's mean; the mean; the sum of the squares."""
+    shape = (len(x), *[1] * (x.ndim - 1))
+    mean = (total(x) / (x.size // len(x))).reshape(shape)
+    x = x - mean
+    return x, mean, total(x * x).reshape(shape)
+
+
+class Norm(nn.Module):
+    """Over all time and channels of each row of (B, T, C)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = mx.ones((channels,))
+        self.bias = mx.zeros((channels,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x, _, squares = center(x)
+        scale = mx.rsqrt(squares / (x.size // len(x)) + 1e-5)
+        return x * scale * self.weight + self.bias
+
+
 def positions(length: int, width: int, period: float) -> mx.array:
     """Sinusoids (length, width), cosines before sines."""
     half = width // 2
@@ -414,195 +520,6 @@ def normalize(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     return centered / (1e-5 + deviation), mean, deviation
 
 
-class HTDemucs(nn.Module):
-    """The published model of that name, and others of its kind."""
-
-    def __init__(self, config: HTDemucsConfig):
-        super().__init__()
-        self.config = config
-        widths = [config.channels * config.growth**i for i in range(config.depth)]
-        C, S, bottom = (
-            config.audio_channels,
-            len(config.sources),
-            config.bottom_channels,
-        )
-        ins, outs = [None, *widths[:-1]], [None, *widths[:-1]]
-
-        def encoders(first: int) -> list[Encoder]:
-            return [Encoder(a or first, b, config) for a, b in zip(ins, widths)]
-
-        def decoders(first: int, spectral: bool) -> list[Decoder]:
-            return [
-                Decoder(b, a or first, config, spectral, last=a is None)
-                for a, b in zip(outs[::-1], widths[::-1])
-            ]
-
-        self.encoder, self.tencoder = encoders(2 * C), encoders(C)
-        self.decoder, self.tdecoder = decoders(2 * C * S, True), decoders(C * S, False)
-        self.freq_emb = nn.Embedding(config.nfft // 2 // STRIDE, widths[0])
-        self.channel_upsampler = nn.Linear(widths[-1], bottom)
-        self.channel_downsampler = nn.Linear(bottom, widths[-1])
-        self.channel_upsampler_t = nn.Linear(widths[-1], bottom)
-        self.channel_downsampler_t = nn.Linear(bottom, widths[-1])
-        self.crosstransformer = CrossTransformer(config)
-
-    @property
-    def sampling_rate(self) -> int:
-        """Samples per second that it takes and gives."""
-        return self.config.samplerate
-
-    @property
-    def channels(self) -> int:
-        """Channels that it takes and gives: 2."""
-        return self.config.audio_channels
-
-    def __call__(self, audio: mx.array) -> mx.array:
-        """Stems (B, S, N, C) of audio (B, N, C), N being `config.segment_length`."""
-        config = self.config
-        B, N, C = audio.shape
-        spectrum = spectrogram(audio.swapaxes(1, 2).reshape(B * C, N), config.nfft)
-        _, F, T = spectrum.shape
-        parts = mx.stack([spectrum.real, spectrum.imag], axis=1)  # (B C, 2, F, T)
-        x, mean, deviation = normalize(parts.reshape(B, 2 * C, F, T).moveaxis(1, -1))
-        xt, mean_t, deviation_t = normalize(audio[:, :, None])
-        x, xt = self.separated(x, xt)
-        x = (x * deviation + mean).reshape(B, F, T, -1, 2).transpose(0, 3, 1, 2, 4)
-        spectrum = (x[..., 0] + 1j * x[..., 1]).reshape(-1, F, T)
-        x = waveform(spectrum, N).reshape(B, -1, C, N)
-        xt = (xt * deviation_t + mean_t).reshape(B, N, -1, C)
-        return x.swapaxes(2, 3) + xt.swapaxes(1, 2)
-
-    def separated(self, x: mx.array, xt: mx.array) -> tuple[mx.array, mx.array]:
-        """Spectrogram (B, F, T, 2 C) and waveform (B, N, 1, C) of the mix, both
-        normalized -> those of all stems, (B, F, T, 2 C S) and (B, N, 1, C S)."""
-        saved, lengths = [], []
-        for i, (encode, encode_t) in enumerate(zip(self.encoder, self.tencoder)):
-            lengths.append((x.shape[1], xt.shape[1]))
-            x, xt = encode(x), encode_t(xt)
-            if i == 0:
-                factor = self.config.freq_emb * self.config.emb_scale
-                x = x + factor * self.freq_emb.weight[:, None]
-            saved.append((x, xt))
-        x, xt = self.attended(x, xt)
-        for decode, decode_t in zip(self.decoder, self.tdecoder):
-            (skip, skip_t), (length, length_t) = saved.pop(), lengths.pop()
-            x, xt = decode(x, skip, length), decode_t(xt, skip_t, length_t)
-        return x, xt
-
-    def attended(self, x: mx.array, xt: mx.array) -> tuple[mx.array, mx.array]:
-        """Both branches through the transformer, shapes unchanged."""
-        x, xt = self.channel_upsampler(x), self.channel_upsampler_t(xt[:, :, 0])
-        x, xt = self.crosstransformer(x, xt)
-        xt = self.channel_downsampler_t(xt)
-        return self.channel_downsampler(x), xt[:, :, None]
-
-    def separate(
-        self,
-        audio: mx.array,
-        shifts: int = 0,
-        overlap: float = 0.25,
-        callback: Callable[[int, int], None] | None = None,
-    ) -> mx.array:
-        """Stems (S, N, C) of audio (N, C) at the model's rate, in the order of
-        `config.sources`: drums, bass, other, vocals.
-
-        Heard in pieces of 7.8 s that overlap by `overlap` of their length. With
-        `shifts` the mean of as many passes over the audio moved by up to half a
-        second, a little better and as much slower. `callback(piece, pieces)` is
-        called before each piece. Raises ValueError for another shape or NaN.
-        """
-        audio = mx.array(audio)
-        if audio.ndim != 2 or audio.shape[1] != self.channels or len(audio) == 0:
-            raise ValueError(
-                f"audio must have the shape (N, {self.channels}), got {audio.shape}."
-            )
-        if not mx.isfinite(audio).all().item():
-            raise ValueError("audio must be finite, but it holds NaN or infinity.")
-        if not 0 <= overlap <= 0.99 or type(shifts) is not int or shifts < 0:
-            raise ValueError(
-                f"overlap must be from 0 to 0.99 and shifts a number from 0 on, got "
-                f"{overlap} and {shifts}."
-            )
-        if shifts == 0:
-            return self._in_pieces(audio, overlap, callback or (lambda *_: None))
-        most, random = self.sampling_rate // 2, np.random.default_rng(0)
-        moves = random.integers(0, most + 1, shifts).tolist()
-        padded = mx.pad(audio, ((most, most), (0, 0)))
-        total = 0
-        for i, move in enumerate(moves):
-
-            def report(piece: int, pieces: int, i: int = i) -> None:
-                if callback:  # the last passes may take a piece less
-                    callback(i * pieces + piece, shifts * pieces)
-
-            moved = padded[move : len(audio) + most]
-            stems = self._in_pieces(moved, overlap, report)
-            total = total + stems[:, most - move :]
-            mx.eval(total)
-        return total / shifts
-
-    def _in_pieces(
-        self, audio: mx.array, overlap: float, callback: Callable[[int, int], None]
-    ) -> mx.array:
-        """Stems (S, N, C) as a sum of pieces, each weighted most in its middle."""
-        N, size = len(audio), self.config.segment_length
-        starts = range(0, N, max(1, int((1 - overlap) * size)))
-        ramp = mx.minimum(mx.arange(size) + 1, size - mx.arange(size)) / (size // 2)
-        total = mx.zeros((len(self.config.sources), *audio.shape))
-        weights = mx.zeros((N, 1))
-        for i, start in enumerate(starts):
-            callback(i, len(starts))
-            stop = min(start + size, N)
-            weight = ramp[: stop - start, None]
-            total[:, start:stop] += weight * self._piece(audio, start, stop)
-            weights[start:stop] += weight
-            mx.eval(total, weights)
-        return total / weights
-
-    def _piece(self, audio: mx.array, start: int, stop: int) -> mx.array:
-        """Stems (S, stop - start, C), heard in the middle of a whole segment."""
-        size = self.config.segment_length
-        before = (size - (stop - start)) // 2
-        first, last = start - before, start - before + size
-        left, right = max(-first, 0), max(last - len(audio), 0)
-        heard = mx.pad(audio[max(first, 0) : last], ((left, right), (0, 0)))
-        stems = self(heard[None])[0]
-        return stems[:, before : before + stop - start]
-
-    @classmethod
-    def from_pretrained(cls, path_or_repo: str | Path = REPO) -> "HTDemucs":
-        """Load a folder or a Hub repository with one .safetensors file, which holds
-        the sizes too, as demucs 4.1 writes it. Float32.
-
-        Raises FileNotFoundError, or ValueError for a file that is damaged or holds
-        another kind of model.
-        """
-        path = find_file(path_or_repo)
-        try:
-            with safe_open(path, "numpy") as file:  # which checks the header, too
-                config = read_config(file.metadata() or {})
-            weights = cls.sanitize(mx.load(str(path)))
-            model = cls(config)
-            model.load_weights(list(weights.items()))
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise ValueError(f"{path} does not load: {error}") from error
-        model.eval()
-        mx.eval(model.parameters())
-        return model
-
-    @staticmethod
-    def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The published names and layouts -> ours, in float32."""
-        kept = {}
-        for name, weight in weights.items():
-            for pattern, ours in RENAMES:
-                name = re.sub(pattern, ours, name)
-            kept[name] = arrange(name, weight.astype(mx.float32))
-        return kept
-
-
 RENAMES = (
     (r"\.(self|cross)_attn\.", ".attn."),
     (r"in_proj_", "in_proj."),
@@ -625,6 +542,19 @@ def arrange(name: str, weight: mx.array) -> mx.array:
     if weight.shape[2:] == (1, 1):
         return weight[..., 0, 0]
     return weight.transpose(0, 2, 3, 1)
+
+
+def check_audio(audio: mx.array, channels: int, shifts: int, overlap: float) -> None:
+    """Raise ValueError for what cannot be separated."""
+    if audio.ndim != 2 or audio.shape[1] != channels or len(audio) == 0:
+        raise ValueError(
+            f"audio must have the shape (N, {channels}), got {audio.shape}."
+        )
+    if not mx.isfinite(audio).all().item():
+        raise ValueError("audio must be finite, but it holds NaN or infinity.")
+    if not 0 <= overlap <= 0.99 or type(shifts) is not int or shifts < 0:
+        given = f"got {overlap} and {shifts}"
+        raise ValueError(f"overlap must be from 0 to 0.99, shifts 0 or more, {given}.")
 
 
 def find_file(path_or_repo: str | Path) -> Path:
@@ -665,8 +595,58 @@ def fraction(value):
     return value
 
 
+# Checking a config, which may come from a stranger.
+
+LIMITS = {  # least and largest value of each size
+    **dict.fromkeys(("channels", "dconv_comp"), (1, 1024)),
+    **dict.fromkeys(("audio_channels", "growth", "depth"), (1, 8)),
+    "dconv_depth": (0, 8),
+    "nfft": (16, 2**16),
+    "bottom_channels": (4, 2**14),
+    "t_layers": (0, 64),
+    "t_heads": (1, 256),
+    "samplerate": (1, 2**20),
+    "segment": (Fraction(1, 10), 600),
+}
+ON = ("cac", "rewrite", "t_norm_in", "t_norm_first", "t_norm_out", "t_layer_scale")
+OFF = ("t_norm_in_group", "t_group_norm", "t_sparse_self_attn", "t_sparse_cross_attn")
+FIXED = {  # arguments of the original of which only these values are ported
+    **dict.fromkeys((*ON, "t_gelu", "use_train_segment"), (True,)),
+    **dict.fromkeys((*OFF, "t_cross_first"), (False,)),
+    **dict.fromkeys(("context_enc", "t_sin_random_shift"), (0,)),
+    "multi_freqs": (None, []),
+    "channels_time": (None,),
+    "kernel_size": (KERNEL,),
+    "stride": (STRIDE,),
+    "context": (1,),
+    "norm_starts": (4,),
+    "dconv_mode": (3,),
+    "t_emb": ("sin",),
+    "t_weight_pos_embed": (1.0,),
+}
+
+
+def check_config(config: HTDemucsConfig) -> None:
+    """Raise ValueError for sizes that cannot be, or are hostile."""
+    for name, (least, most) in LIMITS.items():
+        value = getattr(config, name)
+        if not least <= value <= most:
+            raise ValueError(f"{name} must be from {least} to {most}, got {value}.")
+    last = 2 * STRIDE ** (config.depth - 1)
+    if config.nfft % (last * STRIDE) or config.nfft // last <= KERNEL:
+        raise ValueError(
+            f"nfft must be a multiple of {last * STRIDE} and more than "
+            f"{last * KERNEL} for {config.depth} layers, got {config.nfft}."
+        )
+    width, heads = config.bottom_channels, config.t_heads
+    if width < 1 or width % heads or width % 4:
+        raise ValueError(
+            f"bottom_channels must be a multiple of 4 and of {heads} heads, got {width}."
+        )
+
+
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description="Split a song into stems.")
+    parser = argparse.ArgumentParser(description="Split a song into stems.")
     add = parser.add_argument
     add("source", help="sound file to read")
     add("--output-dir", type=Path, default=Path("stems"), help="(default: stems)")
@@ -679,15 +659,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """Separate one file and write its stems."""
+    from audio import check_audio_path, load_audio, save_audio
+
     if not Path(args.source).is_file():
         raise FileNotFoundError(f"There is no sound file {args.source}.")
     model = HTDemucs.from_pretrained(args.model)
     known = model.config.sources
     wanted = [s.strip() for s in args.stems.split(",")] if args.stems else known
     if unknown := set(wanted) - set(known):
-        raise ValueError(
-            f"--stems must be of {', '.join(known)}; got {min(unknown)!r}."
-        )
+        raise ValueError(f"--stems must be of {known}, got {min(unknown)!r}.")
     audio = load_audio(args.source, model.sampling_rate, model.channels)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     paths = {stem: args.output_dir / f"{stem}.wav" for stem in wanted}
@@ -696,12 +676,8 @@ def run(args: argparse.Namespace) -> None:
         if path.resolve() == Path(args.source).resolve():
             raise ValueError(f"{path} must not be the song; choose an --output-dir.")
     with tqdm(unit="piece") as bar:
-
-        def progress(piece: int, pieces: int) -> None:
-            bar.total = pieces
+        for _, bar.total, stems in model.steps(audio, args.shifts, args.overlap):
             bar.update()
-
-        stems = model.separate(audio, args.shifts, args.overlap, progress)
     loudest = mx.abs(stems).max().item()
     if loudest > 1:  # all alike, so that they add up to the song
         print(f"All stems were scaled down by {loudest:.2f}.", file=sys.stderr)

@@ -2,13 +2,14 @@
 
 The music model of Li et al. (https://arxiv.org/abs/2306.00107) in its size of 95 M: a
 HuBERT (https://arxiv.org/abs/2106.07447) that was trained on music. Convolutions turn
-24 000 samples a second into 75 frames, a transformer relates these. In float32.
+24 000 samples a second into 75 frames, a transformer relates these. In float32. Stands
+alone; torch_file.py is needed beside it to read the published `pytorch_model.bin`, and
+audio.py to read a sound file from the command line.
 
     model = MERT.from_pretrained("m-a-p/MERT-v1-95M")
     features = model(audio)  # (B, N) at model.sampling_rate -> (B, T, 768)
 
-or `python mert.py song.mp3`. Only to read the published `pytorch_model.bin` it needs
-`convert.py` beside it.
+or `python mert.py song.mp3`.
 """
 
 import argparse
@@ -26,29 +27,6 @@ from huggingface_hub.errors import HfHubHTTPError
 REPO = "m-a-p/MERT-v1-95M"
 FILES = ("config.json", "pytorch_model.bin")
 
-LIMITS = {  # least and largest value of each size
-    "hidden_size": (2, 2**14),
-    "num_hidden_layers": (1, 200),
-    "num_attention_heads": (1, 2**10),
-    "intermediate_size": (1, 2**17),
-    "num_conv_pos_embeddings": (1, 2**10),
-    "num_conv_pos_embedding_groups": (1, 2**10),
-    "sample_rate": (1000, 192_000),
-}
-FIXED = {  # settings of which only the published value is ported
-    "hidden_act": "gelu",
-    "feat_extract_activation": "gelu",
-    "feat_extract_norm": "group",
-    "feat_proj_layer_norm": True,
-    "conv_bias": False,
-    "conv_pos_batch_norm": False,
-    "do_stable_layer_norm": False,
-    "feature_extractor_cqt": False,
-    "deepnorm": False,
-    "attention_relax": -1.0,
-    "layer_norm_eps": 1e-5,
-}
-
 
 @dataclass(frozen=True)
 class MERTConfig:
@@ -65,65 +43,17 @@ class MERTConfig:
     num_conv_pos_embedding_groups: int = 16
     sample_rate: int = 24000
 
-    def __post_init__(self):
-        for name, (low, high) in LIMITS.items():
-            size = getattr(self, name)
-            if type(size) is not int or not low <= size <= high:
-                raise ValueError(f"{name} must be from {low} to {high}, got {size!r}.")
-        for name in ("num_attention_heads", "num_conv_pos_embedding_groups"):
-            if self.hidden_size % getattr(self, name):
-                raise ValueError(
-                    f"{name} must divide hidden_size, {self.hidden_size}, got "
-                    f"{getattr(self, name)}."
-                )
-        lists = [self.conv_dim, self.conv_kernel, self.conv_stride]
-        numbers = [x for sizes in lists for x in sizes]
-        same = len({len(sizes) for sizes in lists}) == 1 and numbers
-        if not same or not all(type(x) is int and 1 <= x <= 2**14 for x in numbers):
-            raise ValueError(
-                "conv_dim, conv_kernel and conv_stride must list as many sizes from 1 "
-                f"on, got {lists}."
-            )
-
     @classmethod
     def from_dict(cls, config: dict) -> "MERTConfig":
-        """Take the known keys. Raises ValueError for what is not ported."""
-        for name, known in FIXED.items():
-            if config.get(name, known) != known:
-                raise ValueError(f"{name} must be {known!r}, got {config[name]!r}.")
-        found = {f.name: config[f.name] for f in fields(cls) if f.name in config}
-        for name in ("conv_dim", "conv_kernel", "conv_stride"):
-            if isinstance(found.get(name), list):
-                found[name] = tuple(found[name])
-        return cls(**found)
-
-
-class EncoderLayer(nn.Module):
-    """Attention to all frames, and a feed-forward; a norm after each, or with
-    `norm_first` before."""
-
-    def __init__(
-        self, width: int, heads: int, hidden: int, bias: bool, norm_first: bool
-    ):
-        super().__init__()
-        self._norm_first = norm_first
-        self.attention = nn.MultiHeadAttention(width, heads, bias=bias)
-        self.norm1 = nn.LayerNorm(width)
-        self.linear1 = nn.Linear(width, hidden, bias=bias)
-        self.linear2 = nn.Linear(hidden, width, bias=bias)
-        self.norm2 = nn.LayerNorm(width)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """(B, T, width) -> same shape."""
-        if self._norm_first:
-            y = self.norm1(x)
-            x = x + self.attention(y, y, y)
-            return x + self._feed_forward(self.norm2(x))
-        x = self.norm1(x + self.attention(x, x, x))
-        return self.norm2(x + self._feed_forward(x))
-
-    def _feed_forward(self, x: mx.array) -> mx.array:
-        return self.linear2(nn.gelu(self.linear1(x)))
+        """Take the known keys. Raises ValueError for what is not ported, or absurd."""
+        values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+        lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+        known = cls(**values | lists)
+        check_config(known)
+        for name, value in FIXED.items():
+            if config.get(name, value) != value:
+                raise ValueError(f"{name} must be {value!r}, got {config[name]!r}.")
+        return known
 
 
 class MERT(nn.Module):
@@ -163,7 +93,7 @@ class MERT(nn.Module):
         return needed
 
     def __call__(self, audio: mx.array) -> mx.array:
-        """What the last layer makes of samples (B, N): (B, T, hidden_size).
+        """The last layer's output (B, T, hidden_size) of samples (B, N).
 
         Raises ValueError for another shape, or less than a frame.
         """
@@ -210,7 +140,7 @@ class MERT(nn.Module):
 
         Raises ValueError or OSError naming the file and what is wrong with it.
         """
-        from convert import load_state
+        from torch_file import load_state
 
         config, weights = locate(path_or_repo)
         try:
@@ -222,6 +152,34 @@ class MERT(nn.Module):
             ) from error
         mx.eval(model.parameters())
         return model
+
+
+class EncoderLayer(nn.Module):
+    """Attention to all frames, and a feed-forward; a norm after each, or with
+    `norm_first` before."""
+
+    def __init__(
+        self, width: int, heads: int, hidden: int, bias: bool, norm_first: bool
+    ):
+        super().__init__()
+        self._norm_first = norm_first
+        self.attention = nn.MultiHeadAttention(width, heads, bias=bias)
+        self.norm1 = nn.LayerNorm(width)
+        self.linear1 = nn.Linear(width, hidden, bias=bias)
+        self.linear2 = nn.Linear(hidden, width, bias=bias)
+        self.norm2 = nn.LayerNorm(width)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, T, width) -> same shape."""
+        if self._norm_first:
+            y = self.norm1(x)
+            x = x + self.attention(y, y, y)
+            return x + self._feed_forward(self.norm2(x))
+        x = self.norm1(x + self.attention(x, x, x))
+        return self.norm2(x + self._feed_forward(x))
+
+    def _feed_forward(self, x: mx.array) -> mx.array:
+        return self.linear2(nn.gelu(self.linear1(x)))
 
 
 RENAMES = (  # published names -> ours
@@ -258,6 +216,54 @@ def fold(weights: dict[str, mx.array]) -> mx.array:
     return g * v / mx.sqrt((v**2).sum(axis=(0, 1), keepdims=True))
 
 
+# Checking a config, which may come from a stranger.
+
+LIMITS = {  # least and largest value of each size
+    "hidden_size": (2, 2**14),
+    "num_hidden_layers": (1, 200),
+    "num_attention_heads": (1, 2**10),
+    "intermediate_size": (1, 2**17),
+    "num_conv_pos_embeddings": (1, 2**10),
+    "num_conv_pos_embedding_groups": (1, 2**10),
+    "sample_rate": (1000, 192_000),
+}
+FIXED = {  # settings of which only the published value is ported
+    "hidden_act": "gelu",
+    "feat_extract_activation": "gelu",
+    "feat_extract_norm": "group",
+    "feat_proj_layer_norm": True,
+    "conv_bias": False,
+    "conv_pos_batch_norm": False,
+    "do_stable_layer_norm": False,
+    "feature_extractor_cqt": False,
+    "deepnorm": False,
+    "attention_relax": -1.0,
+    "layer_norm_eps": 1e-5,
+}
+
+
+def check_config(config: MERTConfig) -> None:
+    """Raise ValueError for sizes that cannot be, or are hostile."""
+    for name, (low, high) in LIMITS.items():
+        size = getattr(config, name)
+        if type(size) is not int or not low <= size <= high:
+            raise ValueError(f"{name} must be from {low} to {high}, got {size!r}.")
+    for name in ("num_attention_heads", "num_conv_pos_embedding_groups"):
+        if config.hidden_size % getattr(config, name):
+            raise ValueError(
+                f"{name} must divide hidden_size, {config.hidden_size}, got "
+                f"{getattr(config, name)}."
+            )
+    lists = [config.conv_dim, config.conv_kernel, config.conv_stride]
+    numbers = [x for sizes in lists for x in sizes]
+    same = len({len(sizes) for sizes in lists}) == 1 and numbers
+    if not same or not all(type(x) is int and 1 <= x <= 2**14 for x in numbers):
+        raise ValueError(
+            "conv_dim, conv_kernel and conv_stride must list as many sizes from 1 "
+            f"on, got {lists}."
+        )
+
+
 def read_config(path: Path) -> dict:
     """The settings in a `config.json`. Raises ValueError when it holds none."""
     try:
@@ -290,7 +296,7 @@ def locate(path_or_repo: str | Path) -> list[Path]:
 
 def demo(model: MERT, path: str) -> None:
     """Print the shape of a sound file's features, and how much they vary."""
-    from encodec import load_audio
+    from audio import load_audio
 
     features = model(load_audio(path, model.sampling_rate, 1).T)
     print(f"{path}: features {features.shape}, deviation {features.std().item():.3f}")

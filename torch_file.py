@@ -1,10 +1,19 @@
-"""torch's files without torch (stand-in)."""
+"""PyTorch's files without PyTorch: `.bin` and `.th` -> arrays of MLX.
+
+    weights = load_state("pytorch_model.bin")  # tensors by name
+    package = load_torch("state_dict.bin")  # dicts and lists of these, and plain data
+
+or `python torch_file.py state_dict.bin`, which lists what is in it. Such a file holds a
+pickle, a program that may call anything. This reader knows just the few names that
+tensors need, and checks every tensor against the bytes that are there. Stands alone.
+"""
 
 import io
 import math
 import pickle
 import pickletools
 import struct
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +21,43 @@ from typing import Any, BinaryIO, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+
+
+def load_torch(path: str | Path) -> Any:
+    """Read what `torch.save` wrote: plain data, with arrays for tensors.
+
+    Reads both of torch's forms. The file is mapped, so that its bytes are read once,
+    into the arrays. Raises ValueError naming the file when it is damaged, reaches
+    outside itself, or asks for anything but tensors.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            form = zip_form if file.read(2) == b"PK" else legacy_form
+        tree, numbers = form(path)
+        return fill(tree, numbers, room=2 * path.stat().st_size)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise ValueError(
+            f"{path} is not a checkpoint that torch wrote: {error or type(error)}. If "
+            "the download was cut short, fetch it again."
+        ) from error
+
+
+def load_state(path: str | Path) -> dict[str, mx.array]:
+    """Read tensors by name. Raises ValueError naming a file that holds anything else."""
+    return check_state(Path(path), load_torch(path))
+
+
+def check_state(path: Path, state: Any) -> dict[str, mx.array]:
+    """The state, if it maps names to tensors; else a ValueError naming the file."""
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(w, mx.array) for k, w in state.items()
+    ):
+        raise ValueError(f"{path} must map names to tensors, but holds something else.")
+    return state
+
 
 DTYPES = {  # torch's storages; numpy has no bfloat16, so its bits travel as uint16
     "HalfStorage": np.dtype("<f2"),
@@ -241,36 +287,24 @@ def fill(tree: Any, numbers: Numbers, room: int) -> Any:
     return build(tree)
 
 
-def load_torch(path: str | Path) -> Any:
-    """Read what `torch.save` wrote: plain data, with arrays for tensors.
+def describe(tree: Any, name: str = "") -> None:
+    """Print the tensors and the plain data of a file, a line each."""
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            describe(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(tree, mx.array):
+        print(f"{name}: {str(tree.dtype).removeprefix('mlx.core.')} {tree.shape}")
+    else:
+        print(f"{name}: {tree!r:.80}")
 
-    Both of torch's forms; the file is mapped, so that its bytes are read once,
-    into the arrays. Raises ValueError naming the file when it is damaged, reaches
-    outside itself, or asks for anything but tensors.
-    """
-    path = Path(path)
+
+def main() -> None:
     try:
-        with open(path, "rb") as file:
-            form = zip_form if file.read(2) == b"PK" else legacy_form
-        tree, numbers = form(path)
-        return fill(tree, numbers, room=2 * path.stat().st_size)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # a damaged pickle can fail in any way
-        raise ValueError(
-            f"{path} is not a checkpoint that torch wrote: {error or type(error)}. If "
-            "the download was cut short, fetch it again."
-        ) from error
+        for path in sys.argv[1:]:
+            describe(load_torch(path))
+    except (OSError, ValueError) as error:
+        sys.exit(f"torch_file.py: error: {' '.join(str(error).split())}")
 
 
-def load_state(path: Path) -> dict[str, mx.array]:
-    """Read tensors by name. Raises ValueError naming the file that holds others."""
-    return check_state(path, load_torch(path))
-
-
-def check_state(path: Path, state: Any) -> dict[str, mx.array]:
-    if not isinstance(state, dict) or not all(
-        isinstance(k, str) and isinstance(w, mx.array) for k, w in state.items()
-    ):
-        raise ValueError(f"{path} must map names to tensors, but holds something else.")
-    return state
+if __name__ == "__main__":
+    main()
