@@ -14,26 +14,37 @@ import sys
 import tempfile
 import unittest
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import current_process, get_context
+from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
+from traceback import format_exception
 
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 products are to be exact
-HERE = Path(__file__).resolve().parent
+HERE, SHARED = Path(__file__).resolve().parent, Path(tempfile.gettempdir())
 sys.path[:0] = [str(HERE / "tests"), str(HERE), str(HERE / "reference")]
 
 
-def own_folder() -> None:
-    """MLX compiles into TMPDIR, where two processes must not write the same file."""
-    folder = Path(tempfile.gettempdir(), f"musicgen-{current_process().name}")
-    folder.mkdir(exist_ok=True)
-    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+def own_folder(parent: str) -> None:
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(dir=parent)
+
+
+def exchange(source: Path, target: Path) -> None:
+    """Link what MLX compiled on the CPU. It writes and reads such files in TMPDIR with no
+    lock: each process has its own folder, and others get a file when it is whole."""
+    for path in source.glob("mlx/*/cpu/*.so"):
+        copy = target / path.relative_to(source)
+        with suppress(OSError):  # is there already, or may not be written
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            os.link(path, copy)
 
 
 def run(name: str) -> tuple[str, str, float]:
     """What became of a test, what there is to tell of it, and its seconds of CPU."""
     log, start = io.StringIO(), sum(os.times()[:4])
+    exchange(SHARED, Path(os.environ["TMPDIR"]))
     suite = unittest.defaultTestLoader.loadTestsFromName(name)
     result = unittest.TextTestRunner(log, verbosity=0).run(suite)
+    exchange(Path(os.environ["TMPDIR"]), SHARED)
     reasons = ", ".join(reason for _, reason in result.skipped)
     outcome, told = ("skipped", reasons) if reasons else ("passed", "")
     if not result.wasSuccessful():
@@ -64,17 +75,22 @@ def main() -> None:
     tests = [test for test in found if is_asked(test, args.names)]
     tests.sort(key=found.get, reverse=True)  # so that all processes end together
     counts = dict(passed=0, failed=0, skipped=0)
-    pool = ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), own_folder)
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    setup = get_context("spawn"), own_folder, (folder.name,)
+    pool = ProcessPoolExecutor(os.cpu_count(), *setup)
     try:
         jobs = {pool.submit(run, name): name for name in tests}
         for job in as_completed(jobs):
-            error = job.exception()
-            outcome, told, cpu = ("failed", repr(error), 0) if error else job.result()
+            if error := job.exception():  # no test's own: a file that does not compile
+                outcome, told, cpu = "failed", "".join(format_exception(error)), 0
+            else:
+                outcome, told, cpu = job.result()
             counts[outcome] += 1
             if told or args.verbose:
                 print(f"{outcome} {jobs[job]} ({cpu:.1f} s) {told}", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
+        folder.cleanup()
     print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     sys.exit(counts["failed"] > 0 or not tests)
 
