@@ -132,12 +132,12 @@ class Layer(nn.Module):
         D = config.hidden_size
         self.norm1 = nn.LayerNorm(D)
         self.self_attn = SelfAttention(config)
-        if not config.prefix_width:
-            self.norm_cross = nn.LayerNorm(D)
-            self.cross_attention = CrossAttention(config)
         self.norm2 = nn.LayerNorm(D)
         self.linear1 = nn.Linear(D, config.ffn_dim, bias=False)
         self.linear2 = nn.Linear(config.ffn_dim, D, bias=False)
+        if not config.prefix_width:
+            self.norm_cross = nn.LayerNorm(D)
+            self.cross_attention = CrossAttention(config)
 
     def __call__(
         self, x: mx.array, text: TextKV | None, cache: KVCache | None

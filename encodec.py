@@ -574,7 +574,10 @@ def main() -> None:
         save_audio(args.target, decoded, model.sampling_rate)
     except (OSError, ValueError) as error:
         sys.exit(f"encodec.py: error: {' '.join(str(error).split())}")
-    print(f"{args.target}: {sum(chunk.codes[0].size for chunk in chunks)} codes")
+    frames, K = sum(chunk.codes.shape[1] for chunk in chunks), chunks[0].codes.shape[2]
+    print(
+        f"{args.target}: {len(audio) / model.sampling_rate:.2f} s, {frames} x {K} codes"
+    )
 
 
 if __name__ == "__main__":

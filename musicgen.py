@@ -29,20 +29,18 @@ from encodec import Encodec, by_channel
 from options import Options
 from t5 import T5, Tokenizer
 
+TWINS = ("engine.py", "encodec_stream.py")  # what makes it faster
+
 
 class MusicGen(nn.Module):
     """Text encoder, decoder and codec together."""
 
-    # True: the plain step and the plain decode run, as they do without these files.
-    plain = not all(
-        Path(__file__).with_name(name).is_file()
-        for name in ("engine.py", "encodec_stream.py")
-    )
+    # True: the plain step and the plain decode run, as they do without the twins.
+    plain = not all(Path(__file__).with_name(name).is_file() for name in TWINS)
 
     def __init__(self, config: MusicGenConfig, tokenizer: Tokenizer):
         super().__init__()
-        self.config = config
-        self.tokenizer = tokenizer
+        self.config, self.tokenizer = config, tokenizer
         self.text_encoder = T5(config.text_encoder)
         self.decoder = Decoder(config.decoder, config.text_encoder.d_model)
         self.audio_encoder = Encodec(config.audio_encoder)
@@ -104,10 +102,7 @@ class MusicGen(nn.Module):
     def generate_codes(
         self, prompts: str | list[str], duration: float = 8.0, **options
     ) -> mx.array:
-        """Codes (B, T, K) for each prompt, T = int(duration * frame_rate).
-
-        Takes the options of `steps`.
-        """
+        """Codes (B, T, K), T = int(duration * frame_rate); options as of `steps`."""
         take = self.steps(prompts, duration, **options)
         for _ in take:
             pass
@@ -119,8 +114,8 @@ class MusicGen(nn.Module):
         """The samples that `generate` gives for one prompt, while they are made.
 
         Yields arrays (N, C) of about `chunk` seconds; a sample waits for the delay
-        pattern and the codec's look-ahead, together 0.135 s in the 32 kHz codec.
-        Takes the options of `steps`. Raises ValueError for what cannot be made.
+        pattern and the codec's look-ahead, together 0.135 s in the 32 kHz codec. Takes
+        the options of `steps`.
         """
         if not isinstance(prompt, str):
             raise ValueError(f"prompt must be one text, got {prompt!r}.")
@@ -153,11 +148,11 @@ class MusicGen(nn.Module):
         batch_size: int | None = None,
         **options,
     ) -> "Take":
-        """The codes of `generate_codes` while they are made, to be iterated over.
+        """Codes while they are made, to be iterated over: under all that generates.
 
         Args:
             prompts: one text or several; "" is unconditional.
-            duration: seconds. Beyond `max_duration` a window slides over the music.
+            duration: seconds. Beyond the longest window, a window slides.
             seed: row i draws from seed + i, or from the i-th of a list; a row's
                 codes depend on its own prompt and seed only. None: any.
             audio_prompt: sound (N, C) at `sampling_rate` for the takes to start with.
@@ -187,7 +182,7 @@ class MusicGen(nn.Module):
 
             prompt_codes = start_with(self, audio_prompt, codes_prompt, duration)
         prefixes, sounds = None, (melody, style, condition)
-        if self.conditioner or options.style or any(x is not None for x in sounds):
+        if options.style or any(x is not None for x in (self.conditioner, *sounds)):
             from conditioning import Prefixes, make_requests
 
             requests = make_requests(self, options, len(prompts), *sounds, separate)
@@ -198,7 +193,7 @@ class MusicGen(nn.Module):
     def forward(
         self, text: Condition, copies: int, steps: int
     ) -> Callable[[mx.array], mx.array]:
-        """The decoder under a text, to be called with tokens: see `PlainStep`."""
+        """The decoder under a text, to be called as `PlainStep`."""
         if self.plain:
             return PlainStep(self.decoder, text, copies, steps)
         from engine import Engine, fits
@@ -228,18 +223,16 @@ class MusicGen(nn.Module):
         adapter: str | Path | None = None,
         adapter_scale: float = 1.0,
     ) -> "MusicGen":
-        """Load a model by short name ("small"), Hub id or local folder.
+        """Load a model by short name ("small"), Hub id or local folder, in audiocraft's
+        layout, transformers', or the one that `convert.py` writes.
 
-        A folder may have audiocraft's layout, with T5 in `t5-base/` and a codec
-        that is only named in `encodec_32khz/` (else the Hub is asked for them),
-        transformers', or the one `convert.py` writes. `dtype` is the decoder's:
-        by default float32 on the CPU, on a GPU what `convert.py` wrote, else
-        float16. T5 and codec are always float32. `q_bits` quantizes the decoder's
-        layers while loading, unless the folder holds them so. `lazy` leaves
-        the weights to be read when they are needed. `group` shares the decoder's
-        layers among its processes, which must then all generate the same. `adapter`
-        is a file of `train.py lora` that changes it, `adapter_scale` times. Raises
-        ValueError or OSError naming the file, tensor or key and what to do.
+        `dtype` is the decoder's: by default float32 on the CPU, on a GPU what
+        `convert.py` wrote, else float16. T5 and codec are always float32. `q_bits`
+        quantizes the decoder's layers, unless the folder holds them so. `lazy` leaves
+        the weights to be read when they are needed. `group` shares the layers among its
+        processes, which must then all generate the same. `adapter` is a file of
+        `train.py lora` that changes them, `adapter_scale` times. Raises ValueError or
+        OSError naming the file, tensor or key and what to do.
         """
         checks.check_dtype(dtype)
         files, on_cpu = read(str(path_or_repo)), mx.default_device() == mx.cpu
@@ -279,8 +272,10 @@ class MusicGen(nn.Module):
             store_columns(self.decoder)
 
     def quantize(self, bits: int, group_size: int = 64) -> None:
-        """Quantize the decoder's layers, unless they are so already. Raises ValueError
-        where they are in other bits, or MLX cannot do it."""
+        """Quantize the decoder's layers, unless they are so already.
+
+        Raises ValueError where they are in other bits, or MLX cannot do it.
+        """
         before = self.config.quantization
         if before is None:
             from engine import quantize
@@ -289,8 +284,7 @@ class MusicGen(nn.Module):
             self.config.quantization = {"bits": bits, "group_size": group_size}
         elif before["bits"] != bits:
             raise ValueError(
-                f"{self.name} is quantized already, with {before}; q_bits cannot be "
-                f"{bits}."
+                f"{self.name} is quantized with {before}, not {bits} bits."
             )
 
 

@@ -1,17 +1,27 @@
 """Reading, resampling and writing sound files."""
 
+import io
 import math
 import os
 import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
 import soundfile
 from common import REFERENCE, Test
 
-import encodec
-from encodec import load_audio, resample, save_audio
+import audio as audio_script
+from audio import (
+    check_audio_path,
+    check_samples,
+    load_audio,
+    resample,
+    save_audio,
+    to_int16,
+)
 
 
 class TestAudioFiles(Test):
@@ -48,8 +58,8 @@ class TestAudioFiles(Test):
             places.append("proc/x.wav")
         for name in places:
             with self.assertRaisesRegex(OSError, "choose another place"):
-                encodec.check_audio_path(self.folder / name)
-        encodec.check_audio_path(self.folder / "new.wav")
+                check_audio_path(self.folder / name)
+        check_audio_path(self.folder / "new.wav")
         self.assertFalse((self.folder / "new.wav").exists())
 
     def test_shapes(self):
@@ -94,19 +104,19 @@ class TestAudioFiles(Test):
 
     def test_dither(self):
         quiet = np.full((40_000, 2), 0.3 / 32767, np.float32)  # less than half a step
-        found = encodec.to_int16(quiet, np.random.default_rng(1))
+        found = to_int16(quiet, np.random.default_rng(1))
         self.assertEqual(found.dtype, np.int16)
         self.assertLess(np.abs(found.mean(axis=0) - 0.3).max(), 0.02)  # it is heard
         # and what is added is the same noise, however loud the sound
         for level in (0.0, 0.5, 0.77):
             audio = np.full((40_000, 1), level / 32767, np.float32)
-            error = encodec.to_int16(audio, np.random.default_rng(2)) - level
+            error = to_int16(audio, np.random.default_rng(2)) - level
             self.assertLess(abs(error.var() - 0.25), 0.01)
-        ends = encodec.to_int16(np.array([[1.5], [-1.5]]), np.random.default_rng(3))
+        ends = to_int16(np.array([[1.5], [-1.5]]), np.random.default_rng(3))
         self.assertLessEqual(np.abs(ends - [[32766], [-32766]]).max(), 1)  # no clip
         random, noise = np.random.default_rng(0), np.random.default_rng(0)
-        parts = [encodec.to_int16(quiet[a:b], random) for a, b in ((0, 7), (7, 99))]
-        self.assertSame(np.concatenate(parts), encodec.to_int16(quiet[:99], noise))
+        parts = [to_int16(quiet[a:b], random) for a, b in ((0, 7), (7, 99))]
+        self.assertSame(np.concatenate(parts), to_int16(quiet[:99], noise))
 
     def test_subtypes(self):
         audio = np.random.default_rng(0).uniform(-1.5, 1.5, (999, 2))
@@ -155,3 +165,46 @@ class TestAudioFiles(Test):
             load_audio(self.folder / "none.wav", 32000, 1)
         with self.assertRaisesRegex(ValueError, "must be finite"):
             save_audio(self.folder / "out.wav", mx.array([0.0, math.nan]), 32000)
+
+    def test_samples(self):
+        """What a caller gives as a sound, of MLX or numpy, mono or stereo."""
+        for sound in (np.zeros((3, 2)), mx.zeros((3, 1), mx.float16)):
+            found = check_samples("melody", sound)
+            self.assertEqual((found.shape, found.dtype), (sound.shape, mx.float32))
+        for sound, pattern in (
+            ("a.wav", "got 'a.wav'. Read the file with load_audio"),
+            (Path("a.wav"), "got 'a.wav'. Read the file with load_audio"),
+            (None, "must be samples .*, got NoneType"),
+            ([["x"]], "must be samples .*, got list"),
+            (mx.zeros(9), r"must have the shape \(N, C\).*got \(9,\)"),
+            (mx.zeros((0, 1)), r"must have the shape \(N, C\).*got \(0, 1\)"),
+            (mx.zeros((9, 3)), r"1 to 2 channels, got \(9, 3\)"),
+            (mx.zeros((1, 9, 1)), r"must have the shape \(N, C\).*got \(1, 9, 1\)"),
+            (mx.array([[0.0], [math.nan]]), "must be finite"),
+            (np.array([[0.0], [-math.inf]]), "must be finite"),
+        ):
+            with self.assertRaisesRegex(ValueError, f"^melody .*{pattern}"):
+                check_samples("melody", sound, channels=2)
+
+    def test_script(self):
+        source, target = self.folder / "in.wav", self.folder / "out.flac"
+        save_audio(source, 0.1 * mx.random.normal((4410, 1)), 44100)
+        arguments = ["audio.py", str(source), str(target)]
+        for more, rate, shape in (
+            ([], 44100, (4410,)),
+            (["--sampling-rate", "48000", "--channels", "2"], 48000, (4800, 2)),
+        ):
+            with patch("sys.argv", arguments + more):
+                with redirect_stdout(io.StringIO()) as out:
+                    audio_script.main()
+            self.assertEqual(out.getvalue(), f"{target}: 0.10 s\n")
+            audio, found = soundfile.read(target)
+            self.assertEqual((audio.shape, found), (shape, rate))
+        for source, target, pattern in (
+            ("none.wav", "x.wav", "error: There is no sound file .*none.wav"),
+            ("in.wav", "x.xyz", "error: .*x.xyz must end in one of"),
+        ):
+            paths = [str(self.folder / name) for name in (source, target)]
+            with patch("sys.argv", ["audio.py", *paths]):
+                with self.assertRaisesRegex(SystemExit, pattern):
+                    audio_script.main()

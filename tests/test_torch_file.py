@@ -5,12 +5,14 @@ import os
 import pickle
 import struct
 import zipfile
+from contextlib import redirect_stdout
+from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
 from common import REFERENCE, Test
 
-import convert
+import torch_file
 from musicgen import MusicGen
 
 
@@ -21,25 +23,27 @@ class TestTorchFiles(Test):
         with self.assertRaisesRegex(
             ValueError, "x.bin is not a checkpoint.*" + pattern
         ):
-            convert.load_torch(path)
+            torch_file.load_torch(path)
 
     def test_round_trip(self):
         numbers = np.arange(12, dtype=np.float32)
         for form in (zip_file, legacy_file):
             path = self.folder / "x.bin"
             path.write_bytes(form(tensor_pickle((2, 3), (3, 1), offset=4), numbers))
-            found = convert.load_torch(path)["x"]
+            found = torch_file.load_torch(path)["x"]
             self.assertSame(found, numbers[4:10].reshape(2, 3))
             path.write_bytes(form(tensor_pickle((3, 2), (1, 3)), numbers))
-            self.assertSame(convert.load_torch(path)["x"], numbers[:6].reshape(2, 3).T)
+            self.assertSame(
+                torch_file.load_torch(path)["x"], numbers[:6].reshape(2, 3).T
+            )
             path.write_bytes(form(tensor_pickle((), (), offset=11), numbers))
-            self.assertEqual(convert.load_torch(path)["x"].item(), 11)
+            self.assertEqual(torch_file.load_torch(path)["x"].item(), 11)
 
     def test_bfloat16(self):
         content = tensor_pickle((3,), (1,), kind="BFloat16Storage")
         path = self.folder / "x.bin"
         path.write_bytes(zip_file(content, np.array([0x3F80] * 12, np.uint16)))
-        found = convert.load_torch(path)["x"]
+        found = torch_file.load_torch(path)["x"]
         self.assertEqual((found.dtype, found.tolist()), (mx.bfloat16, [1, 1, 1]))
 
     def test_reads_nothing_out_of_bounds(self):
@@ -69,7 +73,7 @@ class TestTorchFiles(Test):
         content = tensor[:start] + wrapped + b"\x89ccollections\nOrderedDict\n)RtRs."
         path = self.folder / "x.bin"
         path.write_bytes(zip_file(content, np.arange(12, dtype=np.float32)))
-        self.assertSame(convert.load_torch(path)["x"], [0, 1])
+        self.assertSame(torch_file.load_torch(path)["x"], [0, 1])
 
     def test_refuses_what_torch_does_not_write(self):
         numbers = np.zeros(12, np.float32)
@@ -95,7 +99,7 @@ class TestTorchFiles(Test):
 
         class Building:
             def __reduce__(self):
-                return (convert.Dict, (), {"a": 1})
+                return (torch_file.Dict, (), {"a": 1})
 
         numbers = np.zeros(12, np.float32)
         for content in (
@@ -121,7 +125,7 @@ class TestTorchFiles(Test):
             self.fails("has no attribute '__dict__'", zip_file(content, np.zeros(1)))
             slots = b"\x80\x02c" + name.encode() + b"\n(N}X\x04\0\0\0makeK\x01stb."
             self.fails("can't set attribute", zip_file(slots, np.zeros(1)))
-        for maker in convert.KNOWN.values():
+        for maker in torch_file.KNOWN.values():
             self.assertFalse(hasattr(maker, "a") or hasattr(maker, "__dict__"))
 
     def test_arguments_of_another_kind(self):
@@ -142,11 +146,11 @@ class TestTorchFiles(Test):
             laughs += b"](" + 10 * inner + b"eq" + bytes([level + 1])
         path = self.folder / "x.bin"
         path.write_bytes(zip_file(laughs + b".", np.zeros(1)))
-        convert.load_torch(path)
+        torch_file.load_torch(path)
         tensor = tensor_pickle((6,), (1,))
         again = tensor.removesuffix(b"s.") + b"q\0sX\x01\0\0\0yh\0s."
         path.write_bytes(zip_file(again, np.arange(12, dtype=np.float32)))
-        found = convert.load_torch(path)
+        found = torch_file.load_torch(path)
         self.assertIs(found["x"], found["y"])
 
     def test_nests_no_tuples(self):
@@ -157,10 +161,14 @@ class TestTorchFiles(Test):
             self.fails("holds a tuple twice", zip_file(content, np.zeros(1)))
         with self.assertRaisesRegex(ValueError, "a size, stride"):
             huge = (2**64,) * 3
-            convert.make_tensor(convert.Storage("FloatStorage", "0", 1), 0, huge, huge)
+            torch_file.make_tensor(
+                torch_file.Storage("FloatStorage", "0", 1), 0, huge, huge
+            )
         with self.assertRaisesRegex(ValueError, "something else"):
             many = (1,) * 9
-            convert.make_tensor(convert.Storage("FloatStorage", "0", 1), 0, many, many)
+            torch_file.make_tensor(
+                torch_file.Storage("FloatStorage", "0", 1), 0, many, many
+            )
 
     def test_state_must_map_names_to_tensors(self):
         folder = self.copy("stereo-transformers")
@@ -211,50 +219,23 @@ class TestTorchFiles(Test):
                 flipped[place] ^= int(rng.integers(1, 256))
             path.write_bytes(flipped)
             try:
-                convert.load_torch(path)
+                torch_file.load_torch(path)
             except ValueError:
                 pass
 
-    def test_yaml(self):
-        text = """
-a: 1
-b:
-  c: 'x'
-  d: ${b.e}
-  e: ${a}
-  list:
-  - 0
-  - 1.5
-  empty: {}
-  short: [0, '1'] # two
-  quoted: 'a # b'
-  text: |
-    e: 7
-    - 8
-  # c: y
-  list2:
-  - 'x'
-  - "y" # z
-  loop: ${b.loop}
-  null_value: null
-f:
-  g:
-    h: .inf
-i: true
-"""
-        values = convert.read_yaml(text)
-        self.assertEqual(values["b.d"], "1")
-        self.assertEqual(values["b.list"], ["0", "1.5"])
-        self.assertEqual(values["b.short"], ["0", "1"])
-        self.assertEqual(values["b.list2"], ["x", "y"])
-        self.assertEqual(values["b.quoted"], "a # b")
-        self.assertNotIn("b.text", values)
-        self.assertEqual(
-            (values["b.c"], values["f.g.h"], values["i"]), ("x", ".inf", "true")
-        )
-        self.assertEqual(convert.read_yaml(""), {})
-        looped = convert.read_yaml("a: ${b}\nb: ${c}\nc: ${b}")
-        self.assertEqual(looped, {"a": "", "b": "", "c": ""})
+    def test_script(self):
+        numbers = np.arange(12, dtype=np.float32)
+        path = self.folder / "x.bin"
+        path.write_bytes(zip_file(tensor_pickle((2, 3), (3, 1)), numbers))
+        with patch("sys.argv", ["torch_file.py", str(path)]):
+            with redirect_stdout(io.StringIO()) as out:
+                torch_file.main()
+        self.assertEqual(out.getvalue(), "x: float32 (2, 3)\n")
+        path.write_bytes(b"noise")
+        for name in (path, self.folder / "none.bin"):
+            with patch("sys.argv", ["torch_file.py", str(name)]):
+                with self.assertRaisesRegex(SystemExit, f"error: .*{name.name}"):
+                    torch_file.main()
 
 
 def tensor_pickle(shape, stride, offset=0, size=12, kind="FloatStorage") -> bytes:
