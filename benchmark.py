@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten
 
 from checkpoints import MusicGenConfig
 from decoder import DELAYS, Condition, Decoder, DecoderConfig
-from engine import Lane
+from engine import Lane, quantize_model
 from musicgen import MusicGen, PlainStep, encode_text
 from options import Options
 
@@ -63,7 +63,7 @@ def random_model(name: str, dtype: mx.Dtype, q_bits: int | None) -> MusicGen:
     model = MusicGen(MusicGenConfig(config), Words())
     model.decoder.set_dtype(dtype)
     if q_bits:
-        model.quantize(q_bits)
+        quantize_model(model, q_bits)
     model.read_now()
     return model
 

@@ -22,6 +22,7 @@ import mlx.core as mx
 from huggingface_hub.utils import logging
 from mlx.utils import tree_flatten
 
+from engine import quantize_model
 from hub import MODELS, check_name
 from musicgen import MusicGen
 from options import BITS, GROUP_SIZES
@@ -79,7 +80,7 @@ def convert(
                 "the model that it was made from."
             )
         if adapter is not None and q_bits is not None:  # with the change in them
-            model.quantize(q_bits, q_group_size)
+            quantize_model(model, q_bits, q_group_size)
         save(model, folder)
         folder.chmod(0o755)
         folder.rename(target)

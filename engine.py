@@ -14,7 +14,8 @@ memory holds. Needs decoder.py and options.py beside it.
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +23,9 @@ from mlx.nn.layers.distributed import shard_linear
 
 from decoder import Condition, Decoder, KVCache, Layer, TextKV, attend, join_heads
 from options import check_quantization
+
+if TYPE_CHECKING:
+    from musicgen import MusicGen
 
 State = tuple[mx.array, mx.array, mx.array]  # x, queries, keys and values of a layer
 
@@ -269,6 +273,41 @@ def store_columns(decoder: Decoder) -> None:
         if isinstance(module, nn.Linear):
             module.weight = mx.contiguous(module.weight.T).T
             mx.eval(module.weight)
+
+
+def adjust(
+    model: "MusicGen",
+    q_bits: int | None = None,
+    q_group_size: int = 64,
+    group: mx.distributed.Group | None = None,
+    adapter: str | Path | None = None,
+    adapter_scale: float = 1.0,
+) -> None:
+    """Quantize a model, adapt it and share it, as `from_pretrained` is asked to."""
+    if q_bits is not None:
+        quantize_model(model, q_bits, q_group_size)
+    shared = group is not None and group.size() > 1
+    if adapter is not None:
+        from lora import load_adapter
+
+        load_adapter(model, adapter, adapter_scale, shared)
+        model._adapter = {"adapter": str(adapter), "adapter_scale": adapter_scale}
+    if shared:
+        shard(model.decoder, group)
+
+
+def quantize_model(model: "MusicGen", bits: int, group_size: int = 64) -> None:
+    """Quantize a model's decoder, unless it is so already.
+
+    Raises ValueError where it is in other bits, or MLX cannot do it.
+    """
+    before = model.config.quantization
+    if before is None:
+        quantize(model.decoder, bits, group_size)
+        model.config.quantization = {"bits": bits, "group_size": group_size}
+    elif before["bits"] != bits:
+        wrong = f"is quantized already, with {before}; q_bits cannot be {bits}"
+        raise ValueError(f"{model.name} {wrong}.")
 
 
 def quantize(decoder: Decoder, bits: int, group_size: int = 64) -> None:

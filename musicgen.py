@@ -244,18 +244,10 @@ class MusicGen(nn.Module):
         model.name, model.revision = str(path_or_repo), files.revision
         model.read_text_encoder = files.read_text_encoder
         model.decoder.set_dtype(dtype or (mx.float32 if on_cpu else files.dtype))
-        if q_bits is not None:
-            model.quantize(q_bits, q_group_size)
-        shared = group is not None and group.size() > 1
-        if adapter is not None:
-            from lora import load_adapter
+        if any(value is not None for value in (q_bits, group, adapter)):
+            from engine import adjust
 
-            load_adapter(model, adapter, adapter_scale, shared)
-            model._adapter = {"adapter": str(adapter), "adapter_scale": adapter_scale}
-        if shared:
-            from engine import shard
-
-            shard(model.decoder, group)
+            adjust(model, q_bits, q_group_size, group, adapter, adapter_scale)
         if not lazy:
             model.read_now()
         return model
@@ -270,22 +262,6 @@ class MusicGen(nn.Module):
             from engine import store_columns
 
             store_columns(self.decoder)
-
-    def quantize(self, bits: int, group_size: int = 64) -> None:
-        """Quantize the decoder's layers, unless they are so already.
-
-        Raises ValueError where they are in other bits, or MLX cannot do it.
-        """
-        before = self.config.quantization
-        if before is None:
-            from engine import quantize
-
-            quantize(self.decoder, bits, group_size)
-            self.config.quantization = {"bits": bits, "group_size": group_size}
-        elif before["bits"] != bits:
-            raise ValueError(
-                f"{self.name} is quantized with {before}, not {bits} bits."
-            )
 
 
 def encode_text(
