@@ -1,0 +1,121 @@
+"""The codec's decoding in pieces, against the plain one."""
+
+import mlx.core as mx
+import numpy as np
+from common import REFERENCE, Test, exact
+
+import encodec_stream
+from encodec import Encodec, EncodecConfig
+from encodec_stream import DecodingStream
+
+
+class TestEncodecStream(Test):
+    def setUp(self):
+        super().setUp()
+        self.random = np.random.default_rng(0)
+
+    def assertSamePieces(self, model: Encodec, codes: mx.array):
+        """However codes (B, T, K) are cut, decoded they are the plain decode's."""
+        whole, T = model.decode_chunk(codes), codes.shape[1]
+        self.assertEqual(whole.shape[1:], (T * model.config.hop_length, model.channels))
+        for _ in range(4):
+            cuts = self.random.integers(0, T + 1, self.random.integers(0, 5))
+            cuts = sorted(cuts.tolist())
+            stream = DecodingStream(model)
+            pieces = [
+                stream.push(codes[:, start:stop], last=stop is None)
+                for start, stop in zip([0, *cuts], [*cuts, None])
+            ]
+            self.assertClose(mx.concatenate(pieces, axis=1), whole, 1e-5)
+
+    def test_stream_equals_the_whole(self):
+        for name in ("encodec_24khz", "encodec_32khz", "mono-audiocraft"):
+            model = Encodec.from_pretrained(REFERENCE / name)
+            K = model.config.num_codebooks()
+            for T in (1, 2, 4, 7, 23, 60):
+                codes = mx.array(self.random.integers(0, 64, (5, T, K)))
+                self.assertSamePieces(model, codes)
+
+    def test_stream_of_other_codecs(self):
+        """Two channels, dilated blocks, other kernels, no LSTM."""
+        sizes = dict(num_filters=4, hidden_size=6, codebook_size=16)
+        sizes |= dict(audio_channels=2, target_bandwidths=(1.0,))
+        for shape in (
+            dict(num_residual_layers=3, dilation_growth_rate=3, residual_kernel_size=5),
+            dict(upsampling_ratios=(2, 3, 7), kernel_size=4, last_kernel_size=10),
+            dict(use_causal_conv=True, trim_right_ratio=0.4, pad_mode="constant"),
+            dict(num_lstm_layers=0, use_conv_shortcut=True, compress=1),
+        ):
+            mx.random.seed(0)
+            model = Encodec(EncodecConfig(**sizes | shape))
+            K = model.config.num_codebooks()
+            for T in (1, 3, 40):
+                codes = mx.array(self.random.integers(0, 16, (2, T, K)))
+                self.assertSamePieces(model, codes)
+
+    def test_long_music(self):
+        """Longer than the pieces that are decoded at a time to save memory."""
+        model = Encodec.from_pretrained(REFERENCE / "encodec_32khz")
+        codes = self.random.integers(0, 64, (3, 1100, model.config.num_codebooks()))
+        codes = mx.array(codes)
+        audio = DecodingStream(model).push(codes, last=True)
+        self.assertClose(audio, model.decode_chunk(codes), 1e-5)
+
+    def test_mono_and_stereo_models(self):
+        """What `MusicGen.decode` gives, plain and not."""
+        for name, channels in (("mono-transformers", 1), ("stereo-transformers", 2)):
+            model = exact(name)
+            K = model.config.decoder.num_codebooks
+            for T in (1, 5, 130):
+                codes = mx.array(self.random.integers(0, 64, (2, T, K)))
+                model.plain = False
+                fast = model.decode(codes)
+                model.plain = True
+                plain = model.decode(codes)
+                self.assertEqual(plain.shape, (2, T * 640, channels))
+                self.assertClose(fast, plain, 1e-5)
+            left, right = codes[..., ::channels], codes[..., channels - 1 :: channels]
+            for side, own in ((0, left), (-1, right)):
+                alone = model.audio_encoder.decode_chunk(own)[..., 0]
+                self.assertClose(plain[..., side], alone, 1e-5)
+
+    def test_upsampling_in_pieces(self):
+        for name in ("encodec_24khz", "encodec_32khz"):
+            model = Encodec.from_pretrained(REFERENCE / name)
+            x = mx.random.normal((2, 23, 32))
+            whole = x
+            for layer in model.decoder.layers[2:]:
+                whole = layer(whole)
+            for frames in (1, 3, 4, 22, 100):
+                upsample = encodec_stream.make_upsampler(model, 2, 2 * frames)
+                self.assertClose(upsample(x, last=True), whole, 1e-5)
+
+    def test_reach_is_exact(self):
+        # changing a frame changes no sample out of reach, but the last one within
+        for name in ("encodec_24khz", "encodec_32khz"):
+            model = Encodec.from_pretrained(REFERENCE / name)
+            before, after = encodec_stream.upsampling_reach(model.config)
+            hop, x = model.config.hop_length, mx.random.normal((1, 15, 32))
+            changed = x + mx.where(mx.arange(15)[:, None] == 7, 1.0, 0.0)
+
+            def decode(x: mx.array) -> mx.array:
+                for layer in model.decoder.layers[2:]:
+                    x = layer(x)
+                return x
+
+            different = np.abs(np.array(decode(x) - decode(changed)))[0, :, 0] > 0
+            (places,) = np.nonzero(different)
+            self.assertGreaterEqual(places.min(), 7 * hop - after)
+            self.assertLess(places.max(), 8 * hop + before)
+            self.assertLessEqual(places.min(), 7 * hop - after + 1)
+        self.assertEqual(encodec_stream.upsampling_reach(EncodecConfig())[1], 482)
+
+    def test_streams_are_made_once(self):
+        first, again = (encodec_stream.parallel_streams() for _ in range(2))
+        self.assertEqual(first, again)
+        self.assertEqual(len(first), 2 if mx.default_device() == mx.cpu else 1)
+
+    def test_group_norm_cannot_stream(self):
+        model = Encodec.from_pretrained(REFERENCE / "encodec_48khz")
+        with self.assertRaisesRegex(ValueError, "cannot decode a stream"):
+            DecodingStream(model)
