@@ -14,8 +14,8 @@ from common import REFERENCE, ROOT, Test, expected
 from huggingface_hub import try_to_load_from_cache
 from mlx.utils import tree_flatten
 
-import checkpoints
 import t5
+from published import T5_REPO
 from t5 import T5, Tokenizer
 
 
@@ -56,7 +56,7 @@ class TestTokenizer(Test):
 
 def real_spiece(test: unittest.TestCase) -> Path:
     shared = ROOT.parent / "shared" / "t5" / "spiece.model"
-    cached = try_to_load_from_cache(checkpoints.T5_REPO, "spiece.model")
+    cached = try_to_load_from_cache(T5_REPO, "spiece.model")
     if shared.is_file():
         return shared
     if isinstance(cached, str):
