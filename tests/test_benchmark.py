@@ -27,8 +27,23 @@ class TestBenchmark(Test):
         self.assertRegex(rows["streaming"], "^first sound after .* s, a take in .* s$")
         self.assertGreater(int(rows["operations per step"]), 20)
 
+    @slow(6)
+    def test_plain(self):
+        folder = str(REFERENCE / "mono-audiocraft")
+        flags = ("--model", folder, "--duration", "0.4")
+        plain, fast = self.table(*flags, "--plain"), self.table(*flags)
+        self.assertEqual(plain.keys(), fast.keys())
+        plain, fast = (int(rows["operations per step"]) for rows in (plain, fast))
+        self.assertGreater(plain, 1.5 * fast)
+
+    def test_training(self):
+        folder = str(REFERENCE / "mono-audiocraft")
+        flags = ("--duration", "0.4", "--batch", "2", "--lora", "3")
+        rows = self.table("--model", folder, *flags)
+        self.assertRegex(rows["training step"], "^.* s for 2 of 0.4 s, rank 3$")
+
     def test_separation(self):
         config = demucs.HTDemucs.from_pretrained(REFERENCE / "htdemucs").config
-        with patch("benchmark.HTDemucsConfig", return_value=config):
+        with patch("demucs.HTDemucsConfig", return_value=config):
             rows = self.table("--random", "htdemucs", "--duration", "0.5")
         self.assertRegex(rows["separation"], "^.* s for 0.5 s of audio, .* times real")

@@ -10,7 +10,7 @@ import soundfile
 from common import Test, slow
 
 import loudness as loudness_script
-from encodec import save_audio
+from audio import save_audio
 
 
 class TestLoudness(Test):
