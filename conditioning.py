@@ -31,14 +31,14 @@ def read_config(settings: dict) -> Any | None:
 
     transformers knows melodies alone. Raises ValueError for a kind that is not known.
     """
-    told = settings.get("conditioner")
-    if told is None and settings["model_type"] == "musicgen_melody":
-        told = settings | {"kind": "melody"}
-    elif told is None and settings["decoder"].get("num_chroma"):  # ours, once
-        told = settings["decoder"] | {"kind": "melody"}
-    if told is None:
+    section = settings.get("conditioner")
+    if section is None and settings["model_type"] == "musicgen_melody":
+        section = settings | {"kind": "melody"}
+    elif section is None and settings["decoder"].get("num_chroma"):  # ours, once
+        section = settings["decoder"] | {"kind": "melody"}
+    if section is None:
         return None
-    kind = told.get("kind") if isinstance(told, dict) else None
+    kind = section.get("kind") if isinstance(section, dict) else None
     if kind == "melody":
         from melody import MelodyConfig as Config
     elif kind == "style":
@@ -46,9 +46,9 @@ def read_config(settings: dict) -> Any | None:
     else:
         raise ValueError(
             f"conditioner must be an object of the kind melody or style, got "
-            f"{told!r:.80}."
+            f"{section!r:.80}."
         )
-    return Config.from_dict(told)
+    return Config.from_dict(section)
 
 
 def make_requests(

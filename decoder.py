@@ -289,35 +289,37 @@ FIXED = {"activation_function": "gelu", "scale_embedding": False}
 
 
 def read_config(settings: dict, prefix_width: int) -> DecoderConfig:
-    """Take the known keys. Raises ValueError for a size missing or absurd."""
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "ffn_dim"):
+    """Take the keys that are known. Raises ValueError for a size missing or absurd."""
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "ffn_dim")
+    for name in (*sizes, "num_codebooks"):
         if name not in settings:
             raise ValueError(f"The decoder's config must have '{name}'.")
     for name, value in FIXED.items():
         if settings.get(name, value) != value:
             raise ValueError(f"{name} must be {value!r}, got {settings[name]!r:.80}.")
     names = [field.name for field in fields(DecoderConfig)]
-    known = {name: settings[name] for name in names if name in settings}
-    known["prefix_width"] = prefix_width
+    sizes = {name: settings[name] for name in names if name in settings}
+    sizes["prefix_width"] = prefix_width
     if isinstance(width := settings["hidden_size"], int):
-        known.setdefault("num_attention_heads", width // 64)
+        sizes.setdefault("num_attention_heads", width // 64)
     for name, (low, high) in LIMITS.items():
-        size = known.get(name, getattr(DecoderConfig, name))
+        size = sizes.get(name, getattr(DecoderConfig, name))
         if type(size) is not int or not low <= size <= high:
             raise ValueError(f"{name} must be from {low} to {high}, got {size!r:.80}.")
-    heads = known["num_attention_heads"]
+    heads = sizes["num_attention_heads"]
     if width % (2 * heads):
         raise ValueError(
             "num_attention_heads must split hidden_size into even widths, got "
             f"{heads} for {width}."
         )
-    return DecoderConfig(**known | {"delays": read_delays(known)})
+    return DecoderConfig(**sizes | {"delays": read_delays(sizes)})
 
 
-def read_delays(known: dict) -> tuple[int, ...]:
+def read_delays(sizes: dict) -> tuple[int, ...]:
     """The delay of each codebook. Raises ValueError for numbers that cannot be."""
-    K, C = known["num_codebooks"], known.get("audio_channels", 1)
-    delays = known.get("delays") or DELAYS.get((K, C))
+    K, C = sizes["num_codebooks"], sizes.get("audio_channels", 1)
+    delays = sizes.get("delays")
+    delays = DELAYS.get((K, C)) if delays is None else delays
     if delays is None:
         raise ValueError(
             f"delays must be given for {K} codebooks and {C} channels; known without "

@@ -183,68 +183,19 @@ class ConvTranspose1d(nn.Module):
         return x[:, self._trim_left : x.shape[1] - self._trim_right]
 
 
-LSTMState = tuple[mx.array, mx.array]  # hidden and cell (B, D)
-
-
-@mx.compile
-def lstm_steps(
-    inputs: mx.array, recurrent: mx.array, hidden: mx.array, cell: mx.array
-) -> tuple[mx.array, LSTMState]:
-    """Hidden states (B, T, D), and the state after the last.
-
-    `inputs` (B, T, 4 D) are projected already, for the gates in, forget, new and out;
-    `recurrent` (4 D, D) is the matrix for the hidden state.
-    """
-    steps = []
-    for x in mx.unstack(inputs, axis=1):
-        # sums of parts, not parts of a sum, so that all but the product is one kernel
-        gates = zip(mx.split(x, 4, -1), mx.split(hidden @ recurrent.T, 4, -1))
-        i, f, g, o = (a + b for a, b in gates)
-        cell = mx.sigmoid(f) * cell + mx.sigmoid(i) * mx.tanh(g)
-        hidden = mx.sigmoid(o) * mx.tanh(cell)
-        steps.append(hidden)
-    return mx.stack(steps, axis=1), (hidden, cell)
-
-
-class LSTMLayer(nn.LSTM):
-    """MLX's LSTM with ten steps compiled together.
-
-    `nn.LSTM` takes twelve operations a step. Each is tiny, so on a GPU their number
-    decides.
-    """
-
-    def __call__(
-        self, x: mx.array, state: LSTMState | None = None
-    ) -> tuple[mx.array, LSTMState]:
-        """Hidden states (B, T, D) of x (B, T, D), and the state after the last."""
-        inputs = mx.addmm(self.bias, x, self.Wx.T)
-        zeros = mx.zeros((len(x), self.hidden_size), x.dtype)
-        state, pieces = state or (zeros, zeros), []
-        for start in range(0, x.shape[1], 10):
-            piece = inputs[:, start : start + 10]
-            piece, state = lstm_steps(piece, self.Wh, *state)
-            pieces.append(piece)
-        return mx.concatenate(pieces, axis=1), state
-
-
 class LSTM(nn.Module):
     """Stacked LSTM over time with a skip connection around the whole stack."""
 
     def __init__(self, config: EncodecConfig, channels: int):
         super().__init__()
         layers = range(config.num_lstm_layers)
-        self.lstm = [LSTMLayer(channels, channels) for _ in layers]
+        self.lstm = [nn.LSTM(channels, channels) for _ in layers]
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.advance(x, [None] * len(self.lstm))[0]
-
-    def advance(self, x: mx.array, states: list) -> tuple[mx.array, list[LSTMState]]:
-        """The output for x (B, T, D), and the layers' next states."""
-        hidden, after = x, []
-        for layer, state in zip(self.lstm, states):
-            hidden, state = layer(hidden, state)
-            after.append(state)
-        return hidden + x, after
+        hidden = x
+        for layer in self.lstm:
+            hidden, _ = layer(hidden)
+        return hidden + x
 
 
 class ResnetBlock(nn.Module):
@@ -536,10 +487,13 @@ def check_config(config: EncodecConfig) -> None:
             raise ValueError(f"{name} must be one of {choices}, got {value!r:.80}.")
     for name, count, most in (
         ("compress", config.compress, config.num_filters),
-        ("the number of codebooks", config.num_codebooks(), 128),
+        ("codebooks of target_bandwidths", config.num_codebooks(), 128),
     ):
         if count > most:
             raise ValueError(f"{name} must be at most {most}, got {count}.")
+    seconds = config.chunk_length_s
+    if seconds is not None and seconds * config.sampling_rate < 1:
+        raise ValueError(f"chunk_length_s must be at least a sample, got {seconds}.")
 
 
 def check_number(name: str, value, low: float, high: float) -> None:

@@ -212,10 +212,10 @@ def add_text(layer: Layer, x: mx.array, text: TextKV) -> mx.array:
     attention, rows = layer.cross_attention, len(text.keys)
     queries = project(attention.q_proj, layer.norm_cross(x[:rows]))
     attended = join_heads(attend(attention.split_heads(queries), *text), rows)
-    found = project(attention.out_proj, attended)
-    parts = x.reshape(-1, *found.shape)
+    update = project(attention.out_proj, attended)
+    parts = x.reshape(-1, *update.shape)
     has_text = mx.array([True] + [False] * (len(parts) - 1))[:, None, None, None]
-    return (parts + mx.where(has_text, found, 0)).reshape(x.shape)
+    return (parts + mx.where(has_text, update, 0)).reshape(x.shape)
 
 
 def project_logits(decoder: Decoder, x: mx.array) -> mx.array:

@@ -184,8 +184,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.seed is not None:
         row_seeds(args.seed, rows=1)
     values = vars(args) | {"prompt": "", "seed": args.seed or 0}
-    own = set() if args.prompts else None
-    jobs.make_job(values, own=own).options.check(max_duration=math.inf)
+    overrides = set() if args.prompts else None
+    jobs.make_job(values, overrides=overrides).options.check(max_duration=math.inf)
     jobs.check_level(args.loudness, args.peak)
 
 
@@ -225,12 +225,12 @@ def recalled(parser: Parser) -> list[str]:
     if args.resume and args.audio_prompt:
         parser.error("--resume goes on from codes, not from an --audio-prompt")
     try:
-        known = settings.read_settings(sources[0])
+        record = settings.read_settings(sources[0])
     except (OSError, ValueError) as error:
         report(f"error: {error}")
         sys.exit(1)
     replaced = set().union(*(REPLACES.get(name, ()) for name in given))
-    wanted = {k: known[k] for k in (RECALLED - replaced) & known.keys()}
+    wanted = {k: record[k] for k in (RECALLED - replaced) & record.keys()}
     flags = {f"--{k.replace('_', '-')}": v for k, v in wanted.items()}
     chosen = {f: v for f, v in flags.items() if v is not None and v is not False}
     return [flag if v is True else f"{flag}={v}" for flag, v in chosen.items()]
@@ -402,24 +402,24 @@ def read_start(args: argparse.Namespace, model: MusicGen) -> Start | None:
         return None
     from prompt import check_codes
 
-    codes, known = settings.load_codes(source)
-    check_source(source, known, model)
+    codes, record = settings.load_codes(source)
+    check_source(source, record, model)
     check_codes(model, codes)
-    prompt_frames = min(int(known.get("prompt_frames", 0)), codes.shape[1])
+    prompt_frames = min(int(record.get("prompt_frames", 0)), codes.shape[1])
     if args.resume:
         codes = sure_codes(args, model, codes, prompt_frames)
     return Start(codes, prompt_frames)
 
 
-def check_source(source: Path, known: dict, model: MusicGen) -> None:
+def check_source(source: Path, record: dict, model: MusicGen) -> None:
     """Raise ValueError for codes of another model; warn of another revision."""
-    name = str(known.get("model"))
+    name = str(record.get("model"))
     paths = [local(n) for n in (name, model.name)]
     places = {path.resolve() if path.is_dir() else path for path in paths}
     if len(places) > 1 and MODELS.get(name, name) != MODELS.get(model.name, model.name):
         raise ValueError(f"{source} holds codes of {name}, not of {model.name}.")
-    if known.get("revision") != model.revision:
-        warn(f"{source} is of revision {known.get('revision')}, not {model.revision}.")
+    if record.get("revision") != model.revision:
+        warn(f"{source} is of revision {record.get('revision')}, not {model.revision}.")
 
 
 def sure_codes(
@@ -444,10 +444,10 @@ def redecode(
     began = time.perf_counter()
     codes, prompt_frames = start
     samples = jobs.decode(model, job, codes, prompt_frames)[0]
-    known = jobs.take_settings(model, job, sounds, prompt_frames)
-    jobs.save(model, job, samples, known)
+    record = jobs.take_settings(model, job, sounds, prompt_frames)
+    jobs.save(model, job, samples, record)
     if args.save_codes:
-        settings.save_codes(args.save_codes, codes, known)
+        settings.save_codes(args.save_codes, codes, record)
     seconds = len(samples) / model.sampling_rate
     result = Result(job, None, seconds, time.perf_counter() - began)
     print(describe(result))
@@ -500,14 +500,14 @@ def play(
     wanted, before each piece all that there are."""
     began = time.perf_counter()
     audio = None if start else sounds.audio_prompt(job)
-    prompt_frames = jobs.prompt_frames(model, audio, start)
-    known = jobs.take_settings(model, job, sounds, prompt_frames)
+    prompt_frames = jobs.frames_of_prompt(model, audio, start)
+    record = jobs.take_settings(model, job, sounds, prompt_frames)
     take = jobs.make_take(model, [job], sounds, audio, start)
     with tqdm(unit="step") as bar:
         pieces = model.play(take, args.chunk, until(watch(take, bar), stop))
         if args.save_codes:
-            pieces = keep_codes(pieces, take, args.save_codes, known)
-        form = (model.channels, model.sampling_rate, settings.to_comment(known))
+            pieces = keep_codes(pieces, take, args.save_codes, record)
+        form = (model.channels, model.sampling_rate, settings.to_comment(record))
         seconds = stream.write(str(job.output), pieces, *form)
     result = Result(job, None, seconds, time.perf_counter() - began)
     print(describe(result), file=sys.stderr if str(job.output) == "-" else sys.stdout)
@@ -523,11 +523,11 @@ def until(steps: Iterator[Take], stop: Stop) -> Iterator[Take]:
 
 
 def keep_codes(
-    pieces: Iterator[mx.array], take: Take, path: Path, known: dict
+    pieces: Iterator[mx.array], take: Take, path: Path, record: dict
 ) -> Iterator[mx.array]:
     """The pieces, each once its codes are saved: what is heard can be gone on from."""
     for piece in pieces:
-        settings.save_codes(path, take.codes, known)
+        settings.save_codes(path, take.codes, record)
         yield piece
 
 

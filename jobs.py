@@ -31,6 +31,7 @@ from audio import check_audio_path, load_audio, save_audio
 from loudness import to_loudness, to_peak
 from musicgen import MusicGen, Take, rows_that_fit
 from options import STYLE_OPTIONS, Options, row_seeds
+from prompt import prompt_frames
 
 SHORTEST = 0.4  # seconds over which loudness is measured
 BATCH_OF_FILE = 8  # lines at once, so that an interruption loses little
@@ -165,9 +166,9 @@ def make_audio_prompt(path, start, length, drop) -> AudioPrompt | None:
     return path and AudioPrompt(str(path), start or 0.0, length, bool(drop))
 
 
-def make_melody(path, start, no_separate, own: set[str]) -> MelodyFile | None:
+def make_melody(path, start, no_separate, overrides: set[str]) -> MelodyFile | None:
     """From values of MELODY_KEYS. Raises ValueError naming a bad one, or one of the
-    job's `own`, which is no default of a file of prompts, without a melody."""
+    job's `overrides`, which is no default of a file of prompts, without a melody."""
     if not isinstance(path, str | Path | None):
         raise ValueError(f"melody must name a sound file, got {path!r}.")
     if start is not None and not (type(start) in (int, float) and 0 <= start < 1e6):
@@ -175,34 +176,34 @@ def make_melody(path, start, no_separate, own: set[str]) -> MelodyFile | None:
     if no_separate not in (None, False, True):
         raise ValueError(f"no_separate must be true or false, got {no_separate!r}.")
     lone = {"melody_start": start is not None, "no_separate": no_separate}
-    if not path and any(given and name in own for name, given in lone.items()):
+    if not path and any(given and name in overrides for name, given in lone.items()):
         raise ValueError("melody_start and no_separate need a melody.")
     return MelodyFile(str(path), start or 0.0, not no_separate) if path else None
 
 
-def make_style(values: dict[str, Any], own: set[str]) -> tuple[str | None, dict]:
+def make_style(values: dict[str, Any], overrides: set[str]) -> tuple[str | None, dict]:
     """The path among values of STYLE_KEYS, and the options. Raises ValueError naming a
-    bad path, or one of the job's `own` options without one, as `make_melody`."""
+    bad path, or one of the job's `overrides` options without one, as `make_melody`."""
     path = values.get("style")
     if not isinstance(path, str | Path | None):
         raise ValueError(f"style must name a sound file, got {path!r}.")
     given = {k: v for k in STYLE_OPTIONS if (v := values.get(k)) is not None}
     if path:
         return str(path), given
-    if lone := given.keys() & own:
+    if lone := given.keys() & overrides:
         raise ValueError(f"{min(lone)} must come with a style.")
     return None, {}
 
 
 def make_job(
-    values: dict[str, Any], line: int | None = None, own: set[str] | None = None
+    values: dict[str, Any], line: int | None = None, overrides: set[str] | None = None
 ) -> Job:
-    """A job from values of ALL_KEYS, of which those named in `own` are no defaults;
+    """A job from values of ALL_KEYS, of which those named in `overrides` are no defaults;
     None: all. Raises ValueError naming a bad one."""
     sound = make_audio_prompt(*(values.get(key) for key in AUDIO_KEYS))
-    own = {*values} if own is None else own
-    melody = make_melody(*(values.get(key) for key in MELODY_KEYS), own)
-    style, options = make_style(values, own)
+    overrides = {*values} if overrides is None else overrides
+    melody = make_melody(*(values.get(key) for key in MELODY_KEYS), overrides)
+    style, options = make_style(values, overrides)
     options |= {k: values[k] for k in OPTIONS if k in values and k not in STYLE_KEYS}
     options = Options(**options)
     output = Path(str(values["output"]))
@@ -223,9 +224,9 @@ def plan(prompts: list[str], values: dict[str, Any], takes: int = 1) -> list[Job
     count = len(prompts) * takes
     jobs = []
     for i in range(count):
-        own = dict(prompt=prompts[i // takes], seed=values["seed"] + i)
-        own["output"] = numbered(values["output"], i, count)
-        jobs.append(make_job(values | own))
+        overrides = dict(prompt=prompts[i // takes], seed=values["seed"] + i)
+        overrides["output"] = numbered(values["output"], i, count)
+        jobs.append(make_job(values | overrides))
     return jobs
 
 
@@ -234,11 +235,11 @@ def plan_file(path: Path, values: dict[str, Any]) -> list[Job]:
     settings. Raises ValueError naming the line that is neither, has an unknown key,
     or the output of another line."""
     lines, jobs, outputs = list(read_lines(path)), [], {}
-    for i, (number, own) in enumerate(lines):
+    for i, (number, overrides) in enumerate(lines):
         default = dict(seed=values["seed"] + i)
         default["output"] = numbered(values["output"], i, max(len(lines), 2))
         try:
-            job = make_job(values | default | own, number, {*own})
+            job = make_job(values | default | overrides, number, {*overrides})
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
         place = os.path.realpath(job.output) if "\0" not in str(job.output) else i
@@ -273,21 +274,22 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        found = json.loads(line)
+        line_settings = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(line_settings, dict):
         raise ValueError(f"{path}, line {number} must be an object, got {line:.40}")
-    own = {ALIASES.get(k, k.replace("-", "_")): v for k, v in found.items()}
-    known = {*ALL_KEYS}
-    if unknown := own.keys() - known:
+    overrides = {
+        ALIASES.get(k, k.replace("-", "_")): v for k, v in line_settings.items()
+    }
+    if unknown := overrides.keys() - {*ALL_KEYS}:
         raise ValueError(
             f"{path}, line {number} has the unknown key '{min(unknown)}'; known are "
-            f"{', '.join(sorted(known))}."
+            f"{', '.join(sorted(ALL_KEYS))}."
         )
-    if "prompt" not in own:
+    if "prompt" not in overrides:
         raise ValueError(f"{path}, line {number} must have a prompt.")
-    return own
+    return overrides
 
 
 def pending(jobs: list[Job], group: mx.distributed.Group) -> list[Job]:
@@ -430,7 +432,7 @@ class Batch:
             if self._jobs:
                 first, start = self._jobs[0], self._start
                 audio = None if start else self._sounds.audio_prompt(first)
-                self._prompt_frames = prompt_frames(self._model, audio, start)
+                self._prompt_frames = frames_of_prompt(self._model, audio, start)
                 yield from self._make(self._jobs, audio)
         except (OSError, RuntimeError, ValueError) as error:
             self._failed += [Result(job, error) for job in self._jobs]
@@ -489,11 +491,11 @@ class Batch:
             return
         elapsed = time.perf_counter() - self._began
         for job, samples in zip(self._jobs, audio):
-            known = take_settings(model, job, self._sounds, self._prompt_frames)
+            record = take_settings(model, job, self._sounds, self._prompt_frames)
             try:
-                save(model, job, samples, known)
+                save(model, job, samples, record)
                 if save_codes:
-                    settings.save_codes(save_codes, codes, known)
+                    settings.save_codes(save_codes, codes, record)
             except (OSError, ValueError) as error:
                 yield Result(job, error)
                 continue
@@ -554,12 +556,11 @@ def one_each(
     return None if all(sound is None for sound in sounds) else sounds
 
 
-def prompt_frames(model: MusicGen, audio: mx.array | None, start: Start | None) -> int:
+def frames_of_prompt(
+    model: MusicGen, audio: mx.array | None, start: Start | None
+) -> int:
     """Frames of a take that are its audio prompt's."""
-    if start is not None:
-        return start.prompt_frames
-    hop = model.config.audio_encoder.hop_length
-    return 0 if audio is None else math.ceil(len(audio) / hop)
+    return prompt_frames(model, audio) if start is None else start.prompt_frames
 
 
 def decode(model: MusicGen, job: Job, codes: mx.array, prompt_frames: int) -> mx.array:
@@ -571,9 +572,9 @@ def decode(model: MusicGen, job: Job, codes: mx.array, prompt_frames: int) -> mx
     return audio
 
 
-def save(model: MusicGen, job: Job, samples: mx.array, known: dict[str, Any]) -> None:
+def save(model: MusicGen, job: Job, samples: mx.array, record: dict[str, Any]) -> None:
     """Write the job's sound, with its settings in the comment."""
-    rate, comment = model.sampling_rate, settings.to_comment(known)
+    rate, comment = model.sampling_rate, settings.to_comment(record)
     save_audio(job.output, job.level(samples, rate), rate, comment, job.subtype)
 
 
@@ -581,21 +582,21 @@ def take_settings(
     model: MusicGen, job: Job, sounds: Sounds, prompt_frames: int = 0
 ) -> dict[str, Any]:
     """All that makes the job's take again, for the file's comment."""
-    known = asdict(job.options)
-    known |= dict(model=model.name, revision=model.revision, seed=job.seed)
-    known |= dict(prompt=job.prompt, loudness=job.loudness, peak=job.peak)
-    known |= dict(subtype=job.subtype)
+    record = asdict(job.options)
+    record |= dict(model=model.name, revision=model.revision, seed=job.seed)
+    record |= dict(prompt=job.prompt, loudness=job.loudness, peak=job.peak)
+    record |= dict(subtype=job.subtype)
     if job.audio_prompt:
-        known |= dict(zip(AUDIO_KEYS, job.audio_prompt), prompt_frames=prompt_frames)
+        record |= dict(zip(AUDIO_KEYS, job.audio_prompt), prompt_frames=prompt_frames)
     if job.melody:
         path, start, separate = job.melody
-        known |= dict(melody=path, melody_start=start, no_separate=not separate)
+        record |= dict(melody=path, melody_start=start, no_separate=not separate)
     if job.style:
-        known["style"], known["style_start"] = job.style, sounds.style_start(job)
+        record["style"], record["style_start"] = job.style, sounds.style_start(job)
     if model.config.quantization:
-        known["q_bits"] = model.config.quantization["bits"]
+        record["q_bits"] = model.config.quantization["bits"]
     dtype = str(model.decoder.dtype).removeprefix("mlx.core.")
-    return known | model.adapter | dict(dtype=dtype, mlx=mx.__version__)
+    return record | model.adapter | dict(dtype=dtype, mlx=mx.__version__)
 
 
 def check(

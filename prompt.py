@@ -52,7 +52,7 @@ def encode_prompt(model: "MusicGen", audio: mx.array, frames: int) -> mx.array:
         warnings.warn("The audio prompt is silent; the music may be, too.")
     audio = audio.mean(axis=1, keepdims=True) if C == 1 else audio
     audio = mx.broadcast_to(audio, (len(audio), C))
-    ((codes, _),) = model.audio_encoder.encode(audio.T[..., None])  # (C, T, K / C)
+    codes = encode(model, audio.T[..., None], K // C)  # (C, T, K / C)
     return codes.transpose(1, 2, 0).reshape(1, -1, K).astype(mx.uint32)
 
 
@@ -60,6 +60,15 @@ def prompt_frames(model: "MusicGen", audio: mx.array | None) -> int:
     """Frames that a sound (N, C) takes; none for None."""
     hop = model.config.audio_encoder.hop_length
     return 0 if audio is None else math.ceil(len(audio) / hop)
+
+
+def encode(model: "MusicGen", audio: mx.array, num_codebooks: int) -> mx.array:
+    """Codes (B, T, K) of mono audio (B, N, 1)."""
+    if model.plain:
+        return model.audio_encoder.encode_chunk(audio, num_codebooks).codes
+    import encodec_stream
+
+    return encodec_stream.encode(model.audio_encoder, audio, num_codebooks)
 
 
 def check_prompt(model: "MusicGen", codes: mx.array, frames: int) -> mx.array:
