@@ -8,7 +8,6 @@ from contextlib import redirect_stderr, redirect_stdout
 from unittest.mock import patch
 
 import mlx.core as mx
-import mlx.nn as nn
 import soundfile
 from common import EXPECTED, REFERENCE, Test, expected, last
 
@@ -63,15 +62,6 @@ class TestEncodec(Test):
             right = stride if causal else stride // 2
             plain = plain[:, stride - right : plain.shape[1] - right]
             self.assertClose(layer(x), plain + layer.conv.bias, 1e-5)
-
-    def test_lstm(self):
-        mx.random.seed(0)
-        layer, x = encodec.LSTMLayer(6, 6), mx.random.normal((2, 9, 6))
-        whole = nn.LSTM.__call__(layer, x)[0]
-        self.assertClose(layer(x)[0], whole, 1e-6)
-        first, state = layer(x[:, :4])
-        rest, _ = layer(x[:, 4:], state)
-        self.assertClose(mx.concatenate([first, rest], axis=1), whole, 1e-6)
 
     def test_silence(self):
         model = Encodec.from_pretrained(REFERENCE / "encodec_48khz")

@@ -5,7 +5,7 @@ import numpy as np
 from common import REFERENCE, Test, exact
 
 import encodec_stream
-from encodec import Encodec, EncodecConfig
+from encodec import LSTM, Encodec, EncodecConfig
 from encodec_stream import DecodingStream
 
 
@@ -78,6 +78,29 @@ class TestEncodecStream(Test):
             for side, own in ((0, left), (-1, right)):
                 alone = model.audio_encoder.decode_chunk(own)[..., 0]
                 self.assertClose(plain[..., side], alone, 1e-5)
+
+    def test_lstm(self):
+        config = EncodecConfig(num_lstm_layers=3)
+        lstm, x = LSTM(config, 6), mx.random.normal((2, 23, 6))
+        for layer in lstm.lstm:
+            layer.bias = mx.random.normal(layer.bias.shape)
+        whole = lstm(x)
+        self.assertClose(encodec_stream.advance(lstm, x)[0], whole, 1e-6)
+        pieces, states = [], None
+        for piece in (x[:, :4], x[:, 4:5], x[:, 5:]):
+            piece, states = encodec_stream.advance(lstm, piece, states)
+            pieces.append(piece)
+        self.assertClose(mx.concatenate(pieces, axis=1), whole, 1e-6)
+
+    def test_codes_are_the_plain_ones(self):
+        for name in ("encodec_24khz", "encodec_32khz", "mono-audiocraft"):
+            model = Encodec.from_pretrained(REFERENCE / name)
+            bandwidth = model.config.target_bandwidths[-1]
+            K = model.config.num_codebooks(bandwidth)
+            for N in (1, 700, 32_000):
+                audio = 0.1 * mx.random.normal((3, N, 1), key=mx.random.key(N))
+                (want,) = model.encode(audio, bandwidth)
+                self.assertSame(encodec_stream.encode(model, audio, K), want.codes)
 
     def test_upsampling_in_pieces(self):
         for name in ("encodec_24khz", "encodec_32khz"):

@@ -1,6 +1,7 @@
 """Training an adapter, and using it."""
 
 import io
+import json
 import math
 import shutil
 import sys
@@ -14,12 +15,14 @@ import sounds
 from common import REFERENCE, ScriptTest, exact
 
 import convert
+import engine
 import lora
-import musicgen
 import settings
 import train
-from encodec import load_audio, save_audio
-from musicgen import MusicGen, delay_mask
+from audio import load_audio, save_audio
+from decoder import Condition, Decoder, DecoderConfig
+from musicgen import MusicGen, delay, delay_mask
+from prompt import encode_prompt
 
 
 class TestLora(ScriptTest):
@@ -53,27 +56,31 @@ class TestLora(ScriptTest):
         return ids, mask, told, mx.stack([c[:20] for c in codes]).astype(mx.int32)
 
     def test_loss_is_that_of_the_decoder(self):
-        """In one pass as step by step."""
+        """In one pass as step by step, plain and fast."""
         for name in ("mono-transformers", "stereo-transformers", "melody-transformers"):
             model = exact(name)
             ids, mask, told, codes = self.batch(model)
             loss, _, _ = train.lm_loss(model, ids, mask, told, codes)
             config, T = model.config.decoder, codes.shape[1]
-            wanted = musicgen.delay(codes, config.delays, T, config.vocab_size)
-            text = model.text_encoder(ids, mask)
-            attended = mask & told[:, None]
-            run = musicgen.Run(model.decoder, text, attended, 2, T + 60)
-            run.rewind(*model._states([None, None], 0, T))
-            token, total = mx.full((2, 1, wanted.shape[2]), config.vocab_size), 0
+            wanted = delay(codes, config.delays, T, config.vocab_size)
+            text = Condition(model.text_encoder(ids, mask), mask & told[:, None])
+            sound = None
+            if model.conditioner is not None:
+                sound = Condition(*model.conditioner.states([None, None], None))
             real = delay_mask(T, config.delays)
-            for step in range(T):  # before the end, as in audiocraft
-                logits = run(token)[:, -1]
-                token = wanted[:, step : step + 1]
-                chosen = mx.where(real[step], token[:, 0], 0)
-                each = nn.losses.cross_entropy(logits, chosen) * real[step]
-                total = total + each.sum(axis=0)
-            want = (total / (2 * real[:T].sum(axis=0))).mean()
-            self.assertAlmostEqual(loss.item(), want.item(), 3)
+            for plain in (True, False):
+                model.plain = plain
+                forward = model.forward(text, copies=1, steps=T + 60)
+                forward.rewind(sound)
+                token, total = mx.full((2, 1, wanted.shape[2]), config.vocab_size), 0
+                for step in range(T):  # before the end, as in audiocraft
+                    logits = forward(token)[:, -1]
+                    token = wanted[:, step : step + 1]
+                    chosen = mx.where(real[step], token[:, 0], 0)
+                    each = nn.losses.cross_entropy(logits, chosen) * real[step]
+                    total = total + each.sum(axis=0)
+                want = (total / (2 * real[:T].sum(axis=0))).mean()
+                self.assertAlmostEqual(loss.item(), want.item(), 3)
 
     def test_gradients(self):
         """Against finite differences."""
@@ -184,13 +191,13 @@ class TestLora(ScriptTest):
         """Are those of the clip as it is, and of this codec."""
         path, model = self.clips / "0.wav", exact("mono-transformers")
         codes = train.clip_codes(model, path)
-        with patch.object(MusicGen, "encode_prompt", side_effect=AssertionError):
+        with patch("train.encode_prompt", side_effect=AssertionError):
             self.assertSame(train.clip_codes(model, path), codes)
         (kept,) = self.clips.glob(".*.codes.safetensors")
         kept.write_bytes(b"noise")
         self.assertSame(train.clip_codes(model, path), codes)
         other = exact("mono-audiocraft")
-        same = other.encode_prompt(load_audio(path, 32000, 1), 10**6)[0]
+        same = encode_prompt(other, load_audio(path, 32000, 1), 10**6)[0]
         self.assertSame(train.clip_codes(other, path), same)
         shutil.copy2(self.clips / "1.wav", path)
         self.assertNotEqual(train.clip_codes(model, path).tolist(), codes.tolist())
@@ -199,9 +206,8 @@ class TestLora(ScriptTest):
 
     def test_beside_quantized_layers(self):
         sizes = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
-        config = musicgen.DecoderConfig(ffn_dim=64, **sizes)
-        decoder = musicgen.Decoder(config, text_width=16)
-        decoder.quantize(8, 32)
+        decoder = Decoder(DecoderConfig(ffn_dim=64, **sizes), text_width=16)
+        engine.quantize(decoder, 8, 32)
         inputs = mx.random.normal((1, 3, 64))
         layer = decoder.layers[0].linear1
         lora.add_adapters(decoder, 2, 0.5)
@@ -212,6 +218,34 @@ class TestLora(ScriptTest):
         lora.fuse(decoder)
         self.assertIs(decoder.layers[0].linear1, adapted)
         self.assertTrue(lora.has_adapters(decoder))
+
+    def test_files_of_older_versions(self):
+        """Which name a size of the decoder as its config did then."""
+        model = exact("melody-transformers")
+        lora.add_adapters(model.decoder, 2, 1.0)
+        for _, _, module in lora.find(model.decoder, lora.LoRALinear):
+            module.b = 0.1 * mx.random.normal(module.b.shape)
+        lora.save_adapter(self.adapter, model.decoder, 2, {"model": "melody"})
+        arrays, told = lora.read_adapter(self.adapter)
+        names = ("hidden_size", "num_hidden_layers", "ffn_dim", "num_codebooks")
+        config = model.config.decoder
+        sizes = {name: getattr(config, name) for name in names}
+        sizes["sound_width"] = config.prefix_width
+        self.assertEqual(told["sizes"], sizes)  # as an older version reads it, too
+        lora.fuse(model.decoder)
+        options = dict(duration=0.3, temp=0)
+        wanted = model.generate_codes("a", **options)
+        unchanged = exact("melody-transformers").generate_codes("a", **options)
+        self.assertNotEqual(wanted.tolist(), unchanged.tolist())
+        path, adapter = REFERENCE / "melody-transformers", dict(adapter=self.adapter)
+        told = dict(musicgen_adapter=1, rank=2, sizes=sizes, model="melody")
+        settings.save_arrays(self.adapter, arrays, {"adapter": json.dumps(told)})
+        adapted = MusicGen.from_pretrained(path, mx.float32, **adapter)
+        self.assertSame(adapted.generate_codes("a", **options), wanted)
+        sizes["sound_width"] = 7
+        settings.save_arrays(self.adapter, arrays, {"adapter": json.dumps(told)})
+        with self.assertRaisesRegex(ValueError, "its sound_width is 7, here it is"):
+            MusicGen.from_pretrained(path, mx.float32, **adapter)
 
     def test_bad_clips(self):
         (self.clips / "bad.wav").write_bytes(b"noise")

@@ -1,0 +1,74 @@
+"""A training: its rate, what it keeps, and how it goes on."""
+
+import argparse
+import io
+import itertools
+import math
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from unittest.mock import Mock, patch
+
+import mlx.core as mx
+import mlx.nn as nn
+from common import Test
+
+from train_codec import first_codebooks
+from training import Training
+
+
+class TestTraining(Test):
+    def training(
+        self, model: nn.Module, loss: Callable | None, state: dict = {}, **told
+    ) -> Training:
+        args = dict(lr=1e-3, steps=9, seconds=1e9, seed=0, resume=False) | told
+        args = argparse.Namespace(**args)
+        return Training(model, loss, args, self.folder, dict(state), {})
+
+    @staticmethod
+    def sum_loss(model: nn.Module, x: mx.array) -> tuple:
+        return model(x).sum(), mx.zeros(1), {}
+
+    def test_rate_rises_and_falls(self):
+        training = self.training(nn.Linear(2, 1), self.sum_loss, lr=1.0, steps=1000)
+        for done, rate in ((0, 0.01), (49, 0.497), (500, 0.51), (999, 0.02)):
+            training.done = done
+            training.step((mx.ones((1, 2)),))
+            self.assertAlmostEqual(training.optimizer.learning_rate.item(), rate, 2)
+
+    def test_keeps_on_the_way(self):
+        """Every four minutes, and at the end."""
+        training = self.training(nn.Linear(2, 1), self.sum_loss, steps=8)
+        kept = []
+
+        def keep():
+            self.assertTrue(training.path.is_file())
+            kept.append(training.done)
+
+        clock = Mock(side_effect=itertools.count(0, 100))  # seconds
+        with patch("training.time.perf_counter", clock), redirect_stdout(io.StringIO()):
+            training.run(lambda: (mx.ones((1, 2)),), ("loss",), keep)
+        self.assertEqual(kept, [3, 6, 8])
+
+    def test_a_gradient_that_is_no_number_changes_little(self):
+        model = nn.Linear(2, 1, bias=False)
+        loss = lambda m, x: (m(x).sum() * x.sum(), mx.zeros(1), {})  # noqa: E731
+        training = self.training(model, loss)
+        for x in (1.0, math.inf, 1.0):
+            before = mx.array(model.weight)
+            training.step((mx.full((1, 2), x),))
+            self.assertTrue(mx.isfinite(model.weight).all())
+            moved = mx.abs(model.weight - before)  # by more than the decay of weights
+            self.assertGreater(moved.min().item(), 1e-4)
+
+    def test_codec_goes_on_with_its_codebooks(self):
+        def training(resume: bool, change: int) -> Training:
+            state = first_codebooks(mx.random.key(0))
+            state = {name: value + change for name, value in state.items()}
+            return self.training(nn.Linear(2, 2), None, state, resume=resume)
+
+        first = training(False, 1)
+        first.save()
+        again = training(True, 0)
+        self.assertEqual(again.state.keys(), first.state.keys())
+        for name, value in again.state.items():
+            self.assertSame(value, first.state[name])
