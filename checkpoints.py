@@ -110,6 +110,8 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
             weights = mx.load(str(path))
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged, fetch it again: {error}") from error
+    melody = "decoder.melody_proj."  # as we wrote it once
+    weights = {k.replace(melody, "decoder.sound_proj."): w for k, w in weights.items()}
     for name, weight in weights.items():
         packed = f"{name.removesuffix('.weight')}.scales" in weights
         quantized = packed and weight.dtype == mx.uint32

@@ -13,10 +13,10 @@ from common import EXPECTED, REFERENCE, ROOT, Test, exact, expected, last
 
 import convert
 import demucs
-import encodec
 import melody
 import musicgen
-from encodec import save_audio
+from audio import resample, save_audio
+from decoder import Condition
 from musicgen import MusicGen
 
 
@@ -31,18 +31,18 @@ class TestMelody(Test):
                     notes = mx.argmax(chroma, axis=1)
                     self.assertSame(notes, want[f"{make.__name__}_{rate}"])
 
-    def test_strengths_are_those_of_librosa(self):
+    def test_chromagram_is_that_of_librosa(self):
         want = mx.load(str(REFERENCE / "chroma.safetensors"))
         for seed in range(20):
             audio = sounds.noise(32000, seed, seconds=0.6)
-            found = melody.note_strengths(audio, 32000)
+            found = melody.chromagram(audio, 32000)
             self.assertClose(found, want[f"librosa_{seed}"], 1e-5)
 
     def test_in_parts(self):
         audio = sounds.noise(32000)
-        whole = melody.note_strengths(audio, 32000)
+        whole = melody.chromagram(audio, 32000)
         with patch("melody.FRAMES_AT_ONCE", 5):
-            self.assertClose(melody.note_strengths(audio, 32000), whole, 1e-5)
+            self.assertClose(melody.chromagram(audio, 32000), whole, 1e-5)
 
     def test_thirty_seconds_are_235_frames(self):
         audio = sounds.noise(32000, seconds=30)
@@ -57,10 +57,10 @@ class TestMelody(Test):
         found = [melody.extract_chroma(x, 32000) for x in (both, mono)]
         self.assertSame(*found)
 
-    def test_fit(self):
+    def test_repeat(self):
         chroma = mx.eye(12)[:5]
-        self.assertSame(melody.fit(chroma, 3), chroma[:3])
-        longer = melody.fit(chroma, 12)
+        self.assertSame(melody.repeat(chroma, 3), chroma[:3])
+        longer = melody.repeat(chroma, 12)
         rows = [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
         self.assertSame(longer, chroma[mx.array(rows)])
 
@@ -82,29 +82,29 @@ class TestMelody(Test):
 
         mix = mx.array(tune + bass + drums)
         covered = melody.extract_chroma(mix, rate)
-        clear = melody.extract_chroma(melody.take_melody(mix, rate, Told()), 32000)
+        clear = melody.extract_chroma(melody.isolate_melody(mix, rate, Told()), rate)
         beats = [int((i + 0.5) * 0.5 * 32000 / 4096) for i in range(len(notes))]
         heard = np.array(mx.argmax(clear, axis=1))[beats]
         self.assertEqual(heard.tolist(), [note % 12 for note in notes])
         drowned = np.array(mx.argmax(covered, axis=1))[beats]
         self.assertGreater((drowned == 1).sum(), 4)  # C#, which the bass plays
 
-    def test_take_melody(self):
+    def test_isolate_melody(self):
         model = demucs.HTDemucs.from_pretrained(REFERENCE / "htdemucs")
         audio = mx.array(sounds.noise(32000, seconds=0.75))
-        found = melody.take_melody(audio, 32000, model)
+        found = melody.isolate_melody(audio, 32000, model)
         self.assertEqual(found.shape, (24000, 1))
-        low = encodec.resample(np.array(audio), 32000, 4000).repeat(2, axis=1)
+        low = resample(np.array(audio), 32000, 4000).repeat(2, axis=1)
         stems = model.separate(low)
         both = np.array(stems[2] + stems[3]).mean(axis=1, keepdims=True)
-        self.assertClose(found, encodec.resample(both, 4000, 32000))
+        self.assertClose(found, resample(both, 4000, 32000))
 
     def test_bad_input(self):
         for audio, pattern in (
             (mx.zeros(20_000), "must have the shape"),
             (mx.zeros((20_000, 0)), "must have the shape"),
             (mx.ones((16383, 1)), "must have at least 0.512 s, got 0.512 s"),
-            (mx.ones((0, 1)), "must have at least 0.512 s, got 0.000 s"),
+            (mx.ones((0, 1)), "must have the shape"),
             (mx.full((20_000, 2), math.nan), "must be finite"),
             (mx.zeros((20_000, 2)), "must not be silent"),
         ):
@@ -172,7 +172,7 @@ class TestMelodyModels(Test):
         convert.convert(str(REFERENCE / "melody-transformers"), path, mx.float32)
         config = json.loads((path / "config.json").read_text())
         own = config.pop("conditioner")
-        del config["decoder"]["sound_width"]
+        self.assertEqual(config["decoder"].pop("prefix_width"), 12)
         config["decoder"] |= {k: own[k] for k in ("num_chroma", "chroma_length")}
         (path / "config.json").write_text(json.dumps(config))
         weights = mx.load(str(path / "model.safetensors"))
@@ -211,16 +211,19 @@ class TestMelodyModels(Test):
     def test_one_dtype(self):
         for dtype in (mx.float16, mx.bfloat16):
             model = MusicGen.from_pretrained(REFERENCE / "melody-transformers", dtype)
-            text, mask = model.encode_text(["drums"], with_null=True)
-            run = musicgen.Run(model.decoder, text, mask, 1, 40)
-            notes = (mx.eye(12)[None, :9], mx.ones((1, 9), mx.bool_))
-            run.rewind(notes, notes)
-            for _ in range(2):
-                logits = run(mx.zeros((1, 1, 4), mx.int32))
-                self.assertEqual(logits.dtype, dtype)
-            for part in run._parts:
-                late = part.cache[-1].update(mx.zeros((1, 1, 0, 16), dtype))
-                self.assertEqual({array.dtype for array in late}, {dtype})
+            text = musicgen.encode_text(model, ["drums"])
+            notes = mx.repeat(mx.eye(12)[None, :9], 2, axis=0)
+            for model.plain in (True, False):
+                forward = model.forward(text, 2, 40)
+                forward.rewind(Condition(notes, mx.ones((2, 9), mx.bool_)))
+                for _ in range(2):
+                    logits = forward(mx.zeros((1, 1, 4), mx.int32))
+                    self.assertEqual(logits.dtype, dtype)
+                parts = [forward] if model.plain else forward._lanes
+                for part in parts:
+                    cache = part.cache if model.plain else part._cache
+                    late = cache[-1].update_and_fetch(mx.zeros((2, 1, 0, 16), dtype))
+                    self.assertEqual({array.dtype for array in late}, {dtype})
 
     def test_stream(self):
         model = exact("melody-transformers")
