@@ -592,7 +592,9 @@ def take_settings(
         path, start, separate = job.melody
         record |= dict(melody=path, melody_start=start, no_separate=not separate)
     if job.style:
-        record["style"], record["style_start"] = job.style, sounds.style_start(job)
+        record["style"] = job.style
+        if job.options.style_start is None:  # else the file need not be there any more
+            record["style_start"] = sounds.style_start(job)
     if model.config.quantization:
         record["q_bits"] = model.config.quantization["bits"]
     dtype = str(model.decoder.dtype).removeprefix("mlx.core.")

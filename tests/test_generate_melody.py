@@ -13,7 +13,7 @@ import demucs
 import jobs
 import melody
 import settings
-from encodec import load_audio, save_audio
+from audio import load_audio, save_audio
 from musicgen import MusicGen
 
 
@@ -48,15 +48,13 @@ class TestMelodyCommands(FollowingTest):
         tiny = demucs.HTDemucs.from_pretrained(REFERENCE / "htdemucs")
         kept = self.folder / "kept.wav"
         flags = ["-p", "drums", "--melody", self.tune, "--save-melody", kept]
-        jobs.load_melody.cache_clear()
         with patch("melody.published_demucs", return_value=tiny) as loaded:
             audio = self.make("a.wav", *flags, "--takes", "1", "--show-melody")
             self.assertEqual(loaded.call_count, 1)  # for all that wants it
             bare = self.make("b.wav", *flags[:4], "--no-separate")
             self.assertEqual(loaded.call_count, 1)
-        jobs.load_melody.cache_clear()
         self.assertNotEqual(audio.tolist(), bare.tolist())
-        want = melody.take_melody(load_audio(self.tune, 32000, 1), 32000, tiny)
+        want = melody.isolate_melody(load_audio(self.tune, 32000, 1), 32000, tiny)
         found = mx.array(soundfile.read(kept)[0])[:, None]
         self.assertClose(found, want / max(1, mx.abs(want).max().item()), 3e-4)
 
@@ -78,10 +76,16 @@ class TestMelodyCommands(FollowingTest):
         self.assertEqual(codes.shape[1], 125)
 
     def test_stopped_among_lengths(self):
-        model, steps = exact("melody-transformers"), []
-        prompts = ["x", "a long slow song with drums", "x"]
-        stop = lambda: len(steps) > 30 or steps.append(0)  # noqa: E731
-        codes = model.generate_codes(prompts, duration=0.4, seed=1, stop=stop)
+        model, prompts = exact("melody-transformers"), [
+            "x",
+            "a long slow song with drums",
+            "x",
+        ]
+        take = model.steps(prompts, duration=0.4, seed=1)
+        for _ in take:
+            if take.step > 30:
+                break
+        codes = take.codes
         self.assertEqual(len(codes), 1)  # the third is made, but not the second
         alone = model.generate_codes("x", duration=0.4, seed=1)
         self.assertSame(codes, alone)
@@ -119,7 +123,7 @@ class TestMelodyCommands(FollowingTest):
     def test_bad_input(self):
         short, silent = self.folder / "short.wav", self.folder / "silent.wav"
         save_audio(short, mx.ones((9, 1)), 32000)
-        with patch("encodec.to_int16", lambda x, _: (x * 0).astype(np.int16)):
+        with patch("audio.to_int16", lambda x, _: (x * 0).astype(np.int16)):
             save_audio(silent, mx.zeros((44100, 1)), 44100)
         (self.folder / "noise.wav").write_bytes(b"noise")
         for flags, status, pattern in (

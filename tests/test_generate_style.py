@@ -9,10 +9,11 @@ import soundfile
 import sounds
 from common import EXPECTED, REFERENCE, FollowingTest, ScriptTest, exact
 
+import audiocraft
 import settings
-import style
-from encodec import load_audio, save_audio
+from audio import load_audio, save_audio
 from musicgen import MusicGen
+from style import StyleRequest
 
 
 class TestStyleCommands(FollowingTest):
@@ -20,7 +21,7 @@ class TestStyleCommands(FollowingTest):
 
     def setUp(self):
         super().setUp()
-        self.enterContext(patch.dict(style.SCALES, default=4))
+        self.enterContext(patch.dict(audiocraft.SCALES, default=4))
         self.tune = self.folder / "tune.wav"
         notes = EXPECTED["style-audiocraft"]["tunes"][0]
         save_audio(self.tune, sounds.tune(44100, notes), 44100)
@@ -34,7 +35,7 @@ class TestStyleCommands(FollowingTest):
         want = want / max(1, mx.abs(want).max().item())
         self.assertClose(mx.array(audio)[:, None], want, 2e-4)
         told = settings.read_settings(self.folder / "a.wav")
-        start, _ = model.conditioner.excerpt(sound, 3)
+        start, _ = model.conditioner.excerpt(StyleRequest(sound), 3)
         self.assertEqual(told["style"], str(self.tune))
         self.assertEqual(told["style_start"], start)
         self.assertSame(self.make("again.wav", "--again", self.folder / "a.wav"), audio)

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from unittest.mock import patch
 
 import mlx.core as mx
-from audiocraft_conditions import CHROMA, check_conditions, melody_settings
 from common import REFERENCE, Test, sounds
 
 import demucs
 import melody
+from audiocraft import CHROMA, check_conditions, melody_settings
 from melody import MelodyConditioner, MelodyConfig, MelodyRequest
 
 SEGMENT = "dataset.segment_duration"

@@ -13,13 +13,13 @@ import numpy as np
 import sounds
 from common import EXPECTED, REFERENCE, Test, exact, expected, last
 
-import checkpoints
+import audiocraft
 import convert
 import mert
-import style
-from encodec import resample, save_audio
+from audio import resample, save_audio
 from mert import MERT
 from musicgen import MusicGen
+from style import StyleConfig, StyleRequest
 
 
 class TestStyle(Test):
@@ -29,7 +29,7 @@ class TestStyle(Test):
     def setUp(self):
         super().setUp()
         # The tiny model's heads show nowhere: it calls itself "default".
-        self.enterContext(patch.dict(style.SCALES, default=4))
+        self.enterContext(patch.dict(audiocraft.SCALES, default=4))
         self.told = EXPECTED[self.name]
         self.start = self.told["start"] / 32000
         self.tunes = [
@@ -46,7 +46,7 @@ class TestStyle(Test):
         model, want = exact(self.name), expected(self.name)
         hear = model.conditioner
         for i, tune in enumerate(self.tunes):
-            start, excerpt = hear.excerpt(tune, 0, self.start)
+            start, excerpt = hear.excerpt(StyleRequest(tune, self.start), 0)
             self.assertEqual(start, self.start)
             self.assertEqual(excerpt.shape, (96000, 1))
             audio = resample(np.array(excerpt), 32000, 24000)
@@ -56,7 +56,8 @@ class TestStyle(Test):
                 tokens = want[f"style_{i}_q{quantizers}"]
                 self.assertSame(hear(excerpt, quantizers), tokens)
         for length in self.told["lengths"]:
-            _, excerpt = hear.excerpt(self.tunes[0], 0, self.start, length)
+            request = StyleRequest(self.tunes[0], self.start, length)
+            _, excerpt = hear.excerpt(request, 0)
             tokens = hear(excerpt)
             self.assertSame(tokens, want[f"style_0_len{length}"])
             self.assertLessEqual(len(tokens), hear.longest)
@@ -97,7 +98,9 @@ class TestStyle(Test):
         name = "style-encodec-audiocraft"
         model, want = exact(name), expected(name)
         options = dict(style_start=self.start)
-        _, excerpt = model.conditioner.excerpt(self.tunes[0], 0, self.start)
+        _, excerpt = model.conditioner.excerpt(
+            StyleRequest(self.tunes[0], self.start), 0
+        )
         features = model.conditioner.features(excerpt)[0]
         self.assertClose(features, want["features_0"], 1e-5)
         self.assertSame(model.conditioner(excerpt), want["style_0_q3"])
@@ -120,8 +123,8 @@ class TestStyle(Test):
                 self.assertSame(alone[0], batch[i])
 
     def test_start_is_drawn_from_the_seed(self):
-        model = exact(self.name)
-        starts = [model.conditioner.excerpt(self.tunes[0], s)[0] for s in range(9)]
+        model, request = exact(self.name), StyleRequest(self.tunes[0])
+        starts = [model.conditioner.excerpt(request, seed)[0] for seed in range(9)]
         self.assertEqual(len(set(starts)), 9)
         self.assertTrue(all(0 <= start <= 2 for start in starts))
         drawn = model.generate_codes("a", 0.4, seed=3, style=self.tunes[0])
@@ -187,44 +190,49 @@ class TestStyle(Test):
         )
 
     def test_settings_of_the_checkpoint(self):
-        def load(cfg: dict) -> style.StyleConfig:
-            with patch.object(convert, "read_yaml", return_value=told | cfg):
-                return MusicGen.from_pretrained(self.path).config.conditioner
+        def load(cfg: dict, name: str = self.name) -> StyleConfig:
+            with patch.object(audiocraft, "read_yaml", return_value=told[name] | cfg):
+                return MusicGen.from_pretrained(REFERENCE / name).config.conditioner
 
-        package = convert.load_package(Path(self.path) / "state_dict.bin")
-        told, own = convert.read_yaml(package["xp.cfg"]), "conditioners.self_wav.style."
+        told, own, codec = {}, audiocraft.STYLE, "style-encodec-audiocraft"
+        for name in (self.name, codec):
+            package = audiocraft.load_package(REFERENCE / name / "state_dict.bin")
+            told[name] = audiocraft.read_yaml(package["xp.cfg"])
         self.assertEqual(load({}).eval_q, 3)
         found = load({own + "eval_q": "2", own + "ds_factor": "5", own + "length": "4"})
         self.assertEqual((found.eval_q, found.ds_factor, found.length), (2, 5, 4.0))
-        bare = {k: v for k, v in told.items() if not k.startswith("conditioners.")}
-        with patch.object(convert, "read_yaml", return_value=bare):
+        kept = lambda name: not name.startswith("conditioners.")  # noqa: E731
+        bare = {k: v for k, v in told[self.name].items() if kept(k)}
+        with patch.object(audiocraft, "read_yaml", return_value=bare):
             found = MusicGen.from_pretrained(self.path).config.conditioner
         self.assertEqual(found, load({}))
         for key, value, pattern in (
             ("use_middle_of_segment", "true", "must be false"),
-            ("eval_q", "9", "eval_q be at most"),
-            ("length", "x", "length of style must be a number, got x"),
+            ("eval_q", "9", "eval_q must be at most num_quantizers, 6, got 9"),
+            ("length", "x", "length must be a number, got x"),
             ("transformer_scale", "huge", "must be xsmall or default or large"),
-            ("encodec_checkpoint", "//sig/1", "must be //pretrained/facebook/enc"),
             ("model_name", "encodec", "must be mert, as in the weights"),
             ("n_q_out", "0", "must be 6, as in the weights"),
             ("varying_lengths", ["3", "1"], "the least and the most"),
         ):
             with self.assertRaisesRegex(ValueError, f"state_dict.bin.*{pattern}"):
                 load({own + key: value})
-        with self.assertRaisesRegex(ValueError, "self_wav must be one of"):
+        pattern = "state_dict.bin.*encodec_checkpoint must be //pretrained/facebook/enc"
+        with self.assertRaisesRegex(ValueError, pattern):
+            load({own + "encodec_checkpoint": "//sig/1"}, codec)
+        with self.assertRaisesRegex(ValueError, "self_wav must be chroma_stem or sty"):
             load({"conditioners.self_wav.model": "clap"})
 
     def test_damaged_weights(self):
-        whole = convert.load_package(Path(self.path) / "state_dict.bin")
-        prefix = checkpoints.OF_SOUND
+        whole = audiocraft.load_package(Path(self.path) / "state_dict.bin")
+        prefix = audiocraft.SELF_WAV
 
         def fails(pattern: str, change: Callable[[dict], object]) -> None:
             package = {**whole, "best_state": dict(whole["best_state"])}
             change(package["best_state"])
-            load = convert.load_package
+            load = audiocraft.load_package
             replaced = lambda p: package if p.name == "state_dict.bin" else load(p)
-            with patch.object(convert, "load_package", replaced):
+            with patch.object(audiocraft, "load_package", replaced):
                 with self.assertRaisesRegex(ValueError, f"(?s)state_dict.*{pattern}"):
                     MusicGen.from_pretrained(self.path)
 

@@ -6,13 +6,13 @@ import unittest
 from dataclasses import asdict
 from unittest.mock import patch
 
-import audiocraft_conditions as audiocraft
 import mlx.core as mx
 import numpy as np
 from common import EXPECTED, REFERENCE, Test, sounds
 from mlx.utils import tree_flatten
 
-from convert import load_package, read_yaml
+import audiocraft
+from audiocraft import load_package, read_yaml
 from encodec import Encodec
 from mert import MERT
 from style import StyleConditioner, StyleConfig, StyleRequest
