@@ -67,21 +67,24 @@ def make_requests(
     """
     melodies = one_each("melody", melody, count)
     styles = one_each("style", style, count)
+    conditions = one_each("condition", condition, count)
     check_style(options, styles)
-    if any(audio is not None for audio in melodies):
-        check_follows(model, "melody")
+    sounds = {"melody": melodies, "style": styles, "condition": conditions}
+    given = [k for k, rows in sounds.items() if any(x is not None for x in rows)]
+    for kind in given:
+        check_follows(model, kind)
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} must not come together.")
+    if given == ["melody"]:
         from melody import MelodyRequest
 
         return each_once(melodies, lambda audio: MelodyRequest(audio, separate))
-    if any(audio is not None for audio in styles):
-        check_follows(model, "style")
+    if given == ["style"]:
         from style import StyleRequest
 
         excerpt = (options.style_start, options.style_length, options.style_quantizers)
         return each_once(styles, lambda audio: StyleRequest(audio, *excerpt))
-    if model.conditioner is None and condition is not None:
-        raise ValueError("condition must go with a model that follows a sound.")
-    return one_each("condition", condition, count)
+    return conditions
 
 
 def each_once(sounds: list, request: Callable[[Any], Any]) -> list:
@@ -91,8 +94,11 @@ def each_once(sounds: list, request: Callable[[Any], Any]) -> list:
 
 
 def check_follows(model: "MusicGen", kind: str) -> None:
-    """Raise ValueError unless the model follows sounds so: "melody", "style"."""
-    if model.conditioner is None or model.conditioner.kind != kind:
+    """Raise ValueError unless the model follows such sounds: "melody", "style", or
+    "condition" for any."""
+    if kind == "condition" and model.conditioner is None:
+        raise ValueError("condition must go with a model that follows a sound.")
+    if kind not in ("condition", getattr(model.conditioner, "kind", None)):
         raise ValueError(
             f"{kind} must go with a {kind} model, such as '{kind}'; this is none."
         )

@@ -186,7 +186,8 @@ class MusicGen(nn.Module):
             from conditioning import Prefixes, make_requests
 
             requests = make_requests(self, options, len(prompts), *sounds, separate)
-            prefixes = Prefixes(self, requests, seeds, duration)
+            if self.conditioner is not None:
+                prefixes = Prefixes(self, requests, seeds, duration)
         rest = (prompt_codes, prefixes, batch_size, options)
         return Take(self, prompts, seeds, *rest)
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import unittest
 from dataclasses import asdict
 from unittest.mock import patch
 
@@ -201,7 +200,3 @@ class TestMelodySettings(Test):
         ):
             with self.assertRaisesRegex(ValueError, pattern):
                 check_conditions(cfg, has_sound=True)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import unittest
 from dataclasses import asdict
 from unittest.mock import patch
 
@@ -189,7 +188,3 @@ class TestStyleSettings(Test):
         config = StyleConfig.from_dict({"mert": None, "encodec_n_q": 9})
         with self.assertRaisesRegex(ValueError, "at most the codec's 4 codebooks"):
             config.build(codec, 30.0)
-
-
-if __name__ == "__main__":
-    unittest.main()
