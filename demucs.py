@@ -664,10 +664,10 @@ def run(args: argparse.Namespace) -> None:
     if not Path(args.source).is_file():
         raise FileNotFoundError(f"There is no sound file {args.source}.")
     model = HTDemucs.from_pretrained(args.model)
-    known = model.config.sources
+    known, names = model.config.sources, ", ".join(model.config.sources)
     wanted = [s.strip() for s in args.stems.split(",")] if args.stems else known
     if unknown := set(wanted) - set(known):
-        raise ValueError(f"--stems must be of {known}, got {min(unknown)!r}.")
+        raise ValueError(f"--stems must be of {names}; got {min(unknown)!r}.")
     audio = load_audio(args.source, model.sampling_rate, model.channels)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     paths = {stem: args.output_dir / f"{stem}.wav" for stem in wanted}

@@ -13,7 +13,7 @@ from common import REFERENCE, Test
 from safetensors import safe_open
 
 import demucs
-from encodec import save_audio
+from audio import save_audio
 
 
 class TestDemucs(Test):
@@ -28,10 +28,13 @@ class TestDemucs(Test):
         model, want = self.load()
         self.assertEqual((model.sampling_rate, model.channels), (4000, 2))
         self.assertEqual(model.config.segment_length, 1200)
-        steps = []
-        stems = model.separate(want["audio"], callback=lambda *s: steps.append(s))
-        self.assertClose(stems, want["stems"], 1e-5)
-        self.assertEqual(steps, [(i, 4) for i in range(4)])
+        steps = list(model.steps(want["audio"]))
+        self.assertEqual([step[:2] for step in steps], [(i, 4) for i in range(1, 5)])
+        self.assertClose(steps[-1][2], want["stems"], 1e-5)
+        self.assertSame(model.separate(want["audio"]), steps[-1][2])
+        shifted = list(model.steps(want["audio"], shifts=2))
+        self.assertEqual(shifted[-1][:2], (len(shifted), len(shifted)))
+        self.assertGreater(len(shifted), 4)
 
     def test_spectrogram_and_back(self):
         rates = mx.array([[0.05], [0.3], [1.1]])
@@ -74,8 +77,8 @@ class TestDemucs(Test):
             (mx.zeros((0, 2)), {}, "audio must have the shape"),
             (mx.full((9, 2), math.nan), {}, "must be finite"),
             (want["audio"], dict(overlap=1), "overlap must be"),
-            (want["audio"], dict(shifts=-1), "shifts a number from 0"),
-            (want["audio"], dict(shifts=1.5), "shifts a number from 0"),
+            (want["audio"], dict(shifts=-1), "shifts 0 or more"),
+            (want["audio"], dict(shifts=1.5), "shifts 0 or more"),
         ):
             with self.assertRaisesRegex(ValueError, pattern):
                 model.separate(audio, **options)
