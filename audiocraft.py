@@ -88,21 +88,21 @@ def resolve(value: Any, values: dict[str, Any]) -> Any:
 # The codec
 
 
-def find_codec(path: Path) -> Path | str | None:
-    """The codec that a `compression_state_dict.bin` only names: a folder of its
-    repository's name beside it, else the Hub id. None: the file holds the codec."""
-    repo = load_package(path).get("pretrained")
-    if repo is None:
+def find_codec(path: Path, package: dict[str, Any]) -> str | None:
+    """The Hub repository of the codec that a `compression_state_dict.bin` only names.
+    None: it holds the codec."""
+    if "pretrained" not in package:
         return None
+    repo = str(package["pretrained"])
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
         raise ValueError(f"{path} must name a Hub repository, got {repo!r:.80}.")
-    local = path.with_name(repo.split("/")[-1])
-    return local if local.is_dir() else repo
+    return repo
 
 
-def read_codec(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
+def read_codec(
+    path: Path, package: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, mx.array]]:
     """Settings as in transformers' `config.json`, and tensors by audiocraft's names."""
-    package = load_package(path)
     try:
         weights = package["best_state"]
         return codec_settings(weights, read_yaml(package.get("xp.cfg", ""))), weights
@@ -141,7 +141,7 @@ def codec_settings(weights: dict[str, mx.array], cfg: dict) -> dict[str, Any]:
         audio_channels=channels,
         sampling_rate=rate,
         target_bandwidths=[bits * math.ceil(rate / math.prod(ratios)) / 1000],
-        normalize=flag("renormalize", cfg.get("encodec.renormalize", "false")),
+        normalize=flag("encodec.renormalize", cfg.get("encodec.renormalize", "false")),
         chunk_length_s=None,
         overlap=None,
         hidden_size=width,
@@ -153,7 +153,7 @@ def codec_settings(weights: dict[str, mx.array], cfg: dict) -> dict[str, Any]:
         last_kernel_size=shapes["decoder", str(last)][2],
         residual_kernel_size=residual_kernel_size,
         dilation_growth_rate=int(cfg.get("seanet.dilation_base", 2)),
-        use_causal_conv=flag("causal", cfg.get("seanet.causal", "false")),
+        use_causal_conv=flag("seanet.causal", cfg.get("seanet.causal", "false")),
         pad_mode=cfg.get("seanet.pad_mode", "reflect"),
         compress=filters // hidden,
         num_lstm_layers=sum(".lstm.weight_hh_l" in name for name in weights) // 2,

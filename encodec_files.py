@@ -30,14 +30,18 @@ def read(path_or_repo: str | Path) -> tuple[Path, dict, Weights]:
     """
     path = Path(path_or_repo) / AUDIOCRAFT_FILE
     if path.is_file():
-        from audiocraft import find_codec, read_codec
+        from audiocraft import find_codec, load_package, read_codec
 
-        if other := find_codec(path):  # the file only names a codec
+        package = load_package(path)
+        if repo := find_codec(path, package):  # the file only names a codec
+            local = path.with_name(repo.split("/")[1])
             try:
-                return read(other)
+                return read(local if local.is_dir() else repo)
             except OSError as error:
-                raise OSError(f"{path} points to {other}: {error}") from error
-        settings, weights = read_codec(path)
+                raise OSError(
+                    f"{path} points to {repo}, looked for in {local}: {error}"
+                ) from error
+        settings, weights = read_codec(path, package)
     else:
         path, settings, weights = read_files(*locate(path_or_repo))
     try:
@@ -72,13 +76,22 @@ def read_files(config: Path, weights: Path) -> tuple[Path, dict, Weights]:
     """The folder, the settings and the tensors. Raises ValueError for damaged files."""
     folder = weights.parent
     try:
-        settings = json.loads(config.read_text())
-        if not isinstance(settings, dict):
-            raise ValueError(f"{config.name} must hold an object")
+        settings = read_config(config)
         with safe_open(weights, "numpy"):  # checks the header as mx.load does not
             return folder, settings, mx.load(str(weights))
-    except (RecursionError, RuntimeError, SafetensorError, ValueError) as error:
+    except (RuntimeError, SafetensorError, ValueError) as error:
         raise ValueError(f"Codec {folder} does not load: {error}") from error
+
+
+def read_config(path: Path) -> dict:
+    """The settings in a `config.json`. Raises ValueError when it holds none."""
+    try:
+        settings = json.loads(path.read_text())
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path.name} is no JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path.name} must hold an object, got {settings!r:.40}")
+    return settings
 
 
 def sanitize(weights: Weights) -> Weights:

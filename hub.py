@@ -30,8 +30,6 @@ MODELS = {
         "style",
     )
 } | {"tiny": str(Path(__file__).with_name("tiny"))}
-AUDIOCRAFT_FILES = ("state_dict.bin", "compression_state_dict.bin")
-T5_REPO = "google-t5/t5-base"
 
 
 def check_name(name: str) -> None:
