@@ -13,7 +13,8 @@ A new conditioner is a new file and a line in `read_config`: an `nn.Module` with
     null_states(shape)                   the same of rows for guidance, without a sound
 
 where a request is whatever `generate(condition=...)` is given, and None where there is
-none. Needs decoder.py and options.py beside it, and the file of the conditioner.
+none. Needs decoder.py and options.py beside it. The file of the conditioner is needed
+beside it, too: melody.py or style.py.
 """
 
 from collections.abc import Callable

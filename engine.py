@@ -5,7 +5,7 @@ all between two self-attentions is compiled, so that Python does not build the g
 in every step; rows without a text skip the cross-attention; on the CPU the rows are two
 lanes, computed side by side; on an NVIDIA GPU products of few rows are taken as columns.
 And what concerns a machine: a decoder quantized or shared among processes, and what its
-memory holds. Needs decoder.py and options.py beside it.
+memory holds. Needs decoder.py and options.py beside it; lora.py is needed for an adapter.
 
     forward = Engine(decoder, text, copies=2, steps=403)
     logits = forward(tokens)  # (B, S, K) -> (R, 1, K, V)

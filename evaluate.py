@@ -11,7 +11,8 @@ tempo (onsets a second), the timbre (shape of the spectrum) and the drums (beats
 the lowest note) are what the prompt says, beside what these measures make of the
 synthesizer's own clips, as they are and as the codec gives them back. Chance is how
 often the takes are what the prompts in another order say. `--codec` tells how much of the
-sound the codec keeps; `--timbre` asks for one that an adapter was taught.
+sound the codec keeps; `--timbre` asks for one that an adapter was taught. Needs
+musicgen.py, train_codec.py, synth.py and all that these need beside it.
 """
 
 import argparse

@@ -3,7 +3,8 @@
     python generate.py --prompt "epic orchestral soundtrack" --model stereo-large
 
 `python generate.py --help` explains every flag. Needs jobs.py and stream.py beside it,
-which plan and write takes, musicgen.py and all that these need.
+which plan and write takes, hub.py, musicgen.py and all that these need; melody.py to
+follow a melody.
 """
 
 import argparse

@@ -8,7 +8,8 @@
 
 A job is one sound file to make. Jobs that differ in prompt, seed and file only run in one
 batch; a job whose file exists is done. Under `mlx.launch` every process takes its share.
-Needs musicgen.py and what that needs, audio.py, loudness.py and settings.py beside it.
+Needs musicgen.py and what that needs, prompt.py, audio.py, loudness.py and settings.py
+beside it. Jobs that follow a sound go with conditioning.py, and melody.py or style.py.
 """
 
 import functools

@@ -3,8 +3,8 @@
     python loudness.py take.wav
     python loudness.py take.wav --loudness -14 --output louder.wav
 
-Integrated loudness in LUFS: what streaming services level to, usually -14. Stands
-alone but for `encodec.py`, which reads and writes the files.
+Integrated loudness in LUFS: what streaming services level to, usually -14. Needs
+audio.py beside it, which reads and writes the files.
 """
 
 import argparse

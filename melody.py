@@ -7,7 +7,8 @@ the tune and not the sound.
     chroma = extract_chroma(audio, 44100)  # (N, C) -> (T, 12), one-hot
     print(draw(chroma))
 
-or `python melody.py hummed.wav`, which draws it. Needs audio.py beside it, and demucs.py where drums and bass are to be taken away first.
+or `python melody.py hummed.wav`, which draws it. Needs audio.py beside it; demucs.py is
+needed where drums and bass are to be taken away first.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     codes = encode_prompt(model, audio, frames=400)  # (N, C) -> (1, T, K)
 
-Needs audio.py beside it, and a MusicGen.
+Needs audio.py beside it, and a MusicGen: encodec_stream.py, too, unless that is plain.
 """
 
 import math

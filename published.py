@@ -2,7 +2,8 @@
 
 audiocraft's layout is two `.bin` files beside T5 and, where the codec is only named, the
 codec; transformers' a `config.json` with all weights. Needs audiocraft.py, torch_file.py,
-encodec.py, encodec_files.py and t5.py beside it, and the file of a conditioner that a model has.
+encodec.py, encodec_files.py and t5.py beside it. The files of what a model follows are
+needed beside it, too: melody.py, or style.py and mert.py.
 
     path, settings, weights, tokenizer, read_text_encoder = read(Path("musicgen-small"))
 """

@@ -8,7 +8,7 @@ the tempo, the mode, and whether a drum beat goes with it. A caption says them i
 words, in any order. `train.py synth` learns from these, and `evaluate.py` measures them.
 A sixth timbre, brass, is in none of these: it is what `train.py lora` can teach. And "any"
 is another spectrum for each note, for the codec to hear more than five.
-Stands alone but for encodec.py, which writes the files.
+Needs audio.py beside it, which writes the files.
 """
 
 import argparse
