@@ -120,7 +120,8 @@ class Lane:
         with mx.stream(self._stream):
             x = self._decoder.embed(tokens)
             x = x if prefix is None else mx.concatenate([prefix, x], axis=1)
-            x = x + self._positions[: x.shape[1]]
+            start = self._cache[0].offset
+            x = x + self._positions[start : start + x.shape[1]]
             for layer, text, cache in zip(
                 self._decoder.layers, self._text_kv, self._cache
             ):

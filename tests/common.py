@@ -17,7 +17,7 @@ import soundfile
 import sounds
 
 import generate
-import musicgen
+from decoder import Condition, Decoder, DecoderConfig
 from musicgen import MusicGen
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,8 +108,8 @@ class FollowingTest(ScriptTest):
 
 
 def random_decoder(dtype: mx.Dtype = mx.float32):
-    """A tiny decoder, conditioning for two texts of different lengths, tokens."""
-    config = musicgen.DecoderConfig(
+    """A tiny decoder, the condition of two texts of different lengths, tokens."""
+    config = DecoderConfig(
         vocab_size=10,
         hidden_size=16,
         num_hidden_layers=3,
@@ -117,8 +117,8 @@ def random_decoder(dtype: mx.Dtype = mx.float32):
         ffn_dim=20,
     )
     mx.random.seed(0)
-    decoder = musicgen.Decoder(config, text_width=12)
+    decoder = Decoder(config, text_width=12)
     decoder.set_dtype(dtype)
     mask = mx.arange(5) < mx.array([[3], [5]])
-    conditioning = decoder.condition(mx.random.normal((2, 5, 12)), mask, 9)
-    return decoder, conditioning, mx.random.randint(0, 11, (2, 9, 4))
+    text = Condition(mx.random.normal((2, 5, 12)), mask)
+    return decoder, text, mx.random.randint(0, 11, (2, 9, 4))

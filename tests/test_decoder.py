@@ -1,9 +1,6 @@
-"""The decoder: logits, steps, and what makes them fast."""
-
-from unittest.mock import patch
+"""The decoder: logits, steps, dtypes, its config."""
 
 import mlx.core as mx
-import mlx.nn as nn
 from common import (
     AUDIOCRAFT,
     REFERENCE,
@@ -13,12 +10,11 @@ from common import (
     expected,
     last,
     random_decoder,
-    slow,
 )
 
-import benchmark
-import checkpoints
-import musicgen
+import decoder as decoder_script
+import published
+from decoder import Condition, stack_rows
 
 
 class TestDecoder(Test):
@@ -33,94 +29,93 @@ class TestDecoder(Test):
 
                 tokens = last(want["tokens"])
                 B, S, _ = tokens.shape
-                conditioning = decoder.condition(text[:B], mask[:B], S)
-                logits = decoder(tokens, conditioning, decoder.make_cache(B, S))
+                text_kv = decoder.text_kv(Condition(text[:B], mask[:B]))
+                logits = decoder(tokens, text_kv, decoder.make_cache(B, S))
                 self.assertClose(logits.swapaxes(1, 2), want["logits"])
 
     def test_step_by_step_equals_one_pass(self):
-        decoder, conditioning, tokens = random_decoder()
-        whole = decoder(tokens, conditioning, decoder.make_cache(2, 9))
+        decoder, text, tokens = random_decoder()
+        text_kv = decoder.text_kv(text)
+        whole = decoder(tokens, text_kv, decoder.make_cache(2, 9))
         cache, steps = decoder.make_cache(2, 9), []
         for start, stop in ((0, 4), (4, 5), (5, 9)):
-            steps.append(decoder(tokens[:, start:stop], conditioning, cache))
+            steps.append(decoder(tokens[:, start:stop], text_kv, cache))
         self.assertClose(mx.concatenate(steps, axis=1), whole, 1e-5)
 
-    @slow(12)
-    def test_compiled_steps_equal_the_plain_ones(self):
-        # float16 and bfloat16 round after each operation, and compiled code after
-        # fewer: two units in the last place of the largest logits.
-        tolerances = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 2e-2}
-        for dtype, tolerance in tolerances.items():
-            decoder, conditioning, tokens = random_decoder(dtype)
-            cache = decoder.make_cache(2, 9)
-            lower, upper = decoder.compile(conditioning, decoder.make_cache(2, 9))
-            for i in range(9):
-                plain = decoder(tokens[:, i : i + 1], conditioning, cache)
-                fast = upper(lower(tokens[:, i : i + 1]))
-                self.assertClose(
-                    fast.astype(mx.float32), plain.astype(mx.float32), tolerance
-                )
-
-    def test_products_as_columns(self):
-        layer, x = nn.Linear(6, 4, bias=False), mx.random.normal((2, 1, 6))
-        plain = layer(x)
-        residual = mx.random.normal((2, 1, 4))
-        for limit in (0, 8):
-            with patch("musicgen.MAX_COLUMNS", limit):
-                self.assertClose(musicgen.project(layer, x), plain, 1e-6)
-                both = musicgen.project(layer, x, residual)
-                self.assertClose(both, plain + residual, 1e-6)
-
-    def test_operations_per_layer(self):
-        # Each costs the host some microseconds, whatever its size. On CUDA adding
-        # to the residual is apart, see MAX_COLUMNS: two more.
-        with patch("musicgen.MAX_COLUMNS", 0):
-            counts = [operations_per_step(layers) for layers in (2, 3)]
-        self.assertLessEqual(counts[1] - counts[0], 14)
+    def test_without_a_past_equals_with_a_cache(self):
+        # as it is trained
+        decoder, text, tokens = random_decoder()
+        text_kv = decoder.text_kv(text)
+        whole = decoder(tokens, text_kv, decoder.make_cache(2, 9))
+        no_past = [None] * len(decoder.layers)
+        self.assertClose(decoder(tokens, text_kv, no_past), whole, 1e-6)
 
     def test_one_dtype(self):
         for dtype in (mx.float16, mx.bfloat16):
-            decoder, conditioning, tokens = random_decoder(dtype)
-            cache = decoder.make_cache(2, 9)
-            logits = decoder(tokens, conditioning, cache)
-            late = cache[-1].update(mx.zeros((2, 4, 0, 8), dtype))
-            memory, mask, positions = conditioning
-            for array in (logits, *late, *memory[-1], mask, positions):
+            decoder, text, tokens = random_decoder(dtype)
+            cache, text_kv = decoder.make_cache(2, 9), decoder.text_kv(text)
+            logits = decoder(tokens, text_kv, cache)
+            late = cache[-1].update_and_fetch(mx.zeros((2, 4, 0, 8), dtype))
+            positions = decoder.positions(0, 3)
+            for array in (logits, *late, *text_kv[-1], positions):
                 self.assertEqual(array.dtype, dtype)
 
     def test_empty_text_adds_nothing(self):
         decoder, _, tokens = random_decoder()
-        empty = decoder.condition(mx.ones((2, 5, 12)), mx.zeros((2, 5), mx.bool_), 9)
-        logits = decoder(tokens, empty, decoder.make_cache(2, 9))
+        empty = Condition(mx.ones((2, 5, 12)), mx.zeros((2, 5), mx.bool_))
+        text_kv = decoder.text_kv(empty)
+        logits = decoder(tokens, text_kv, decoder.make_cache(2, 9))
         for layer in decoder.layers:
             layer.cross_attention.out_proj.weight *= 0
-        without = decoder(tokens, empty, decoder.make_cache(2, 9))
+        without = decoder(tokens, text_kv, decoder.make_cache(2, 9))
         self.assertSame(logits, without)
+
+    def test_positions_go_on(self):
+        decoder, _, _ = random_decoder()
+        self.assertSame(decoder.positions(4, 3), decoder.positions(0, 9)[4:7])
+
+    def test_rows_of_conditions(self):
+        a = Condition(mx.zeros((1, 2, 3)), mx.ones((1, 2), mx.bool_))
+        b = Condition(mx.ones((2, 2, 3)), mx.zeros((2, 2), mx.bool_))
+        rows = stack_rows([a, b])
+        self.assertEqual((rows.states.shape, rows.mask.shape), ((3, 2, 3), (3, 2)))
+        self.assertSame(rows.mask.any(axis=1), [True, False, False])
 
     def test_sanitize_twice(self):
         for name in TRANSFORMERS:
-            weights = checkpoints.read_weights(REFERENCE / name)
-            once = checkpoints.sanitize(weights)
-            twice = checkpoints.sanitize(once)
+            weights = published.read_weights(REFERENCE / name)
+            once = published.sanitize(weights)
+            twice = published.sanitize(once)
             self.assertEqual(once.keys(), twice.keys())
             self.assertTrue(all(mx.array_equal(once[k], twice[k]) for k in once))
 
-
-def operations_per_step(layers: int) -> int:
-    """Operations, views aside, in the graph of one step of a decoder.
-
-    MLX fuses attention and norm on GPUs only; here one operation stands for each.
-    """
-
-    def attention(queries, keys, values, scale, mask):
-        return mx.concatenate([queries, keys, values], axis=2)[:, :, :1]
-
-    def norm(x, weight, bias, eps):
-        return mx.softmax(x, axis=-1)
-
-    config = musicgen.DecoderConfig(64, 128, layers, 2, 256)
-    decoder = musicgen.Decoder(config, text_width=12)
-    mx.eval(decoder.parameters())
-    fast = dict(scaled_dot_product_attention=attention, layer_norm=norm)
-    with patch.multiple("mlx.core.fast", **fast):
-        return benchmark.operations_per_step(decoder)
+    def test_config(self):
+        sizes = dict(vocab_size=10, hidden_size=128, num_hidden_layers=1, ffn_dim=8)
+        read = lambda **more: decoder_script.read_config(  # noqa: E731
+            sizes | dict(num_codebooks=4) | more, 0
+        )
+        self.assertEqual(read().num_attention_heads, 2)
+        self.assertEqual(read().delays, (0, 1, 2, 3))
+        stereo = read(num_codebooks=8, audio_channels=2)
+        self.assertEqual(stereo.delays, (0, 0, 1, 1, 2, 2, 3, 3))
+        self.assertEqual(read(delays=[0, 2, 2, 9]).delays, (0, 2, 2, 9))
+        for change, pattern in (
+            (dict(vocab_size=0), "vocab_size must be from 1"),
+            (dict(hidden_size="128"), "hidden_size must be"),
+            (dict(num_hidden_layers=10**6), "num_hidden_layers must be"),
+            (dict(num_attention_heads=3), "num_attention_heads must split"),
+            (dict(num_codebooks=5), "delays must be given for 5"),
+            (dict(delays=[1, 2, 3, 4]), "delays must give 4"),
+            (dict(delays=[0, 1]), "delays must give 4"),
+            (dict(delays="0123"), "delays must give 4"),
+            (dict(delays=[0, 1, 2, 10**9]), "delays must give 4"),
+            (dict(activation_function="relu"), "activation_function must be 'gelu'"),
+            (dict(scale_embedding=True), "scale_embedding must be False"),
+        ):
+            with self.subTest(change):
+                with self.assertRaisesRegex(ValueError, pattern):
+                    read(**change)
+        for name in sizes:
+            with self.assertRaisesRegex(ValueError, f"must have '{name}'"):
+                rest = {k: v for k, v in sizes.items() if k != name}
+                decoder_script.read_config(rest | dict(num_codebooks=4), 0)
