@@ -7,8 +7,10 @@ import mlx.core as mx
 import numpy as np
 from common import AUDIOCRAFT, EXPECTED, REFERENCE, TRANSFORMERS, Test, exact, last
 
+import engine
 import musicgen
 from musicgen import MusicGen
+from prompt import encode_prompt
 
 
 class TestLongAudio(Test):
@@ -25,7 +27,7 @@ class TestLongAudio(Test):
             want = mx.load(str(REFERENCE / name / "continued.safetensors"))
             self.assertEqual("extended" in want, name in AUDIOCRAFT)
             sound, prompt = want["audio"][0].T, EXPECTED[name]["prompts"][0]
-            self.assertSame(last(model.encode_prompt(sound, 15)), want["codes"])
+            self.assertSame(last(encode_prompt(model, sound, 15)), want["codes"])
             for case, audio_prompt in (
                 ("continued", sound),
                 ("extended", None),
@@ -62,15 +64,12 @@ class TestLongAudio(Test):
     def test_stopped_and_continued_is_the_same_take(self):
         model = self.load("stereo-audiocraft")
 
-        def codes(known: mx.array) -> mx.array:
-            work = (["drums"], [7], [None], known, musicgen.Options(duration=0.8), None)
-            pieces = model._codes(*work)
-            return mx.concatenate([p for p in pieces if p is not None], axis=1)
-
-        whole = codes(mx.zeros((1, 0, 8), mx.uint32))
+        options = dict(prompts="drums", seed=7, duration=0.8)
+        whole = model.generate_codes(**options)
         self.assertEqual(whole.shape, (1, 40, 8))
         for T in (1, 14, 15, 16, 30, 39):
-            self.assertSame(codes(whole[:, :T]), whole)
+            codes = model.generate_codes(**options, codes_prompt=whole[:, :T])
+            self.assertSame(codes, whole)
 
     def test_every_row_equals_its_run_alone(self):
         model = self.load("mono-audiocraft")
@@ -105,7 +104,8 @@ class TestLongAudio(Test):
     def test_audio_prompt_ends_a_frame_before_the_end(self):
         model = self.load("mono-audiocraft")
         model.generate_codes("a", duration=0.1, audio_prompt=mx.ones((4 * 640, 1)))
-        with self.assertRaisesRegex(ValueError, "a frame shorter"):
+        too_long = "audio prompt is 0.0800312 s long, but the duration is 0.1 s"
+        with self.assertRaisesRegex(ValueError, too_long):
             longer = mx.ones((4 * 640 + 1, 1))
             model.generate_codes("a", duration=0.1, audio_prompt=longer)
 
@@ -135,50 +135,56 @@ class TestLongAudio(Test):
             model.generate_codes("drums", duration=(15 + 9 * (windows - 1)) / 50)
             peaks[windows].append(mx.get_peak_memory() - before)
         # eight windows more, but not the caches of a single one; codes and keys grow
-        caches = 2 * model.decoder.cache_bytes(15 + 3)
+        caches = 2 * engine.cache_bytes(model.decoder, 15 + 3)
         self.assertLess(min(peaks[10]) - min(peaks[2]), caches)
 
     def test_split_where_memory_is_short(self):
         model, batches = self.load("mono-audiocraft"), []
-        prepare = model._prepare
+        forward = model.forward
 
-        def count(prompts, *rest):
-            batches.append(len(prompts))
-            return prepare(prompts, *rest)
+        def count(text, copies, steps):
+            batches.append(len(text.mask) // copies)
+            return forward(text, copies, steps)
 
-        row = 2 * model.decoder.cache_bytes(10)
-        room = musicgen.DECODING_MEMORY + 2.5 * row
-        with patch("musicgen.memory_size", return_value=room), patch(
+        row = 2 * engine.cache_bytes(model.decoder, 10)
+        room = engine.DECODING_MEMORY + 2.5 * row
+        with patch("engine.memory_size", return_value=room), patch(
             "mlx.core.get_active_memory", return_value=0
         ):
-            with patch.object(model, "_prepare", count):
+            with patch.object(MusicGen, "forward", staticmethod(count)):
                 model.generate_codes(["a"] * 5, duration=0.2)
         self.assertEqual(batches, [2, 2, 1])
 
     def test_progress(self):
-        model, calls = self.load("mono-audiocraft"), []
-        for prompts, batch_size in (("a", 1), (["a", "b", "c"], 2)):
-            calls.clear()
-            model.generate_codes(
-                prompts,
-                duration=0.8,
-                batch_size=batch_size,
-                callback=lambda *call: calls.append(call),
+        model = self.load("mono-audiocraft")
+        codes = model.generate_codes("a", duration=0.8, seed=1)[:, :20]
+        for prompts, batch_size, begin in (
+            ("a", 1, None),
+            (["a", "b", "c"], 2, None),
+            ("a", 1, codes),
+        ):
+            take = model.steps(
+                prompts, duration=0.8, batch_size=batch_size, codes_prompt=begin
             )
-            total = calls[0][1]
-            self.assertEqual(calls, [(i, total) for i in range(total)])
+            total, steps = take.steps, []
+            self.assertEqual(take.step, 0)
+            for same in take:
+                self.assertIs(same, take)
+                steps.append(take.step)
+            self.assertEqual(steps, list(range(1, total + 1)))
 
     def test_channels_of_the_audio_prompt(self):
         rng = np.random.default_rng(0)
         sound = mx.array(rng.normal(size=(1300, 2)), mx.float32)
         mono, stereo = self.load("mono-audiocraft"), self.load("stereo-audiocraft")
         mixed = sound.mean(axis=1, keepdims=True)
-        self.assertSame(mono.encode_prompt(sound, 9), mono.encode_prompt(mixed, 9))
-        codes = stereo.encode_prompt(mixed, 9)
+        both = (encode_prompt(mono, audio, 9) for audio in (sound, mixed))
+        self.assertSame(*both)
+        codes = encode_prompt(stereo, mixed, 9)
         self.assertEqual(codes.shape, (1, 3, 8))
         self.assertSame(codes[..., ::2], codes[..., 1::2])
-        own = stereo.encode_prompt(sound, 9)
-        left = stereo.encode_prompt(sound[:, :1], 9)
+        own = encode_prompt(stereo, sound, 9)
+        left = encode_prompt(stereo, sound[:, :1], 9)
         self.assertSame(own[..., ::2], left[..., ::2])
         self.assertNotEqual(own[..., 1::2].tolist(), left[..., 1::2].tolist())
 
@@ -198,14 +204,17 @@ class TestLongAudio(Test):
             (dict(extend_stride=math.nan), "extend_stride must"),
             (dict(batch_size=0), "batch_size must"),
             (dict(negative_prompt=None), "negative_prompt must"),
-            (dict(negative_prompt="a", guidance_coef=1), "negative_prompt must"),
-            (dict(audio_prompt=mx.zeros((0, 1))), "audio_prompt must have"),
-            (dict(audio_prompt=mx.zeros((9, 3))), "audio_prompt must have"),
-            (dict(audio_prompt=mx.zeros(9)), "audio_prompt must have"),
+            (
+                dict(negative_prompt="a", guidance_coef=1),
+                "negative_prompt needs guidance",
+            ),
+            (dict(audio_prompt=mx.zeros((0, 1))), "audio_prompt must have the shape"),
+            (dict(audio_prompt=mx.zeros((9, 3))), "audio_prompt must have the shape"),
+            (dict(audio_prompt=mx.zeros(9)), "audio_prompt must have the shape"),
             (dict(audio_prompt=mx.array([[math.nan]])), "audio_prompt must be finite"),
             (
                 dict(audio_prompt=mx.ones((6401, 1))),
-                "audio_prompt must be a frame shorter",
+                "audio prompt is 0.200031 s long, but the duration is 0.2 s",
             ),
         ):
             with self.subTest(pattern):

@@ -14,13 +14,12 @@ from common import (
     exact,
     expected,
     last,
-    random_decoder,
     slow,
 )
 from mlx.utils import tree_flatten
 
-import musicgen
-from musicgen import MusicGen
+from musicgen import MusicGen, encode_text
+from options import Options
 
 
 class TestGenerate(Test):
@@ -68,7 +67,7 @@ class TestGenerate(Test):
         self.assertSame(guided, null)
         empty = model.generate_codes("", duration=0.3, temp=0, guidance_coef=3)
         self.assertSame(empty, null)
-        _, mask = model.encode_text(["", "drums"], with_null=False)
+        mask = encode_text(model, ["", "drums"], Options(guidance_coef=1)).mask
         self.assertSame(mask.any(axis=1), [False, True])
 
     def test_text_encoder_is_freed_where_memory_is_short(self):
@@ -76,21 +75,11 @@ class TestGenerate(Test):
             model = exact(name)
             codes = model.generate_codes("drums", duration=0.1, seed=1)
             self.assertIsNotNone(model.text_encoder)
-            with patch("musicgen.mx.get_memory_limit", return_value=10**6):
+            with patch("engine.mx.get_memory_limit", return_value=10**6):
                 for _ in range(2):  # and loaded again for the next text
                     again = model.generate_codes("drums", duration=0.1, seed=1)
                     self.assertIsNone(model.text_encoder)
                     self.assertSame(again, codes)
-
-    def test_columns_hold_the_same_numbers(self):
-        decoder, conditioning, tokens = random_decoder()
-        before = dict(tree_flatten(decoder.parameters()))
-        rows = decoder(tokens, conditioning, decoder.make_cache(2, 9))
-        decoder.store_columns()
-        after = dict(tree_flatten(decoder.parameters()))
-        self.assertTrue(all(mx.array_equal(before[k], after[k]) for k in before))
-        columns = decoder(tokens, conditioning, decoder.make_cache(2, 9))
-        self.assertClose(columns, rows, 1e-5)
 
     def test_every_step_draws_anew(self):
         model = exact("mono-audiocraft")
@@ -130,7 +119,7 @@ class TestGenerate(Test):
         prompt = "drums " * 600
         ids = model.tokenizer.encode(prompt)[:511] + [1]
         with self.assertWarnsRegex(UserWarning, "T5 takes 512"):
-            text, mask = model.encode_text([prompt], with_null=False)
+            text, mask = encode_text(model, [prompt], Options(guidance_coef=1))
         self.assertSame(text, model.text_encoder.encode([ids])[0])
         self.assertTrue(mask.all().item())
 
@@ -176,31 +165,27 @@ class TestStream(Test):
 
     def test_comes_while_it_is_made(self):
         model = exact("mono-audiocraft")
-        steps = []
-        stream = model.stream(
-            "drums", duration=1.0, chunk=0.2, callback=lambda *step: steps.append(step)
-        )
-        self.assertEqual(steps, [])
+        take = model.steps("drums", duration=1.0)
+        stream = model.play(take, chunk=0.2)
+        self.assertEqual(take.step, 0)
         first = next(stream)
         # 10 frames and 3 of delay are made, and some steps more are under way;
         # the codec waits for 3 frames and 482 samples
-        self.assertEqual(len(steps), 13 + musicgen.STEPS_AHEAD)
+        self.assertEqual(take.step, 13 + 1)
         self.assertEqual(first.shape[0], 7 * 640 - 482)
         sizes = [piece.shape[0] for piece in stream]
         self.assertEqual(sizes[:3], [6400] * 3)
-        self.assertEqual(len(steps), 53)
+        self.assertEqual(take.step, 53)
 
     def test_comes_in_time_for_any_chunk(self):
         model = exact("mono-audiocraft")
         for frames in (1, 2, 3, 5, 7, 25):
-            steps, made = [], 0
-            count = lambda *step: steps.append(step)  # noqa: E731
-            options = dict(duration=1.0, chunk=frames / 50, callback=count)
-            for piece in model.stream("drums", **options):
+            take, made = model.steps("drums", duration=1.0), 0
+            for piece in model.play(take, chunk=frames / 50):
                 made += len(piece)
-                if len(steps) < 53:  # all but delay, look-ahead and what is under way
-                    behind = len(steps) * 640 - made
-                    ahead = 3 + 4 + frames + musicgen.STEPS_AHEAD
+                if take.step < 53:  # all but delay, look-ahead and what is under way
+                    behind = take.step * 640 - made
+                    ahead = 3 + 4 + frames + 1
                     self.assertLessEqual(behind, 640 * ahead)
             self.assertEqual(made, 32000)
 
@@ -227,13 +212,15 @@ class TestStream(Test):
             model.generate_codes("a", duration=1.0, **both)
 
     def test_stopped_among_batches(self):
-        model, steps = exact("mono-audiocraft"), []
+        model = exact("mono-audiocraft")
         options = dict(duration=1.0, seed=3, batch_size=1)
-        codes = model.generate_codes(
-            ["drums", "piano", "guitar"],
-            stop=lambda: len(steps) > 20 or steps.append(0),
-            **options,
-        )
-        self.assertEqual(codes.shape[0], 1)  # the others were not begun
-        whole = model.generate_codes("drums", **options)
-        self.assertSame(codes, whole[:, : codes.shape[1]])
+        prompts = ["drums", "piano", "guitar"]
+        whole = model.generate_codes(prompts, **options)
+        for stop, rows, frames in ((21, 1, 18), (53, 1, 50), (60, 1, 50), (106, 2, 50)):
+            take = model.steps(prompts, **options)
+            for _ in take:
+                if take.step == stop:
+                    break
+            # the others were not begun, or are shorter
+            self.assertEqual(take.codes.shape, (rows, frames, 4))
+            self.assertSame(take.codes, whole[:rows, :frames])
