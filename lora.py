@@ -2,7 +2,7 @@
 
 Low-rank adaptation (https://arxiv.org/abs/2106.09685): beside each matrix of the
 layers lies a product of two narrow ones, and only these are trained and kept. Needs
-settings.py beside it, to write them; `train.py lora` makes adapters, and
+settings.py beside it, to write them. `train.py lora` makes adapters, and
 
     model = MusicGen.from_pretrained("small")
     load_adapter(model, "brass.safetensors", scale=0.8)

@@ -11,8 +11,8 @@ The first makes a small model for the world of `synth.py`: the codec learns to g
 sound back through its codebooks, then T5 and decoder together learn to write its codes.
 The other changes a model's layers a little, for sounds and captions of your own (see
 lora.py). What `--resume` goes on from lies in or beside the output, under "training".
-Needs training.py, train_codec.py, synth.py, lora.py, convert.py, musicgen.py and all that
-these need beside it.
+Needs training.py, train_codec.py, synth.py, lora.py, convert.py, prompt.py, musicgen.py
+and all that these need beside it.
 """
 
 import argparse

@@ -1,0 +1,317 @@
+"""Try scripts where only some of the others lie beside them; `test_house.py` starts it.
+
+Reads [[name, folder], ...] from its input, and writes {name: what went wrong, or null}.
+All run in this process, for MLX takes a while to start; of a script and what it imports
+nothing stays. Asked of each is a tiny computation: `try_audio` tries audio.py.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import runpy
+import sys
+import traceback
+from argparse import Namespace
+from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE, TINY = ROOT / "reference", ROOT / "tiny"
+NOISE = np.random.default_rng(0).normal(size=(32000, 1)).astype(np.float32) / 9
+
+
+def run(script: str, *arguments: str) -> None:
+    """As from a command line. Raises SystemExit where it fails."""
+    with patch("sys.argv", [script, *map(str, arguments)]):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as stop:
+            if stop.code:
+                raise
+
+
+def small_codec(encodec: ModuleType) -> nn.Module:
+    small = dict(num_filters=4, hidden_size=8, codebook_size=16, num_lstm_layers=1)
+    return encodec.Encodec(encodec.EncodecConfig(target_bandwidths=(0.4,), **small))
+
+
+def try_audio(audio):
+    audio.save_audio("a.wav", NOISE, 32000)
+    assert audio.load_audio("a.wav", 16000, 2).shape == (16000, 2)
+    run("audio.py", "a.wav", "b.flac", "--sampling-rate", "8000")
+
+
+def try_audiocraft(audiocraft):
+    path = REFERENCE / "mono-audiocraft" / "state_dict.bin"
+    assert audiocraft.read_decoder(path).config["num_codebooks"] == 4
+
+
+def try_benchmark(benchmark):
+    from musicgen import MusicGen
+
+    run("benchmark.py", "--help")
+    assert benchmark.weight_bytes(MusicGen.from_pretrained(TINY).decoder) > 1e6
+
+
+def try_checkpoints(checkpoints):
+    assert checkpoints.read(str(TINY)).config.decoder.hidden_size == 192
+
+
+def try_conditioning(conditioning):
+    settings = dict(model_type="musicgen", decoder={})
+    assert conditioning.read_config(settings) is None
+    for kind, width in (("melody", 12), ("style", 512)):
+        settings["conditioner"] = {"kind": kind}
+        assert conditioning.read_config(settings).width == width
+
+
+def try_convert(convert):
+    source = REFERENCE / "mono-audiocraft"
+    run("convert.py", "--hf-path", source, "--mlx-path", "out")
+    run("convert.py", "--hf-path", TINY, "--mlx-path", "out-4bit", "--quantize")
+    assert convert.is_converted(Path("out")) and convert.is_converted(Path("out-4bit"))
+
+
+def try_decoder(decoder):
+    model = decoder.Decoder(decoder.DecoderConfig(10, 16, 2, 2, 20), text_width=12)
+    text = decoder.Condition(mx.ones((2, 5, 12)), mx.ones((2, 5), mx.bool_))
+    cache, tokens = model.make_cache(2, 3), mx.zeros((2, 3, 4), mx.uint32)
+    assert model(tokens, model.text_kv(text), cache).shape == (2, 3, 4, 10)
+
+
+def try_demucs(demucs):
+    import audio
+
+    audio.save_audio("a.wav", NOISE[:4000], 4000)
+    run("demucs.py", "a.wav", "--model", REFERENCE / "htdemucs", "--output-dir", "out")
+    model = demucs.HTDemucs.from_pretrained(REFERENCE / "htdemucs")
+    assert model.separate(mx.ones((400, 2))).shape == (4, 400, 2)
+
+
+def try_encodec(encodec):
+    import audio
+
+    codec = small_codec(encodec)
+    chunks = codec.encode(mx.array(NOISE)[None])
+    assert codec.decode(chunks).shape == (1, 32000, 1)
+    audio.save_audio("a.wav", NOISE[:6400], 32000)
+    run("encodec.py", "a.wav", "b.wav", "--model", REFERENCE / "encodec_32khz")
+
+
+def try_encodec_files(encodec_files):
+    for name in ("encodec_32khz", "mono-audiocraft"):
+        _, settings, weights = encodec_files.read(REFERENCE / name)
+        assert settings["sampling_rate"] == 32000 and weights
+
+
+def try_encodec_stream(encodec_stream):
+    import encodec
+
+    stream = encodec_stream.DecodingStream(small_codec(encodec))
+    codes = mx.zeros((1, 9, 2), mx.int32)
+    pieces = [stream.push(codes[:, :4]), stream.push(codes[:, 4:], last=True)]
+    assert mx.concatenate(pieces, axis=1).shape == (1, 9 * 640, 1)
+
+
+def try_engine(engine):
+    import decoder
+
+    model = decoder.Decoder(decoder.DecoderConfig(10, 16, 2, 2, 20), text_width=12)
+    text = decoder.Condition(mx.ones((2, 5, 12)), mx.ones((2, 5), mx.bool_))
+    forward = engine.Engine(model, text, copies=2, steps=3)
+    forward.rewind()
+    assert forward(mx.zeros((1, 1, 4), mx.uint32)).shape == (2, 1, 4, 10)
+
+
+def try_evaluate(evaluate):
+    import synth
+
+    run("evaluate.py", "--help")
+    sound = synth.render(synth.KNOWN[0], np.random.default_rng(0), 4.0)
+    assert evaluate.measure(sound) is not None
+
+
+def try_generate(generate):
+    flags = ["--model", TINY, "--duration", "0.1", "--takes", "2"]
+    run("generate.py", "--prompt", "slow bell", *flags)
+    assert Path("out-2.wav").is_file()
+
+
+def try_hub(hub):
+    hub.check_name("stereo-small")
+    assert hub.local("tiny") == Path.cwd() / "tiny"
+
+
+def try_jobs(jobs):
+    from musicgen import MusicGen
+
+    model, values = MusicGen.from_pretrained(TINY), dict(seed=0, output="a.wav")
+    planned = jobs.plan(["bell", "saw"], values | {"duration": 0.1})
+    for batch in jobs.run(model, planned, size=2):
+        assert [take.steps for take in batch] == [8] * 8
+        assert [result.error for result in batch.save()] == [None, None]
+    assert Path("a-2.wav").is_file()
+
+
+def try_lora(lora):
+    layer = nn.Linear(4, 6, bias=False)
+    adapter = lora.LoRALinear(layer, rank=2, scale=1.0)
+    assert mx.array_equal(adapter(mx.ones((1, 4))), layer(mx.ones((1, 4))))
+
+
+def try_loudness(loudness):
+    import audio
+
+    louder = loudness.to_loudness(NOISE, 32000, -30)
+    assert abs(loudness.integrated_loudness(louder, 32000) + 30) < 0.1
+    audio.save_audio("a.wav", NOISE, 32000)
+    run("loudness.py", "a.wav")
+
+
+def try_melody(melody):
+    import audio
+
+    assert melody.extract_chroma(NOISE, 32000).shape == (8, 12)
+    audio.save_audio("a.wav", NOISE, 32000)
+    run("melody.py", "a.wav")
+
+
+def try_mert(mert):
+    import audio
+
+    audio.save_audio("a.wav", NOISE, 32000)
+    folder = REFERENCE / "style-audiocraft" / "MERT-v1-95M"
+    run("mert.py", "a.wav", "--model", folder)
+
+
+def try_musicgen(musicgen):
+    model = musicgen.MusicGen.from_pretrained(TINY)
+    assert model.plain
+    assert model.generate(["bell", "saw"], duration=0.1).shape == (2, 3200, 1)
+
+
+def try_options(options):
+    options.Options(duration=3, negative_prompt="drums").check()
+    assert options.row_seeds(3, 2) == [3, 4]
+
+
+def try_prompt(prompt):
+    sizes = dict(decoder=Namespace(num_codebooks=4, vocab_size=8))
+    sizes |= dict(audio_encoder=Namespace(hop_length=640))
+    model = Namespace(config=Namespace(**sizes), frame_rate=50)
+    codes = mx.ones((1, 3, 4), mx.int32)
+    assert prompt.start_with(model, None, codes, duration=1.0) is codes
+    assert prompt.prompt_frames(model, mx.zeros((641, 1))) == 2
+
+
+def try_published(published):
+    for name in ("style-audiocraft", "melody-transformers"):
+        path, _, weights, tokenizer, read_text_encoder = published.read(
+            REFERENCE / name
+        )
+        assert path.parent == REFERENCE / name and weights
+        assert tokenizer.encode("a") and read_text_encoder()
+
+
+def try_settings(settings):
+    settings.save_codes("a.safetensors", mx.ones((1, 3, 4), mx.uint16), {"seed": 3})
+    assert settings.load_codes("a.safetensors")[1]["seed"] == 3
+    run("settings.py", "a.safetensors")
+
+
+def try_stream(stream):
+    pieces = [mx.zeros((640, 1)), mx.ones((640, 1)) / 2]
+    assert stream.write("a.wav", pieces, 1, 32000) == 0.04
+
+
+def try_style(style):
+    import encodec
+
+    sizes = dict(width=8, num_layers=1, num_heads=2, hidden=9, bins=4, ds_factor=3)
+    seconds = dict(length=0.5, varying_lengths=(0.1, 1))
+    config = style.StyleConfig(**sizes, **seconds, mert=None, encodec_n_q=2)
+    conditioner = config.build(small_codec(encodec), 30.0)
+    request = style.StyleRequest(mx.array(NOISE))
+    assert conditioner.prepare(request, 0, 8.0).shape == (9, 8)
+
+
+def try_synth(synth):
+    run("synth.py", "--listen", "1", "--output-dir", "clips")
+    assert len(list(Path("clips").glob("*.wav"))) == 1
+
+
+def try_t5(t5):
+    model = t5.T5(t5.T5Config(300, 12, 6, 24, 1, 2))
+    ids = t5.Tokenizer(TINY / "spiece.model").encode("slow bell")
+    assert model.encode([ids])[0].shape == (1, len(ids), 12)
+
+
+def try_torch_file(torch_file):
+    path = REFERENCE / "mono-audiocraft" / "state_dict.bin"
+    assert "best_state" in torch_file.load_torch(path)
+    run("torch_file.py", path)
+
+
+def try_train(train):
+    run("train.py", "lora", "--help")
+    ids, mask = train.padded([[3, 4, 1], [1]], 3)
+    assert ids.shape == mask.shape == (2, 3)
+
+
+def try_train_codec(train_codec):
+    import encodec
+
+    codec = train_codec.with_gradients(encodec.Encodec(train_codec.CODEC))
+    state = train_codec.first_codebooks(mx.random.key(0))
+    loss, losses, _ = train_codec.codec_loss(
+        codec, state, mx.array(NOISE[None, :6400, 0])
+    )
+    assert mx.isfinite(loss).item() and losses.shape == (3,)
+
+
+def try_training(training):
+    args = Namespace(lr=0.1, steps=2, seconds=9, seed=0, resume=False)
+    loss = lambda model, x: (model(x).sum(), mx.zeros(1), {})  # noqa: E731
+    trained = training.Training(nn.Linear(2, 1), loss, args, Path(), {}, {})
+    trained.run(lambda: (mx.ones((1, 2)),), ("loss",), lambda: None)
+    assert trained.done == 2
+
+
+TRIALS = {
+    name.removeprefix("try_"): trial
+    for name, trial in [*globals().items()]
+    if name.startswith("try_")
+}
+
+
+def what_is_wrong(name: str, folder: str) -> str | None:
+    """The traceback where the script cannot be imported, or its trial fails."""
+    scripts = {path.stem for path in ROOT.glob("*.py")}
+    for module in scripts & sys.modules.keys():
+        del sys.modules[module]
+    os.chdir(folder)
+    elsewhere = (str(ROOT), str(ROOT / "tests"), "")
+    places = [folder, *(place for place in sys.path if place not in elsewhere)]
+    out = io.TextIOWrapper(io.BytesIO())
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            with patch.object(sys, "path", places):
+                TRIALS[name](importlib.import_module(name))
+    except BaseException:
+        return traceback.format_exc()
+    modules = [sys.modules[module] for module in scripts & sys.modules.keys()]
+    found = {str(Path(module.__file__).parent) for module in modules}
+    return None if found == {folder} else f"it imports from {found}"
+
+
+if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    tried = {name: what_is_wrong(name, folder) for name, folder in json.load(sys.stdin)}
+    print(json.dumps(tried))
