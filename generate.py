@@ -468,15 +468,14 @@ def make_batches(
     size = args.batch_size or (jobs.BATCH_OF_FILE if args.prompts else len(wanted))
     with tqdm(unit="step", disable=group is not None and group.rank() > 0) as bar:
         for batch in jobs.run(model, wanted, size, sounds, start):
-            for take in watch(batch, bar):
-                if stop():
-                    break
+            if stop():
+                break
+            for _ in until(watch(batch, bar), stop):
+                pass
             for result in batch.save(args.save_codes):
                 results.append(result)
                 if not result.error:
                     tqdm.write(describe(result), file=sys.stdout)
-            if stop():
-                break
     return results
 
 
@@ -516,10 +515,10 @@ def play(
 
 
 def until(steps: Iterator[Take], stop: Stop) -> Iterator[Take]:
-    """The steps until Ctrl-C."""
+    """The steps until Ctrl-C; after the last it is not asked for."""
     for take in steps:
         yield take
-        if stop():
+        if take.step < take.steps and stop():
             return
 
 

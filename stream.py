@@ -29,14 +29,16 @@ def write(
 
     A reader that closes the pipe, which "-" is, ends it.
     """
+    seconds = 0.0
     with open_output(path) as file:
-        wav = WavStream(file, channels, sampling_rate, comment, rewinds=path != "-")
         try:
+            wav = WavStream(file, channels, sampling_rate, comment, rewinds=path != "-")
             for piece in pieces:
                 wav.write(piece)
+                seconds = wav.seconds
         except BrokenPipeError:
             discard_output()
-    return wav.seconds
+    return seconds
 
 
 @contextmanager

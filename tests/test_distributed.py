@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 from common import REFERENCE, ROOT, Test, slow
 
+import engine
 from musicgen import MusicGen
 
 
@@ -120,4 +121,4 @@ class TestDistributed(Test):
 
         model = MusicGen.from_pretrained(self.model)
         with self.assertRaisesRegex(ValueError, "must divide num_attention_heads"):
-            model.decoder.shard(Three())
+            engine.shard(model.decoder, Three())

@@ -14,9 +14,17 @@ from common import REFERENCE, ScriptTest
 
 import generate
 import jobs
-import musicgen
-from encodec import save_audio
+from audio import save_audio
 from musicgen import MusicGen
+from options import Options
+
+
+def make(model: MusicGen, planned: list[jobs.Job]) -> mx.array:
+    """Codes (B, T, K) of jobs that run together."""
+    (batch,) = jobs.run(model, planned, len(planned))
+    for _ in batch:
+        pass
+    return batch.codes()
 
 
 class TestJobs(ScriptTest):
@@ -55,7 +63,7 @@ class TestJobs(ScriptTest):
         )
         first, second = jobs.plan_file(path, self.settings)
         self.assertEqual((first.seed, str(first.output)), (8, "out-1.wav"))
-        want = musicgen.Options(duration=0.1, guidance_coef=2, top_k=9)
+        want = Options(duration=0.1, guidance_coef=2, top_k=9)
         self.assertEqual(first.options, want)
         self.assertEqual((second.seed, str(second.output)), (4, "b.flac"))
         self.assertEqual(second.options.duration, 40)
@@ -160,11 +168,12 @@ class TestJobs(ScriptTest):
         own = dict(self.settings, audio_prompt=str(path))
         whole = jobs.plan(["a"], own)
         rest = jobs.plan(["a"], own | dict(drop_prompt=True))
-        sound = whole[0].sound(model)
-        codes = jobs.generate(model, whole, sound)
-        kept = jobs.decode(model, whole, codes, 3)
-        frames = model.prompt_frames(sound)
-        self.assertSame(jobs.decode(model, rest, codes, frames), kept[:, 1920:])
+        sound = jobs.Sounds(model).audio_prompt(whole[0])
+        codes = make(model, whole)
+        kept = jobs.decode(model, whole[0], codes, 3)
+        frames = jobs.frames_of_prompt(model, sound, None)
+        self.assertEqual(frames, 3)
+        self.assertSame(jobs.decode(model, rest[0], codes, frames), kept[:, 1920:])
 
     def test_disk_that_fills_up(self):
         info = Mock(frames=8)
@@ -226,13 +235,13 @@ class TestJobs(ScriptTest):
         path = self.lines(
             '{"prompt": "a"}', json.dumps(dict(prompt="b", output=f"{folder}/b.wav"))
         )
-        generate_batch = jobs.generate
+        make_take = jobs.make_take
 
         def vanish(*arguments):
             shutil.rmtree(folder, ignore_errors=True)
-            return generate_batch(*arguments)
+            return make_take(*arguments)
 
-        with patch("jobs.generate", vanish):
+        with patch("jobs.make_take", vanish):
             status, _, err = self.script(path)
         self.assertEqual((status, self.found()), (1, ["out-1.wav"]))
         self.assertRegex(err, "line 2: The folder .*there of b.wav must exist")
@@ -255,47 +264,90 @@ class TestJobs(ScriptTest):
         model, sizes = MusicGen.from_pretrained(self.model), []
         own = dict(self.settings, output=str(self.folder / "x.wav"))
 
-        def generate_rows(model, batch, *rest):
-            sizes.append(len(batch))
-            return mx.zeros((len(batch), 5, 8), mx.uint32)
+        make_take = jobs.make_take
 
-        with patch.object(model, "rows_that_fit", lambda o: round(1 / o.duration)):
-            with patch("jobs.generate", generate_rows), patch("jobs.save"):
-                jobs.run(model, jobs.plan_file(path, own), 8)
+        def count(model, batch, *rest):
+            sizes.append(len(batch))
+            return make_take(model, batch, *rest)
+
+        def run(size: int) -> None:
+            for batch in jobs.run(model, jobs.plan_file(path, own), size):
+                for _ in batch:
+                    pass
+                self.assertTrue(all(result.error is None for result in batch.save()))
+
+        fit = lambda model, options: round(1 / options.duration)  # noqa: E731
+        with patch("jobs.rows_that_fit", fit):
+            with patch("jobs.make_take", count), patch("jobs.save"):
+                run(8)
                 self.assertEqual(sizes, [1, 2, 2])
-                jobs.run(model, jobs.plan_file(path, own), 1)
+                run(1)
                 self.assertEqual(sizes[3:], [1] * 5)
 
     def test_batch_that_does_not_fit_after_all(self):
         model = MusicGen.from_pretrained(self.model)
         planned = jobs.plan(["a", "b", "c"], self.settings)
-        whole, tried = jobs.generate(model, planned), []
-        generate_rows = model.generate_codes
+        whole, tried = make(model, planned), []
+        steps, forward = MusicGen.steps, MusicGen.forward
 
-        def out_of_memory(prompts, **options):
+        def count(model, prompts, **options):
             tried.append(len(prompts))
-            if len(prompts) > 1:
-                raise RuntimeError("[malloc] Unable to allocate")
-            return generate_rows(prompts, **options)
+            return steps(model, prompts, **options)
 
-        with patch.object(model, "generate_codes", out_of_memory):
-            self.assertSame(jobs.generate(model, planned), whole)
+        def out_of_memory(model, text, copies, length):
+            run = forward(model, text, copies, length)
+
+            def fail(tokens):
+                if len(tokens) > 1:
+                    raise RuntimeError("[malloc] Unable to allocate")
+                return run(tokens)
+
+            fail.rewind = run.rewind
+            return fail
+
+        with patch.object(MusicGen, "steps", count):
+            with patch.object(MusicGen, "forward", out_of_memory):
+                self.assertSame(make(model, planned), whole)
         self.assertEqual(tried, [3, 1, 2, 1, 1])
+
+    def test_left_early(self):
+        model = MusicGen.from_pretrained(self.model)
+        own = dict(self.settings, duration=0.4, output=str(self.folder / "x.wav"))
+        planned = jobs.plan(["a", "b"], own)
+        whole = make(model, planned)
+        for stop, frames in ((3, 0), (4, 1), (20, 17)):
+            (batch,) = jobs.run(model, planned, 8)
+            for take in batch:
+                if take.step == stop:
+                    break
+            self.assertSame(batch.codes(), whole[:, :frames])
+            results = list(batch.save())
+            self.assertEqual(len(results), 2 if frames else 0)
+            for result in results:
+                self.assertAlmostEqual(result.seconds, frames / 50)
+                self.assertEqual(soundfile.info(result.job.output).frames, frames * 640)
 
     def test_part_of_the_audio_prompt(self):
         model = MusicGen.from_pretrained(self.model)
         path = self.folder / "ramp.wav"
         ramp = np.linspace(0, 0.5, 3200)
         soundfile.write(path, ramp, 32000, subtype="FLOAT")
-        part = jobs.AudioPrompt(str(path), 0.02, 0.05).load(model)
+
+        def load(*prompt) -> mx.array:
+            (job,) = jobs.plan(["a"], self.settings)
+            prompt = jobs.AudioPrompt(str(path), *prompt)
+            job = dataclasses.replace(job, audio_prompt=prompt)
+            return jobs.Sounds(model).audio_prompt(job)
+
+        part = load(0.02, 0.05)
         self.assertClose(part[:, 1], mx.array(ramp)[640:2240], 1e-6)
-        for sound, pattern in (
-            (jobs.AudioPrompt(str(path), 0.1), "prompt_start must"),
-            (jobs.AudioPrompt(str(path), -1.0), "prompt_start must"),
-            (jobs.AudioPrompt(str(path), 0.0, 0.0), "prompt_length must"),
+        for prompt, pattern in (
+            ((0.1,), "prompt_start must"),
+            ((-1.0,), "prompt_start must"),
+            ((0.0, 0.0), "prompt_length must"),
         ):
             with self.assertRaisesRegex(ValueError, pattern):
-                sound.load(model)
+                load(*prompt)
 
     def test_wrong_command_lines(self):
         for arguments, pattern in (

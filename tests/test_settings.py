@@ -11,10 +11,11 @@ import numpy as np
 import soundfile
 from common import REFERENCE, ScriptTest, exact
 
-import checkpoints
 import generate
+import hub
 import settings
-from encodec import load_audio, save_audio
+from audio import load_audio, save_audio
+from prompt import encode_prompt
 
 
 class TestSettings(ScriptTest):
@@ -71,7 +72,7 @@ class TestSettings(ScriptTest):
         for name in ("tiny", "here/tiny"):
             (self.folder / name).mkdir(parents=True)
         tiny = str(self.folder / "tiny")
-        self.enterContext(patch.dict(checkpoints.MODELS, tiny=tiny))
+        self.enterContext(patch.dict(hub.MODELS, tiny=tiny))
         self.enterContext(chdir(self.folder / "here"))
         source, told = Path("x.safetensors"), {"model": "tiny"}
         model = Mock(revision=None)
@@ -195,7 +196,7 @@ class TestSettings(ScriptTest):
         flags += ["--audio-prompt", sound, "--drop-prompt", "--dtype", "float32"]
         whole = self.make("whole.wav", *flags, "--duration", "0.8")
         model = exact("stereo-audiocraft")
-        known = model.encode_prompt(load_audio(sound, 32000, 2), 40)
+        known = encode_prompt(model, load_audio(sound, 32000, 2), 40)
         told = settings.read_settings(self.folder / "whole.wav")
         self.assertEqual(told["prompt_frames"], 10)
         settings.save_codes(path, known, told)  # stopped after the prompt

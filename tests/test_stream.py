@@ -15,6 +15,7 @@ import numpy as np
 import soundfile
 from common import REFERENCE, ROOT, ScriptTest, slow
 
+import audio
 import jobs
 import settings
 import stream
@@ -191,15 +192,15 @@ class TestStreamedFile(ScriptTest):
     def test_header_is_right_after_every_write(self):
         path = self.folder / "x.wav"
         with open(path, "wb") as file:
-            wav = stream.WavStream(file, 2, 32000)
+            wav = audio.WavStream(file, 2, 32000)
             for n in range(1, 4):
                 self.assertEqual(soundfile.info(path).frames, 100 * (n - 1))
                 wav.write(mx.full((100, 2), 0.25))
                 self.assertEqual(soundfile.info(path).frames, 100 * n)
             with self.assertWarnsRegex(UserWarning, "clipped"):
                 wav.write(mx.full((100, 2), 2.0))
-        audio, _ = soundfile.read(path)
-        self.assertEqual((audio[0, 0], round(audio[-1, 0], 3)), (0.25, 1.0))
+        samples, _ = soundfile.read(path)
+        self.assertEqual((samples[0, 0], round(samples[-1, 0], 3)), (0.25, 1.0))
 
     def test_wrong_command_lines(self):
         for arguments, pattern in (
