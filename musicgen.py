@@ -334,7 +334,7 @@ class Take:
         self._plan = [(start, end) for start, end in plan if end > T]
         self._batches = self._group(batch_size or rows_that_fit(model, options))
         steps = self._frames - T + max(self._delays) * len(self._plan)
-        self.step, self.steps = 0, steps * len(self._batches)  # done, and in all
+        self.step, self.steps = 0, steps * len(self._batches)  # made, and in all
         self._finished: dict[int, mx.array] = {}  # rows of earlier batches
         self._open(self._batches[0])
 
@@ -361,6 +361,7 @@ class Take:
         self._columns: list[mx.array] = []  # of this window, delayed
 
     def __iter__(self) -> Iterator["Take"]:
+        self.step, self._finished = 0, {}
         sample = make_step_sampler(self._options)
         for rows in self._batches:
             self._open(rows)
