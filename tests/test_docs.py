@@ -17,7 +17,7 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import numpy as np
-from common import HERE, REFERENCE, Test
+from common import REFERENCE, ROOT, Test, slow
 
 import synth
 from audio import save_audio
@@ -35,12 +35,13 @@ STANDINS = {
     "melody": str(REFERENCE / "melody-audiocraft"),
     "style": str(REFERENCE / "style-audiocraft"),
 }
-SHORTER = 20  # times
+SHORTER, LONGEST = 20, 0.6  # how many times, and no more seconds
+WHOLE = {"--loudness", "--save-codes", "--prompts", "--audio-prompt"}  # else half
 CHEAP = {  # flags that come after those of the document
     "benchmark.py": "--duration 0.1",
     "demucs.py": f"--model {REFERENCE / 'htdemucs'}",
     "synth.py": "--listen 1",
-    "train.py lora": "--steps 1 --batch 1 --crop 0.5",
+    "train.py lora": "--steps 1 --batch 1 --crop 0.2",
     "train.py synth": "--listen 1",
 }
 
@@ -76,7 +77,7 @@ def run(words: list[str]) -> str:
     with redirect_stdout(out), redirect_stderr(err), undisturbed():
         with patch("sys.argv", words):
             try:
-                runpy.run_path(str(HERE / words[0]), run_name="__main__")
+                runpy.run_path(str(ROOT / words[0]), run_name="__main__")
             except SystemExit as stop:
                 if stop.code:
                     raise AssertionError(f"{stop.code} {err.getvalue()[-500:]}")
@@ -104,7 +105,12 @@ def shorten(text: str) -> str:
     """A command, Python or JSON with seconds, and steps of a take, divided."""
     seconds = r'(?:duration|length|start|stride)(?:"?[=:] ?| )'
     number = rf"({seconds}|int\(|take\.step [=>]+ )([\d.]+)"
-    return re.sub(number, lambda m: f"{m[1]}{float(m[2]) / SHORTER:g}", text)
+
+    def divide(match: re.Match) -> str:
+        number = float(match[2]) / SHORTER
+        return f"{match[1]}{number if 'step' in match[1] else min(number, LONGEST):g}"
+
+    return re.sub(number, divide, text)
 
 
 def cheapen(command: str) -> list[str]:
@@ -115,10 +121,12 @@ def cheapen(command: str) -> list[str]:
             words[i] = stand_in(words[i])
     if words[0] == "generate.py":
         if not {"--duration", "--again", "--redecode"} & {*words}:
-            words += ["--duration", str(8 / SHORTER)]
+            whole = WHOLE & {*words}
+            words += ["--duration", str((8 if whole else 4) / SHORTER)]
         if not {"--model", "--again", "--resume", "--redecode"} & {*words}:
             words += ["--model", "tiny"]
         words += ["--no-separate"] * ("--melody" in words)
+        words += ["--takes", "2"] * ("--takes" in words)
     for script, flags in CHEAP.items():
         if words[: len(script.split())] == script.split():
             words += flags.split()
@@ -130,7 +138,7 @@ class TestDocuments(Test):
         """A folder with what the documents call the reader's own."""
         super().setUp()
         self.enterContext(chdir(self.folder))
-        clip = synth.render(synth.KNOWN[0], np.random.default_rng(0), 4.0)[:, None]
+        clip = synth.render(synth.KNOWN[0], np.random.default_rng(0), 3.7)[:, None]
         os.mkdir("clips")
         for path in ("song.mp3", "hummed.wav", "clips/a.wav"):
             save_audio(path, clip[: 40000 if path.startswith("clips") else None], 32000)
@@ -140,7 +148,7 @@ class TestDocuments(Test):
     def follow(self, document: str):
         """Do all that a document says, in its order and in one folder."""
         names = {}
-        for block in blocks((HERE / document).read_text()):
+        for block in blocks((ROOT / document).read_text()):
             with self.subTest(place=f"{document}:{block.line}"):
                 self.do(block, names)
 
@@ -165,7 +173,7 @@ class TestDocuments(Test):
     def command(self, command: str):
         words = shlex.split(command)
         script = " ".join(words[: 1 + (words[0] == "train.py")])
-        self.assertTrue((HERE / words[0]).is_file(), words[0])
+        self.assertTrue((ROOT / words[0]).is_file(), words[0])
         if given := {word for word in words if re.match(r"--?[a-z]", word)}:
             self.assertLessEqual(given, known_flags(script))
         if not NOT_RUN.search(command):
@@ -175,9 +183,11 @@ class TestDocuments(Test):
             if READ.fullmatch(word) and not WRITTEN.fullmatch(flag):
                 self.assertTrue((self.folder / word).is_file(), word)
 
+    @slow(4)
     def test_readme(self):
         self.follow("README.md")
 
+    @slow(6)
     def test_guide(self):
         self.follow("GUIDE.md")
 
@@ -212,20 +222,20 @@ class TestDocuments(Test):
     def test_links(self):
         """Links to files and to headings of the documents lead somewhere."""
         for document in DOCUMENTS:
-            text = (HERE / document).read_text()
+            text = (ROOT / document).read_text()
             for path, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
                 with self.subTest(document=document, link=f"{path}#{anchor}"):
-                    source = HERE / document
+                    source = ROOT / document
                     target = source.parent / path if path else source
                     self.assertTrue(target.exists())
                     if anchor:
                         self.assertIn(anchor, headings(target.read_text()))
 
     def test_readme_is_short_and_names_every_script(self):
-        text = (HERE / "README.md").read_text()
+        text = (ROOT / "README.md").read_text()
         self.assertLessEqual(len(text.splitlines()), 160)
-        for path in HERE.glob("*.py"):
-            self.assertIn(path.name, text)
+        missing = {p.name for p in ROOT.glob("*.py") if p.name not in text}
+        self.assertEqual(missing, set())
 
 
 def headings(text: str) -> list[str]:
