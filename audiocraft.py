@@ -393,7 +393,8 @@ def check_conditions(cfg: dict[str, Any], has_sound: bool) -> None:
     if has_sound:
         wanted = {"prepend": {"self_wav", "description"}}
     for method in METHODS if lists else ():
-        names, want = set(lists.get(method, [])), wanted.get(method, set())
+        names, want = lists.get(method, []), wanted.get(method, set())
+        names = set(names if isinstance(names, list) else [names])
         if names != want:
             raise ValueError(
                 f"fuser.{method} must list {', '.join(sorted(want)) or 'nothing'}, got "

@@ -25,7 +25,7 @@ import decoder
 import encodec
 from decoder import DecoderConfig
 from encodec import EncodecConfig
-from options import DTYPES, check_quantization
+from options import DTYPES
 from t5 import T5Config, Tokenizer
 
 TINY = Path(__file__).with_name("tiny")
@@ -164,8 +164,9 @@ def read_config(settings: dict) -> MusicGenConfig:
         if not isinstance(settings.get(part), dict):
             raise ValueError(f"It must have '{part}', an object, but lacks it.")
     conditioner = None
+    section = settings.get("conditioner")
     legacy = settings["decoder"].get("num_chroma")  # we wrote it there once
-    if settings["model_type"] != "musicgen" or settings.get("conditioner") or legacy:
+    if settings["model_type"] != "musicgen" or section is not None or legacy:
         from conditioning import read_config as read_conditioner
 
         conditioner = read_conditioner(settings)
@@ -179,8 +180,6 @@ def read_config(settings: dict) -> MusicGenConfig:
         conditioner,
     )
     encodec.check_config(config.audio_encoder)
-    if config.quantization is not None:
-        check_quantization(config.quantization)
     seconds = config.max_duration
     if type(seconds) not in (int, float) or not 0.1 <= seconds <= 600:
         raise ValueError(

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from decoder import Condition, stack_rows
-from options import STYLE_OPTIONS, Options, one_each
+from options import STYLE_OPTIONS, Options
 
 if TYPE_CHECKING:
     from musicgen import MusicGen
@@ -88,6 +88,18 @@ def make_requests(
     return conditions
 
 
+def one_each(name: str, values: Any, count: int) -> list:
+    """A value, or None, for each of `count` prompts: as listed, or the same for all."""
+    if type(values) not in (list, tuple):  # a request is a NamedTuple
+        return [values] * count
+    if len(values) != count:
+        raise ValueError(
+            f"{name} must be one sound, or one for each of {count} prompts, got "
+            f"{len(values)}."
+        )
+    return list(values)
+
+
 def each_once(sounds: list, request: Callable[[Any], Any]) -> list:
     """A request for each sound; rows that share a sound share it."""
     requests = {id(x): None if x is None else request(x) for x in sounds}
@@ -120,7 +132,7 @@ class Prefixes:
     def __init__(
         self, model: "MusicGen", requests: list, seeds: list[int], duration: float
     ):
-        self._conditioner = model.conditioner
+        self._conditioner, self._tokenizer = model.conditioner, model.tokenizer
         once, self._prepared = {}, []
         for request, seed in zip(requests, seeds):
             key = (id(request), seed if self._conditioner.uses_seed else None)
@@ -129,6 +141,14 @@ class Prefixes:
             self._prepared.append(once[key])
         self._slides = int(duration * model.frame_rate) > model.longest_window
         self._hop = model.config.audio_encoder.hop_length
+
+    def group(self, prompts: list[str], negative_prompt: str) -> list[list[int]]:
+        """Numbers of the rows whose prefixes, text and all, have one length."""
+        groups, encode = {}, self._tokenizer.encode
+        for row, prompt in enumerate(prompts):
+            tokens = max(len(encode(text)) for text in (prompt, negative_prompt))
+            groups.setdefault((tokens, self.frames(row)), []).append(row)
+        return [*groups.values()]
 
     def frames(self, row: int) -> int:
         """Frames of a row's prefix, less its text."""

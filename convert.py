@@ -22,10 +22,9 @@ import mlx.core as mx
 from huggingface_hub.utils import logging
 from mlx.utils import tree_flatten
 
-from engine import quantize_model
+from engine import BITS, GROUP_SIZES, quantize_model
 from hub import MODELS, check_name
 from musicgen import MusicGen
-from options import BITS, GROUP_SIZES
 
 CARD = """---
 library_name: mlx

@@ -1,6 +1,6 @@
 """MusicGen's decoder: codes and conditions -> logits of the next codes.
 
-The transformer of Copet et al. (https://arxiv.org/abs/2306.05284), plain: `Decoder.hidden`
+The transformer of Copet et al. (https://arxiv.org/abs/2306.05284), plain: `Decoder.__call__`
 is what trains and what runs where engine.py does not. Each step takes K codes a row and
 gives logits for the K codes of the next step. Stands alone.
 
@@ -192,27 +192,17 @@ class Decoder(nn.Module):
         cache: list[KVCache | None],
         prefix: mx.array | None = None,
     ) -> mx.array:
-        """Logits (R, S, K, V) of what follows each of the tokens (R, S, K)."""
-        x = self.hidden(tokens, text, cache, prefix)
-        return self.logits(x[:, -tokens.shape[1] :])
+        """Logits (R, S, K, V) of what follows each of the tokens (R, S, K).
 
-    def hidden(
-        self,
-        tokens: mx.array,
-        text: list[TextKV | None],
-        cache: list[KVCache | None],
-        prefix: mx.array | None = None,
-    ) -> mx.array:
-        """The last layer's output (R, P + S, D), after a prefix (R, P, D) if any.
-
-        A cache holds the past and is appended to; None: there is no past.
+        A cache holds the past and is appended to; None: there is no past. A prefix
+        (R, P, D), if any, comes before the tokens.
         """
         x = self.embed(tokens)
         x = x if prefix is None else mx.concatenate([prefix, x], axis=1)
         x = x + self.positions(cache[0].offset if cache[0] else 0, x.shape[1])
         for layer, layer_text, past in zip(self.layers, text, cache):
             x = layer(x, layer_text, past)
-        return x
+        return self.logits(x[:, -tokens.shape[1] :])
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Sum of the codebooks' embeddings: (R, S, K) -> (R, S, D)."""

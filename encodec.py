@@ -61,8 +61,10 @@ class EncodecConfig:
                 f"The codec's config must have {', '.join(sorted(missing))}."
             )
         values = {name: config[name] for name in names}
-        lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
-        return cls(**values | lists)
+        for name in ("upsampling_ratios", "target_bandwidths"):
+            if isinstance(values[name], list):
+                values[name] = tuple(values[name])
+        return cls(**values)
 
     @property
     def hop_length(self) -> int:
@@ -485,12 +487,15 @@ def check_config(config: EncodecConfig) -> None:
     for name, choices in CHOICES.items():
         if (value := getattr(config, name)) not in choices:
             raise ValueError(f"{name} must be one of {choices}, got {value!r:.80}.")
-    for name, count, most in (
-        ("compress", config.compress, config.num_filters),
-        ("codebooks of target_bandwidths", config.num_codebooks(), 128),
-    ):
-        if count > most:
-            raise ValueError(f"{name} must be at most {most}, got {count}.")
+    if config.compress > config.num_filters:
+        raise ValueError(
+            f"compress must be at most num_filters, {config.num_filters}, got "
+            f"{config.compress}."
+        )
+    if (count := config.num_codebooks()) > 128:
+        raise ValueError(
+            f"target_bandwidths must be those of at most 128 codebooks, got {count}."
+        )
     seconds = config.chunk_length_s
     if seconds is not None and seconds * config.sampling_rate < 1:
         raise ValueError(f"chunk_length_s must be at least a sample, got {seconds}.")

@@ -15,6 +15,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -69,12 +70,27 @@ class DecodingStream:
 
 
 def play(
+    model: "MusicGen",
+    take: "Take",
+    chunk: float = 0.5,
+    steps: "Iterable[Take] | None" = None,
+) -> Iterator[mx.array]:
+    """The samples (N, C) of a take of one prompt while it is made, `chunk` seconds each.
+
+    `steps` is the iteration over the take, where something else goes along. Raises
+    ValueError for pieces shorter than a frame.
+    """
+    least = 1 / model.frame_rate
+    if not isinstance(chunk, Real) or not least <= chunk < 1e6:
+        raise ValueError(f"chunk must be at least 1/{model.frame_rate} s, got {chunk}.")
+    return pieces_of(model, take, int(chunk * model.frame_rate), steps or take)
+
+
+def pieces_of(
     model: "MusicGen", take: "Take", frames: int, steps: "Iterable[Take]"
 ) -> Iterator[mx.array]:
-    """Samples (N, C) of a take of one row while it is made, in pieces of `frames` frames.
-
-    A piece is handed out when the next step is under way, so that a GPU always has work.
-    """
+    """Samples (N, C) of `frames` frames and more. A piece is handed out when the next
+    step is under way, so that a GPU always has work."""
     push, done, waiting = DecodingStream(model.audio_encoder).push, 0, []
     for _ in steps:
         yield from waiting
@@ -84,8 +100,9 @@ def play(
             mx.async_eval(sound)
             done, waiting = take.frames, [sound] if len(sound) else []
     yield from waiting
-    rest = take.codes[:, done:]
-    yield by_channel(lambda rows: push(rows, last=True), rest, model.channels)[0]
+    finish, rest = functools.partial(push, last=True), take.codes[:, done:]
+    if len(sound := by_channel(finish, rest, model.channels)[0]) > 0:
+        yield sound
 
 
 def encode(model: Encodec, audio: mx.array, num_codebooks: int) -> mx.array:

@@ -5,7 +5,7 @@ all between two self-attentions is compiled, so that Python does not build the g
 in every step; rows without a text skip the cross-attention; on the CPU the rows are two
 lanes, computed side by side; on an NVIDIA GPU products of few rows are taken as columns.
 And what concerns a machine: a decoder quantized or shared among processes, and what its
-memory holds. Needs decoder.py and options.py beside it; lora.py is needed for an adapter.
+memory holds. Needs decoder.py beside it; lora.py is needed for an adapter.
 
     forward = Engine(decoder, text, copies=2, steps=403)
     logits = forward(tokens)  # (B, S, K) -> (R, 1, K, V)
@@ -22,10 +22,10 @@ import mlx.nn as nn
 from mlx.nn.layers.distributed import shard_linear
 
 from decoder import Condition, Decoder, KVCache, Layer, TextKV, attend, join_heads
-from options import check_quantization
 
 if TYPE_CHECKING:
     from musicgen import MusicGen
+    from options import Options
 
 State = tuple[mx.array, mx.array, mx.array]  # x, queries, keys and values of a layer
 
@@ -311,6 +311,20 @@ def quantize_model(model: "MusicGen", bits: int, group_size: int = 64) -> None:
         raise ValueError(f"{model.name} {wrong}.")
 
 
+BITS, GROUP_SIZES = (2, 3, 4, 6, 8), (32, 64, 128)
+
+
+def check_quantization(settings: dict[str, int]) -> None:
+    """Raise ValueError unless MLX can quantize so."""
+    for name, choices in (("bits", BITS), ("group_size", GROUP_SIZES)):
+        value = settings.get(name) if isinstance(settings, dict) else settings
+        if type(value) is not int or value not in choices or len(settings) != 2:
+            raise ValueError(
+                f"quantization must give bits and group_size, q_{name} of {choices}, "
+                f"got {value!r}."
+            )
+
+
 def quantize(decoder: Decoder, bits: int, group_size: int = 64) -> None:
     """Store the layers' matrices in `bits` bits, with a scale for each group.
 
@@ -376,10 +390,13 @@ def cache_bytes(decoder: Decoder, steps: int) -> int:
     return 2 * len(decoder.layers) * heads * width * steps * decoder.dtype.size
 
 
-def rows_that_fit(decoder: Decoder, steps: int) -> int:
-    """How many rows of `steps` steps fit into memory beside what is there."""
+def rows_that_fit(model: "MusicGen", options: "Options") -> int:
+    """How many prompts fit into memory beside what is there, at least one."""
+    steps = min(model.longest_window, int(options.duration * model.frame_rate))
+    if model.conditioner is not None:
+        steps += model.conditioner.longest + model.config.text_encoder.n_positions
     room = memory_size() - mx.get_active_memory() - DECODING_MEMORY
-    return int(room // cache_bytes(decoder, steps))
+    return max(int(room // (cache_bytes(model.decoder, steps) * options.copies)), 1)
 
 
 def fits(decoder: Decoder, rows: int, steps: int) -> bool:

@@ -25,6 +25,7 @@ import jobs
 import settings
 import stream
 from audio import check_writable, choose_subtype, save_audio
+from encodec_stream import play as play_take
 from hub import MODELS, check_name, local
 from jobs import Job, Result, Sounds, Start
 from musicgen import MusicGen, Take
@@ -356,7 +357,7 @@ def make(
     if good and (args.prompts or not failed):
         model = load(args, together)
         sounds = Sounds(model)
-        if args.show_melody or args.save_melody:  # while Ctrl-C still ends it at once
+        if not (args.prompts or args.redecode):  # while Ctrl-C still ends it at once
             tell_melody(args, model, sounds.melody(good[0]))
         start = read_start(args, model)
         stop = never if args.prompts or together else Stop()
@@ -385,10 +386,10 @@ def load(args: argparse.Namespace, group: mx.distributed.Group | None) -> MusicG
 
 
 def tell_melody(args: argparse.Namespace, model: MusicGen, melody: mx.array) -> None:
-    """Show and keep the sound (N, 1) that holds the melody."""
-    from melody import draw, extract_chroma
-
+    """Show and keep the sound (N, 1) that holds the melody, where that is wanted."""
     if args.show_melody:
+        from melody import draw, extract_chroma
+
         drawn = draw(extract_chroma(melody, model.sampling_rate))
         tqdm.write(drawn, file=sys.stderr if args.output == "-" else sys.stdout)
     if args.save_melody:
@@ -504,7 +505,8 @@ def play(
     record = jobs.take_settings(model, job, sounds, prompt_frames)
     take = jobs.make_take(model, [job], sounds, audio, start)
     with tqdm(unit="step") as bar:
-        pieces = model.play(take, args.chunk, until(watch(take, bar), stop))
+        steps = until(watch(take, bar), stop)
+        pieces = play_take(model, take, args.chunk, steps)
         if args.save_codes:
             pieces = keep_codes(pieces, take, args.save_codes, record)
         form = (model.channels, model.sampling_rate, settings.to_comment(record))

@@ -30,7 +30,7 @@ import numpy as np
 import settings
 from audio import check_audio_path, load_audio, save_audio
 from loudness import to_loudness, to_peak
-from musicgen import MusicGen, Take, rows_that_fit
+from musicgen import MusicGen, Take
 from options import STYLE_OPTIONS, Options, row_seeds
 from prompt import prompt_frames
 
@@ -519,7 +519,7 @@ def run(
     sounds, group = sounds or Sounds(model), model.decoder.group
 
     def rows(job: Job) -> int:
-        fit = min(size, rows_that_fit(model, job.options))
+        fit = min(size, model.rows_that_fit(job.options))
         if group is not None:
             fit = mx.distributed.all_min(mx.array(fit), group=group).item()
         return fit

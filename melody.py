@@ -324,19 +324,20 @@ def extractor_settings(extractor: dict[str, Any], config: dict) -> dict[str, int
     n_fft = extractor.get("n_fft", MelodyConfig.n_fft)
     if type(n_fft) is not int:
         raise ValueError(f"n_fft must be a whole number, got {n_fft!r}.")
-    notes = config.get("num_chroma", MelodyConfig.num_chroma)
-    followed = FOLLOWED | {"hop_length": n_fft // 4, "num_chroma": notes}
+    sizes = MelodyConfig.from_dict(config)
+    followed = FOLLOWED | {"hop_length": n_fft // 4, "num_chroma": sizes.num_chroma}
     for name, value in followed.items():
-        if extractor.get(name, value) != value:
+        if name in extractor and extractor[name] != value:
             raise ValueError(
                 f"{name} of the feature extractor must be {value}, got "
                 f"{extractor[name]!r}."
             )
-    seconds = config.get("chroma_length", MelodyConfig.chroma_length) * n_fft / 4 / RATE
-    if extractor.get("chunk_length", 30) < seconds - 1:  # it would cut the melody off
+    seconds = sizes.chroma_length * n_fft / 4 / RATE
+    chunk = extractor.get("chunk_length", 30 if extractor else seconds)
+    if not chunk >= seconds - 1:  # it would cut the melody off
         raise ValueError(
             f"chunk_length of the feature extractor must be {seconds:g} s, as long as "
-            f"chroma_length, got {extractor['chunk_length']!r}."
+            f"chroma_length, got {chunk!r}."
         )
     return {"n_fft": n_fft}
 

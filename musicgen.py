@@ -15,7 +15,7 @@ and conditioning.py follows one.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,23 +115,13 @@ class MusicGen(nn.Module):
 
         Yields arrays (N, C) of about `chunk` seconds; a sample waits for the delay
         pattern and the codec's look-ahead, together 0.135 s in the 32 kHz codec. Takes
-        the options of `steps`.
-        """
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt must be one text, got {prompt!r}.")
-        return self.play(self.steps(prompt, duration, **options), chunk)
-
-    def play(
-        self, take: "Take", chunk: float = 0.5, steps: "Iterable[Take] | None" = None
-    ) -> Iterator[mx.array]:
-        """As `stream`, of a take of one prompt, whose codes are at hand meanwhile.
-
-        `steps` is the iteration over the take, where something else goes along.
+        the options of `steps`. `encodec_stream.play` does so with a take of yours.
         """
         from encodec_stream import play
 
-        checks.check_chunk(chunk, self.frame_rate)
-        return play(self, take, int(chunk * self.frame_rate), steps or take)
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt must be one text, got {prompt!r}.")
+        return play(self, self.steps(prompt, duration, **options), chunk)
 
     def steps(
         self,
@@ -203,9 +193,18 @@ class MusicGen(nn.Module):
             self.text_encoder = None
         return Engine(self.decoder, text, copies, steps)
 
+    def rows_that_fit(self, options: Options) -> int:
+        """How many prompts memory holds at once. Plain, nobody counts."""
+        if self.plain:
+            return 10_000
+        from engine import rows_that_fit
+
+        return rows_that_fit(self, options)
+
     def decode(self, codes: mx.array) -> mx.array:
         """Samples (B, N, C) of codes (B, T, K), N = T * hop_length."""
-        if self.plain:
+        norm = self.config.audio_encoder.norm_type
+        if self.plain or norm != "weight_norm":  # group norm looks at all samples
             return by_channel(self.audio_encoder.decode_chunk, codes, self.channels)
         from encodec_stream import DecodingStream
 
@@ -332,28 +331,18 @@ class Take:
         sizes = (model.longest_window, int(stride * model.frame_rate))
         plan = windows(self._frames, *sizes)
         self._plan = [(start, end) for start, end in plan if end > T]
-        self._batches = self._group(batch_size or rows_that_fit(model, options))
+        size, groups = batch_size or model.rows_that_fit(options), [range(len(prompts))]
+        if prefixes:  # which must be of one length
+            groups = prefixes.group(prompts, options.negative_prompt)
+        self._batches = [
+            list(rows[start : start + size])
+            for rows in groups
+            for start in range(0, len(rows), size)
+        ]
         steps = self._frames - T + max(self._delays) * len(self._plan)
         self.step, self.steps = 0, steps * len(self._batches)  # made, and in all
         self._finished: dict[int, mx.array] = {}  # rows of earlier batches
         self._open(self._batches[0])
-
-    def _group(self, size: int) -> list[list[int]]:
-        """Numbers of the rows that run together, up to `size`. Where text comes before
-        the codes, prefixes of one length."""
-        groups, tokenizer = {}, self._model.tokenizer
-        for row, prompt in enumerate(self._prompts):
-            length = 0
-            if self._prefixes:
-                texts = (prompt, self._options.negative_prompt)
-                tokens = max(len(tokenizer.encode(text)) for text in texts)
-                length = (tokens, self._prefixes.frames(row))
-            groups.setdefault(length, []).append(row)
-        return [
-            rows[start : start + size]
-            for rows in groups.values()
-            for start in range(0, len(rows), size)
-        ]
 
     def _open(self, rows: list[int]) -> None:
         self._rows, self._start = rows, 0
@@ -425,18 +414,6 @@ class Take:
         return mx.concatenate([self._past[:, : self._start], made], axis=1)
 
 
-def rows_that_fit(model: MusicGen, options: Options) -> int:
-    """How many prompts memory holds at once, at least one. Plain, nobody counts."""
-    if model.plain:
-        return 10_000
-    from engine import rows_that_fit
-
-    steps = min(model.longest_window, int(options.duration * model.frame_rate))
-    if model.conditioner is not None:
-        steps += model.conditioner.longest + model.config.text_encoder.n_positions
-    return max(rows_that_fit(model.decoder, steps) // options.copies, 1)
-
-
 def windows(frames: int, longest: int, stride: int) -> list[tuple[int, int]]:
     """First frame and end of the windows in which `frames` frames are made.
 
@@ -498,9 +475,8 @@ class PlainStep:
     def __call__(self, tokens: mx.array) -> mx.array:
         """Logits (R, 1, K, V) of what follows the tokens (B, S, K)."""
         rows = mx.concatenate([tokens] * self.copies)
-        x = self.decoder.hidden(rows, self.text_kv, self.cache, self.prefix)
-        self.prefix = None
-        return self.decoder.logits(x[:, -1:])
+        prefix, self.prefix = self.prefix, None
+        return self.decoder(rows, self.text_kv, self.cache, prefix)[:, -1:]
 
 
 def make_step_sampler(options: Options) -> Callable[..., mx.array]:

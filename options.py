@@ -62,43 +62,35 @@ class Options:
             number = getattr(self, name)
             if not (number is None and name in STYLE_OPTIONS or is_number(number)):
                 raise ValueError(f"{name} must be a number, got {number!r}.")
-        if self.duration < 1 / frame_rate:
-            raise ValueError(
-                f"duration must be at least a frame, 1/{frame_rate} s, got "
-                f"{self.duration}."
-            )
-        if self.temp != 0 and self.temp < 1e-3:  # dividing by less overflows
-            raise ValueError(f"temp must be 0 (greedy) or 0.001 up, got {self.temp}.")
-        if not (is_whole(self.top_k) and 1 <= self.top_k <= 2048):
-            raise ValueError(
-                f"top_k must be between 1 and 2048 (all), got {self.top_k}. "
-                "For greedy decoding use temp=0."
-            )
-        if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p must be between 0 (off) and 1, got {self.top_p}.")
-        if self.style_start is not None and self.style_start < 0:
-            raise ValueError(
-                f"style_start must be 0 s or more, got {self.style_start}."
-            )
-        if not isinstance(self.style_quantizers, Integral | None):
-            raise ValueError(
-                f"style_quantizers must be whole, got {self.style_quantizers}."
-            )
-        self._check_negative_prompt()
-        stride, least = self.extend_stride, 1 / frame_rate
-        if stride is not None and not (
-            isinstance(stride, Real) and least <= stride < max_duration
+        least, stride, start = 1 / frame_rate, self.extend_stride, self.style_start
+        for name, holds, rule in (
+            ("duration", self.duration >= least, f"at least a frame, 1/{frame_rate} s"),
+            # dividing by less overflows
+            ("temp", self.temp == 0 or self.temp >= 1e-3, "0 (greedy) or 0.001 up"),
+            (
+                "top_k",
+                is_whole(self.top_k) and 1 <= self.top_k <= 2048,
+                "between 1 and 2048 (all); for greedy decoding use temp=0",
+            ),
+            ("top_p", 0 <= self.top_p <= 1, "between 0 (off) and 1"),
+            ("negative_prompt", isinstance(self.negative_prompt, str), "a text"),
+            (
+                "extend_stride",
+                stride is None
+                or isinstance(stride, Real)
+                and least <= stride < max_duration,
+                f"from 1/{frame_rate} to less than the longest window of "
+                f"{max_duration:g} seconds",
+            ),
+            ("style_start", start is None or start >= 0, "0 s or more"),
+            (
+                "style_quantizers",
+                isinstance(self.style_quantizers, Integral | None),
+                "whole",
+            ),
         ):
-            raise ValueError(
-                f"extend_stride must be from 1/{frame_rate} to less than the longest "
-                f"window of {max_duration:g} seconds, got {stride}."
-            )
-
-    def _check_negative_prompt(self) -> None:
-        if not isinstance(self.negative_prompt, str):
-            raise ValueError(
-                f"negative_prompt must be a text, got {self.negative_prompt!r}."
-            )
+            if not holds:
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}.")
         if self.negative_prompt and self.copies == 1:
             raise ValueError(
                 "negative_prompt needs guidance, which guidance_coef 1 leaves out."
@@ -140,28 +132,10 @@ def row_seeds(seed: int | list[int] | None, rows: int) -> list[int]:
     return [int(s) for s in seeds]
 
 
-def one_each(name: str, values: Any, count: int) -> list:
-    """A value, or None, for each of `count` prompts: as listed, or the same for all."""
-    if type(values) not in (list, tuple):  # a request is a NamedTuple
-        return [values] * count
-    if len(values) != count:
-        raise ValueError(
-            f"{name} must be one sound, or one for each of {count} prompts, got "
-            f"{len(values)}."
-        )
-    return list(values)
-
-
 def check_batch_size(size: int | None) -> None:
     """Raise ValueError unless it is None or 1 and more."""
     if size is not None and not (is_whole(size) and size > 0):
         raise ValueError(f"batch_size must be 1 or more, got {size!r}.")
-
-
-def check_chunk(seconds: float, frame_rate: int = 50) -> None:
-    """Raise ValueError for pieces of sound shorter than a frame."""
-    if not is_number(seconds) or seconds < 1 / frame_rate:
-        raise ValueError(f"chunk must be at least 1/{frame_rate} s, got {seconds}.")
 
 
 DTYPES = {name: getattr(mx, name) for name in ("float16", "bfloat16", "float32")}
@@ -171,17 +145,3 @@ def check_dtype(dtype: mx.Dtype | None) -> None:
     """Raise ValueError unless it is None or one that a decoder can have."""
     if dtype is not None and dtype not in [*DTYPES.values()]:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}.")
-
-
-BITS, GROUP_SIZES = (2, 3, 4, 6, 8), (32, 64, 128)
-
-
-def check_quantization(settings: dict[str, int]) -> None:
-    """Raise ValueError unless MLX can quantize so."""
-    for name, choices in (("bits", BITS), ("group_size", GROUP_SIZES)):
-        value = settings.get(name) if isinstance(settings, dict) else settings
-        if type(value) is not int or value not in choices or len(settings) != 2:
-            raise ValueError(
-                f"quantization must give bits and group_size, q_{name} of {choices}, "
-                f"got {value!r}."
-            )

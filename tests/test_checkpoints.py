@@ -31,7 +31,7 @@ class TestCheckpoints(Test):
             ({"audio_channels": 2}, "its audio_channels must be 1"),
             ({"normalize": True}, "its normalize must be False"),
             ({"target_bandwidths": [0.3]}, "enough for 4 codebooks"),
-            ({"compress": 64}, "compress must be at most"),
+            ({"compress": 64}, "compress must be at most num_filters, 2, got 64"),
         ):
             codec = config["audio_encoder"] | change
             path.write_text(json.dumps(config | {"audio_encoder": codec}))
@@ -194,6 +194,10 @@ class TestCheckpoints(Test):
             ({"max_duration": "x"}, "max_duration must be"),
             ({"max_duration": 1e9}, "max_duration must be"),
             ({"quantization": {"bits": 4}}, "quantization must give"),
+            *(
+                ({"conditioner": bad}, "conditioner must be an object of the kind")
+                for bad in (0, "", False, [], {}, {"kind": "x"}, {"kind": []})
+            ),
         ):
             with self.subTest(change):
                 path.write_text(json.dumps(config | change))

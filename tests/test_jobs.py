@@ -277,7 +277,7 @@ class TestJobs(ScriptTest):
                 self.assertTrue(all(result.error is None for result in batch.save()))
 
         fit = lambda model, options: round(1 / options.duration)  # noqa: E731
-        with patch("jobs.rows_that_fit", fit):
+        with patch.object(MusicGen, "rows_that_fit", fit):
             with patch("jobs.make_take", count), patch("jobs.save"):
                 run(8)
                 self.assertEqual(sizes, [1, 2, 2])

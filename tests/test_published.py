@@ -1,6 +1,7 @@
 """Every published model loads strictly at full size from its list of tensors."""
 
 import json
+import math
 import shutil
 import struct
 import warnings
@@ -280,6 +281,34 @@ class TestPublishedFolders(Test):
         path.write_text(json.dumps(settings))
         with self.assertWarnsRegex(UserWarning, f"{path} gives 8 .* have 16"):
             self.fails(f"{folder} does not load", folder)
+
+    def test_sizes_of_a_melody_that_cannot_be(self):
+        """Told of by config.json alone, or beside a feature extractor."""
+        folder = self.copy("melody-transformers")
+        path, extractor = folder / "config.json", folder / "preprocessor_config.json"
+        settings = json.loads(path.read_text())
+        for beside in (None, "{}", '{"chunk_length": 30}'):
+            if beside:
+                extractor.write_text(beside)
+            for change in (
+                {"chroma_length": 10**12},
+                {"chroma_length": math.inf},
+                {"chroma_length": None},
+                {"num_chroma": math.nan},
+                {"num_chroma": []},
+            ):
+                (name,) = change
+                path.write_text(json.dumps(settings | change))
+                self.fails(f"{folder} does not load: {name} must be from", folder)
+        extractor.write_text('{"chunk_length": "x"}')
+        path.write_text(json.dumps(settings))
+        self.fails(f"{folder} does not load", folder)
+        path.write_text(json.dumps(settings | {"chroma_length": 800}))
+        extractor.write_text('{"n_fft": 16384}')  # and so chunk_length is 30
+        self.fails("chunk_length .* must be 102.4 s, .* got 30", folder)
+        extractor.unlink()
+        model = MusicGen.from_pretrained(folder)
+        self.assertEqual(model.config.conditioner.chroma_length, 800)
 
     def test_a_clone_with_both_layouts_needs_no_hub(self):
         folder = self.copy("mono-transformers")
