@@ -1,4 +1,4 @@
-"""Train: a tiny model from nothing, or a released one on your own clips.
+"""Train a tiny model from nothing, or an adapter on your own clips.
 
     python train.py synth --codec --output tiny-new
     python train.py synth --lm --output tiny-new
@@ -7,10 +7,11 @@
     python train.py lora --model small --data clips/ --output brass.safetensors
     python generate.py --model small --adapter brass.safetensors --prompt "brass band"
 
-The first makes a small model for the world of `synth.py`: the codec learns to give
-sound back through its codebooks, then T5 and decoder together learn to write its codes.
-The other changes a model's layers a little, for sounds and captions of your own (see
-lora.py). What `--resume` goes on from lies in or beside the output, under "training".
+`synth` trains a small model on the clips of `synth.py`. First the codec learns to
+reconstruct sound through its codebooks, then T5 and the decoder together learn to write
+its codes. `lora` trains an adapter of a model (see lora.py) on sounds and captions of
+your own. `--resume` goes on from the last checkpoint. It lies in the output folder under
+`training`, or for an adapter in the folder `OUTPUT.training`.
 Needs training.py, train_codec.py, synth.py, lora.py, convert.py, prompt.py, musicgen.py
 and all that these need beside it.
 """
@@ -51,7 +52,7 @@ DECODER = DecoderConfig(
     num_attention_heads=3,
     ffn_dim=768,
 )
-PIECES = 200  # of the vocabulary
+PIECES = 200  # of the tokenizer's vocabulary
 TEXT = T5Config(
     vocab_size=PIECES + 100,  # with the sentinels
     d_model=96,
@@ -60,64 +61,73 @@ TEXT = T5Config(
     num_layers=2,
     num_heads=3,
 )
-WITHOUT_TEXT = 0.15  # of the clips: so that guidance has something to lead away from
-MISHEARD = 0.05  # of the traits in captions are guessed: what guidance makes up for
-CLIPS = {"codec": 4000, "lm": 24_000}  # to make: sounds of 2 GB, codes of 77 MB
+WITHOUT_TEXT = 0.15  # share of rows without text: guidance needs both kinds
+MISHEARD = 0.05  # share of traits that a caption guesses: guidance makes up for them
+CLIPS = {"codec": 4000, "lm": 24_000}  # to make: samples of 2 GB, codes of 77 MB
 
 
 # T5 and decoder
 
 
 def train_tokenizer(folder: Path, seed: int) -> Tokenizer:
-    """A vocabulary of the words that captions use, in `spiece.model`."""
-    path, made = folder / "spiece.model", io.BytesIO()
+    """Train a vocabulary on captions, and write it as `spiece.model`."""
+    path, content = folder / "spiece.model", io.BytesIO()
     random = np.random.default_rng(seed)
     clips = (synth.KNOWN[random.integers(len(synth.KNOWN))] for _ in range(20_000))
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(
             synth.caption(clip, random, synth.MISSING) for clip in clips
         ),
-        model_writer=made,
+        model_writer=content,
         vocab_size=PIECES,
         pad_id=0,
         eos_id=1,
         unk_id=2,
         bos_id=-1,
-        normalization_rule_name="nmt_nfkc_cf",  # small letters
+        normalization_rule_name="nmt_nfkc_cf",  # ignores case
         hard_vocab_limit=False,
-        num_threads=1,  # the same pieces everywhere
+        num_threads=1,  # the same pieces on every machine
         minloglevel=2,
     )
-    path.write_bytes(made.getvalue())
+    path.write_bytes(content.getvalue())
     return Tokenizer(path)
 
 
 def lm_loss(
-    model: MusicGen, ids: mx.array, mask: mx.array, told: mx.array, codes: mx.array
+    model: MusicGen,
+    ids: mx.array,
+    mask: mx.array,
+    with_text: mx.array,
+    codes: mx.array,
 ) -> tuple:
-    """Cross-entropy of codes (B, T, K) under texts `ids` (B, L), which rows are `told`.
-    As in audiocraft only the first T steps count, those before the codes' end."""
+    """Cross-entropy of codes (B, T, K) under texts: `ids` and their `mask`, (B, L).
+
+    Rows where `with_text` (B,) is False are unconditional. As in audiocraft, only the
+    first T steps count, not those in which the delayed codebooks run out. Returns the
+    mean loss, each codebook's loss (K,), and no state.
+    """
     config = model.config.decoder
     T, blank = codes.shape[1], config.vocab_size
-    wanted = delay(codes, config.delays, T, blank)[:, :T]
-    tokens = mx.pad(wanted[:, :-1], [(0, 0), (1, 0), (0, 0)], constant_values=blank)
-    text = Condition(model.text_encoder(ids, mask), mask & told[:, None])
+    targets = delay(codes, config.delays, T, blank)[:, :T]
+    tokens = mx.pad(targets[:, :-1], [(0, 0), (1, 0), (0, 0)], constant_values=blank)
+    text = Condition(model.text_encoder(ids, mask), mask & with_text[:, None])
     decoder, prefix = model.decoder, None
-    if model.conditioner is not None:  # the text comes first, after no sound
-        nothing = model.conditioner.states([None] * len(codes), None)
-        prefix = decoder.prefix(Condition(*nothing), text)
-    no_past = [None] * len(decoder.layers)
-    logits = decoder(tokens, decoder.text_kv(text), no_past, prefix).astype(mx.float32)
-    real = delay_mask(T, config.delays)[:T]
-    each = nn.losses.cross_entropy(logits, mx.where(real, wanted, 0)) * real
-    losses = each.sum(axis=(0, 1)) / (len(codes) * real.sum(axis=0))  # of each codebook
+    if model.conditioner is not None:  # its prefix: no sound, then the text
+        null = model.conditioner.states([None] * len(codes), None)
+        prefix = decoder.prefix(Condition(*null), text)
+    no_cache = [None] * len(decoder.layers)
+    logits = decoder(tokens, decoder.text_kv(text), no_cache, prefix).astype(mx.float32)
+    valid = delay_mask(T, config.delays)[:T]  # (T, K), False at blanks
+    losses = nn.losses.cross_entropy(logits, mx.where(valid, targets, 0)) * valid
+    losses = losses.sum(axis=(0, 1)) / (len(codes) * valid.sum(axis=0))  # (K,)
     return losses.mean(), losses, {}
 
 
 def encode_clips(codec: Encodec, count: int) -> tuple[list[synth.Clip], mx.array]:
-    """Clips and their codes (B, T, K)."""
+    """Make clips, and encode them: the clips, and codes (B, T, K) in uint16."""
     clips, sounds, codes = [], [], []
-    for clip, sound in make_clips(range(10**6, 10**6 + count), synth.KNOWN):
+    seeds = range(10**6, 10**6 + count)  # not those that the codec was trained on
+    for clip, sound in make_clips(seeds, synth.KNOWN):
         clips.append(clip)
         sounds.append(sound)
         if len(sounds) == 50 or len(clips) == count:
@@ -129,7 +139,10 @@ def encode_clips(codec: Encodec, count: int) -> tuple[list[synth.Clip], mx.array
 
 
 def train_lm(args: argparse.Namespace) -> None:
-    """Train T5 and decoder on codes of clips, and write the whole model."""
+    """Train T5 and the decoder on codes of clips, and write the whole model.
+
+    Raises FileNotFoundError where the codec was not trained before.
+    """
     mx.random.seed(args.seed)
     path = args.output / "training" / "codec" / CODEC_FILE
     codec = load_codec(path)
@@ -149,13 +162,14 @@ def train_lm(args: argparse.Namespace) -> None:
 
     def batch() -> tuple[mx.array, ...]:
         rows = random.integers(len(clips), size=args.batch)
-        told = [synth.misheard(clips[r], random, MISHEARD) for r in rows]
-        ids = [tokenizer.encode(synth.caption(c, random, synth.MISSING)) for c in told]
+        labels = [synth.misheard(clips[r], random, MISHEARD) for r in rows]
+        texts = [synth.caption(label, random, synth.MISSING) for label in labels]
+        ids = [tokenizer.encode(text) for text in texts]
         ids, mask = padded(ids, 32)
         with_text = mx.array(random.random(args.batch) >= WITHOUT_TEXT)
         return ids, mask, with_text, codes[mx.array(rows)].astype(mx.int32)
 
-    def keep() -> None:
+    def write() -> None:
         save_model(model, args.output)
         for i in range(2):
             clip, text, _ = synth.make(i, synth.HELD_OUT)
@@ -164,31 +178,31 @@ def train_lm(args: argparse.Namespace) -> None:
             (folder / f"sample-{i}.txt").write_text(f"{text}\n")
 
     names = tuple(f"codebook {k}" for k in range(DECODER.num_codebooks))
-    training.run(batch, names, keep)
+    training.run(batch, names, write)
 
 
 def start_small(model: MusicGen) -> None:
-    """Weights from which T5, which does not divide its scores, and the summed
-    embeddings begin well."""
+    """Draw initial weights that suit T5, which does not scale its attention scores, and
+    the decoder, which sums its K embeddings."""
     for name, weight in tree_flatten(model.parameters()):
         if name.endswith(("shared.weight", "emb.weight", "SelfAttention.q.weight")):
-            small = 0.05 if "SelfAttention" in name else 0.3
-            model.update(
-                tree_unflatten([(name, small * mx.random.normal(weight.shape))])
-            )
+            deviation = 0.05 if "SelfAttention" in name else 0.3
+            weight = deviation * mx.random.normal(weight.shape)
+            model.update(tree_unflatten([(name, weight)]))
 
 
 def padded(ids: list[list[int]], length: int) -> tuple[mx.array, mx.array]:
-    """Ids and mask (B, length); what is longer loses its end."""
+    """Token ids and their mask, both (B, length). Longer texts lose their end."""
     rows = np.zeros((len(ids), length), np.int32)
-    for row, own in zip(rows, ids):
-        row[: len(own)] = own[:length]
-    mask = np.arange(length) < np.array([len(own) for own in ids])[:, None]
+    for row, text_ids in zip(rows, ids):
+        row[: len(text_ids)] = text_ids[:length]
+    mask = np.arange(length) < np.array([len(text_ids) for text_ids in ids])[:, None]
     return mx.array(rows), mx.array(mask)
 
 
 def save_model(model: MusicGen, folder: Path) -> None:
-    """Write the model in float16 in this project's layout, each file whole."""
+    """Write the model in float16, as `convert.py` does. Each file replaces an older one
+    only when it is whole."""
     half = MusicGen(model.config, model.tokenizer)
     half.update(model.parameters())
     half.set_dtype(mx.float16)
@@ -205,25 +219,29 @@ SOUNDS = {".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif"}
 
 
 def find_clips(folder: Path) -> list[tuple[Path, str]]:
-    """Sound files and their captions: of `captions.jsonl`, lines with "file" and
-    "caption", or of a .txt beside each. Raises FileNotFoundError or ValueError."""
+    """Sound files of a folder, and their captions.
+
+    `captions.jsonl` names them in lines with "file" and "caption". Without it each sound
+    file has its caption in a .txt of the same name. Raises FileNotFoundError where there
+    is no folder, ValueError where a caption is missing or cannot be read.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
     lines = folder / "captions.jsonl"
     if lines.is_file():
         return [read_caption(lines, *line) for line in read_text(lines)]
     paths = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
-    found = []
+    clips = []
     for path in (p for p in paths if p.suffix.lower() in SOUNDS):
         text = path.with_suffix(".txt")
         if not text.is_file() or not read_text(text):
             raise ValueError(f"{path} needs a caption in {text.name}.")
-        found.append((path, " ".join(line for _, line in read_text(text))))
-    return found
+        clips.append((path, " ".join(line for _, line in read_text(text))))
+    return clips
 
 
 def read_text(path: Path) -> list[tuple[int, str]]:
-    """Number and content of a text's lines that are not empty."""
+    """Numbers and contents of a text file's lines, without the empty ones."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -232,58 +250,74 @@ def read_text(path: Path) -> list[tuple[int, str]]:
 
 
 def read_caption(lines: Path, number: int, line: str) -> tuple[Path, str]:
+    """Sound file and caption of one line of captions.jsonl, or ValueError."""
     try:
-        told = json.loads(line)
-        file, text = told["file"], told["caption"]
+        entry = json.loads(line)
+        file, text = entry["file"], entry["caption"]
     except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(
             f'{lines}, line {number} must be {{"file": ..., "caption": ...}}: {error!r}'
         ) from error
     if not isinstance(file, str) or not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{lines}, line {number} must hold texts, got {line:.40}")
+        raise ValueError(
+            f"{lines}, line {number} must hold a file name and a caption that is not "
+            f"empty, got {line:.40}"
+        )
     return lines.parent / file, text
 
 
 def clip_codes(model: MusicGen, path: Path) -> mx.array:
-    """Codes (T, K) of a sound file, made in pieces of 30 s; kept beside it under what
-    the file and the codec are, so made only once."""
-    kept = path.with_name(f".{digest(model, path)}.codes.safetensors")
+    """Codes (T, K) of a sound file, encoded in pieces of 30 s.
+
+    They are stored in a hidden file beside it, whose name depends on the content of the
+    sound file and on the codec, so each clip is encoded once. Raises FileNotFoundError,
+    or ValueError for a sound that is not readable, shorter than 1 s, or silent.
+    """
+    codes_path = path.with_name(f".{digest(model, path)}.codes.safetensors")
     try:
-        codes = mx.load(str(kept))["codes"]
+        codes = mx.load(str(codes_path))["codes"]
         check_codes(model, codes[None])
         return codes
     except (KeyError, RuntimeError, ValueError):
-        pass  # there is none, or it is damaged
+        pass  # there is no such file, or it is damaged
     audio = load_audio(path, model.sampling_rate, model.channels)
     if len(audio) < model.sampling_rate:
-        raise ValueError(f"{path} must have a second of sound.")
+        seconds = len(audio) / model.sampling_rate
+        raise ValueError(f"{path} must be 1 s long or longer, got {seconds:.2f} s.")
     if mx.abs(audio).max() < 1e-4:
         raise ValueError(f"{path} is silent.")
     size = 30 * model.sampling_rate
     pieces = [audio[i : i + size] for i in range(0, len(audio), size)]
     with warnings.catch_warnings():  # a piece may be silent
         warnings.filterwarnings("ignore", "The audio prompt is silent")
-        codes = mx.concatenate([encode_prompt(model, x, 10**6)[0] for x in pieces])
+        most = 10**6  # frames, more than a piece has
+        codes = mx.concatenate([encode_prompt(model, x, most)[0] for x in pieces])
     try:
-        save_arrays(kept, {"codes": codes}, {})
+        save_arrays(codes_path, {"codes": codes}, {})
     except OSError:
-        pass  # made again next time
+        pass  # the folder cannot be written: the clip is encoded again next time
     return codes
 
 
 def digest(model: MusicGen, path: Path) -> str:
-    """A name for the codes of a file by a model's codec. Raises FileNotFoundError."""
+    """A name for a sound file's codes, by its content and the model's codec.
+
+    Raises FileNotFoundError.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"There is no sound file {path}.")
-    found = hashlib.sha256(path.read_bytes())
-    found.update(repr((model.config.audio_encoder, model.channels)).encode())
-    found.update(np.array(model.audio_encoder.quantizer.layers[0].codebook.embed))
-    return found.hexdigest()[:24]
+    sha = hashlib.sha256(path.read_bytes())
+    sha.update(repr((model.config.audio_encoder, model.channels)).encode())
+    sha.update(np.array(model.audio_encoder.quantizer.layers[0].codebook.embed))
+    return sha.hexdigest()[:24]
 
 
 def load_clips(model: MusicGen, folder: Path) -> tuple[list[str], list[mx.array]]:
-    """Captions and codes; what cannot be read is named and left out. Raises ValueError
-    where nothing is left."""
+    """Captions of the clips in a folder, and codes (T, K) of each.
+
+    A clip that cannot be read is named on stderr and left out. Raises ValueError where
+    no clip is left.
+    """
     texts, codes = [], []
     for path, text in find_clips(folder):
         try:
@@ -297,14 +331,14 @@ def load_clips(model: MusicGen, folder: Path) -> tuple[list[str], list[mx.array]
 
 
 def adapt_only(model: MusicGen) -> None:
-    """Train nothing but the adapters."""
+    """Freeze all parameters but those of the adapters."""
     model.freeze()
     for _, _, module in find(model.decoder, LoRALinear):
         module.unfreeze(keys=["a", "b"], recurse=False)
 
 
 def train_lora(args: argparse.Namespace) -> None:
-    """Train adapters on a folder of clips, and write them."""
+    """Train an adapter on a folder of clips, and write it."""
     mx.random.seed(args.seed)
     if args.output.suffix != ".safetensors" or args.output.is_dir():
         raise ValueError(f"--output must end in .safetensors, got {args.output}.")
@@ -314,8 +348,8 @@ def train_lora(args: argparse.Namespace) -> None:
     adapt_only(model)
     texts, codes = load_clips(model, args.data)
     folder = args.output.with_name(f"{args.output.name}.training")
-    same = ("model", "rank", "batch", "crop", "dtype", "q_bits", "seed")
-    settings = {name: getattr(args, name) for name in same}
+    flags = ("model", "rank", "batch", "crop", "dtype", "q_bits", "seed")
+    settings = {name: getattr(args, name) for name in flags}
     training = Training(model, lm_loss, args, folder, {}, settings)
     random = training.random
     ids = [model.tokenizer.encode(text) for text in texts]
@@ -328,51 +362,58 @@ def train_lora(args: argparse.Namespace) -> None:
         starts = [random.integers(len(codes[r]) - frames + 1) for r in rows]
         crops = [codes[r][s : s + frames] for r, s in zip(rows, starts)]
         tokens, mask = padded([ids[r] for r in rows], length)
-        told = mx.array(random.random(args.batch) >= WITHOUT_TEXT)
-        return tokens, mask, told, mx.stack(crops).astype(mx.int32)
+        with_text = mx.array(random.random(args.batch) >= WITHOUT_TEXT)
+        return tokens, mask, with_text, mx.stack(crops).astype(mx.int32)
 
-    def keep() -> None:
+    def write() -> None:
         save_adapter(args.output, model.decoder, args.rank, {"model": args.model})
 
     names = tuple(f"codebook {k}" for k in range(codes[0].shape[1]))
-    training.run(batch, names, keep)
+    training.run(batch, names, write)
     print(f"Wrote {args.output}")
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
+    """A parser that prints an error as one line."""
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description="Train a tiny model, or adapters.")
+    parser = Parser(description="Train a tiny model, or an adapter.")
     commands = parser.add_subparsers(dest="command", required=True)
-    made = commands.add_parser("synth", help="train the tiny model from nothing")
-    what = made.add_mutually_exclusive_group(required=True)
-    what.add_argument("--codec", action="store_true", help="first: the codec")
-    what.add_argument("--lm", action="store_true", help="then: T5 and decoder")
-    what.add_argument("--listen", type=int, help="only write so many clips to OUTPUT")
-    add = made.add_argument
+    tiny = commands.add_parser("synth", help="train the tiny model from nothing")
+    part = tiny.add_mutually_exclusive_group(required=True)
+    part.add_argument("--codec", action="store_true", help="first: the codec")
+    part.add_argument("--lm", action="store_true", help="then: T5 and the decoder")
+    part.add_argument("--listen", type=int, help="only write this many clips to OUTPUT")
+    add = tiny.add_argument
     add("--output", type=Path, default=Path("tiny-new"), help="(default: tiny-new)")
-    told = ", ".join(f"{count} for --{part}" for part, count in CLIPS.items())
-    add("--clips", type=int, help=f"to make (default: {told})")
-    taught = commands.add_parser("lora", help="teach a model your own clips")
-    add = taught.add_argument
+    counts = ", ".join(f"{count} for --{name}" for name, count in CLIPS.items())
+    add("--clips", type=int, help=f"clips to make (default: {counts})")
+    lora = commands.add_parser("lora", help="teach a model your own clips")
+    add = lora.add_argument
     add("--model", required=True, help="short name, Hub id or folder")
     add("--data", type=Path, required=True, help="folder of clips with captions")
     add("--output", type=Path, default=Path("adapter.safetensors"))
-    add("--rank", type=int, default=16, help="of the adapters (default: %(default)s)")
-    add("--crop", type=float, default=10.0, help="seconds (default: %(default)s)")
+    add("--rank", type=int, default=16, help="of the adapter (default: %(default)s)")
+    add(
+        "--crop", type=float, default=10.0, help="seconds a step (default: %(default)s)"
+    )
     add("--dtype", choices=["float16", "bfloat16", "float32"])
-    add("--q-bits", type=int, choices=[4, 8], help="quantize what is not trained")
-    for command, steps, batch, lr in ((made, 14_500, 24, 1e-3), (taught, 500, 1, 1e-4)):
+    add(
+        "--q-bits",
+        type=int,
+        choices=[4, 8],
+        help="quantize the layers, not the adapter",
+    )
+    for command, steps, batch, lr in ((tiny, 14_500, 24, 1e-3), (lora, 500, 1, 1e-4)):
         add = command.add_argument
         add("--steps", type=int, default=steps, help="(default: %(default)s)")
         add("--batch", type=int, default=batch, help="clips a step (%(default)s)")
         add("--lr", type=float, default=lr, help="learning rate (%(default)s)")
-        add("--seconds", type=float, default=1e9, help="stop after so many of training")
+        add("--seconds", type=float, default=1e9, help="stop after this much training")
         add("--seed", type=int, default=0, help="(default: %(default)s)")
         add("--resume", action="store_true", help="go on from the last checkpoint")
     args = parser.parse_args()

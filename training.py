@@ -1,9 +1,10 @@
-"""A training: steps over a model's parameters, which can be stopped and gone on with.
+"""A training loop that can be stopped and resumed.
 
-    training = Training(model, loss, options, folder, state={}, settings={"seed": 0})
-    training.run(batches, names=("loss",), keep=save)
+    training = Training(model, loss, args, folder, state={}, settings={"seed": 0})
+    training.run(batches, names=("loss",), write=save)
 
-What is needed to go on lies in `folder`. Needs settings.py beside it, to write files.
+It takes steps of AdamW, prints the losses, and keeps a checkpoint in `folder`, from
+which it can be resumed. Needs settings.py beside it.
 """
 
 import json
@@ -24,10 +25,16 @@ from settings import save_arrays
 
 
 class Training:
-    """Steps over a model's parameters, with what is needed to go on after a stop.
+    """Steps of AdamW on a model's trainable parameters, with a checkpoint.
 
-    `state` is all that changes but the parameters: arrays by name. `settings` are
-    what must be the same when it goes on.
+    loss: takes the model and a batch; returns the loss, the losses to print (n,), and
+        new values of `state`.
+    args: the flags steps, lr, seconds, seed and resume of train.py.
+    folder: where `checkpoint.safetensors` lies.
+    state: arrays by name that change in training, but are not parameters.
+    settings: what must be the same when the training is resumed.
+
+    With `args.resume` it goes on from the checkpoint, and raises what `resume` does.
     """
 
     def __init__(
@@ -44,28 +51,32 @@ class Training:
         self.model, self.state, self.settings = model, state, settings
         self.steps, self.rate, self.seconds = args.steps, args.lr, args.seconds
         self.path = folder / "checkpoint.safetensors"
-        self.done, self.passed = 0, 0.0
+        self.done, self.passed = 0, 0.0  # steps, seconds
         self.random = np.random.default_rng(args.seed)
         self._gradient = nn.value_and_grad(model, loss)
         if args.resume:
             self.resume()
-        moving = [model.state, self.optimizer.state]
-        self._update = mx.compile(self._apply, inputs=moving, outputs=moving)
+        arrays = [model.state, self.optimizer.state]
+        self._update = mx.compile(self._apply, inputs=arrays, outputs=arrays)
 
     def _apply(self, gradients: dict) -> None:
-        """Move by gradients of a norm of 1 at most; ones that are not finite are none."""
+        """Update the weights. The gradients' norm is clipped to 1; gradients that are
+        not finite count as zero: one bad batch changes little."""
         gradients, norm = optim.clip_grad_norm(gradients, 1.0)
-        usable = mx.isfinite(norm)
-        gradients = tree_map(lambda g: mx.where(usable, g, 0), gradients)
+        finite = mx.isfinite(norm)
+        gradients = tree_map(lambda g: mx.where(finite, g, 0), gradients)
         self.optimizer.update(self.model, gradients)
 
     def step(self, batch: tuple[mx.array, ...]) -> mx.array:
-        """One step on a batch; returns the losses. The learning rate rises in the first
-        tenth, at most 200 steps, and falls to a fiftieth."""
+        """Take one step on a batch, and return the losses (n,).
+
+        The learning rate rises in the first tenth of the steps, or the first 200, and
+        falls along a cosine to a fiftieth at the last step or second.
+        """
         progress = min(max(self.done / self.steps, self.passed / self.seconds), 1)
-        falling = 0.51 + 0.49 * math.cos(math.pi * progress)
-        rising = min(1, (self.done + 1) / max(1, min(200, self.steps // 10)))
-        self.optimizer.learning_rate = self.rate * falling * rising
+        decay = 0.51 + 0.49 * math.cos(math.pi * progress)
+        warmup = min(1, (self.done + 1) / max(1, min(200, self.steps // 10)))
+        self.optimizer.learning_rate = self.rate * decay * warmup
         (_, losses, state), gradients = self._gradient(self.model, *batch)
         self._update(gradients)
         self.state.update(state)
@@ -74,38 +85,44 @@ class Training:
         return losses
 
     def save(self) -> None:
-        """Keep all to go on from; whole or not at all."""
+        """Write the checkpoint, whole or not at all. Raises OSError."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {"model": self.model.trainable_parameters()}
         arrays["optimizer"] = self.optimizer.state
         arrays = dict(tree_flatten(arrays))
         arrays |= {f"state/{name}": value for name, value in self.state.items()}
-        told = dict(done=self.done, passed=self.passed, settings=self.settings)
-        told["random"] = self.random.bit_generator.state
-        save_arrays(self.path, arrays, {"training": json.dumps(told)})
+        metadata = dict(done=self.done, passed=self.passed, settings=self.settings)
+        metadata["random"] = self.random.bit_generator.state
+        save_arrays(self.path, arrays, {"training": json.dumps(metadata)})
 
     def resume(self) -> None:
-        """Go on from what `save` kept. Raises FileNotFoundError without it, or
-        ValueError for one that is damaged or of other settings."""
+        """Go on from the checkpoint.
+
+        Raises FileNotFoundError where there is none, or ValueError for one that is
+        damaged or was made with other settings.
+        """
         if not self.path.is_file():
-            raise FileNotFoundError(f"There is nothing to resume: no {self.path}.")
+            raise FileNotFoundError(
+                f"There is nothing to resume: {self.path} is missing. Train without "
+                "--resume first."
+            )
         try:
             with safe_open(self.path, "numpy") as file:
-                told = json.loads((file.metadata() or {})["training"])
+                metadata = json.loads((file.metadata() or {})["training"])
             arrays = mx.load(str(self.path))
             mx.eval(arrays)
         except (KeyError, RuntimeError, SafetensorError, ValueError) as error:
             raise ValueError(f"{self.path} is damaged: {error}") from error
         for name, value in self.settings.items():
-            if told["settings"].get(name) != value:
+            if metadata["settings"].get(name) != value:
                 raise ValueError(
-                    f"{name} must be as it was, {told['settings'].get(name)}, to go on "
-                    f"from {self.path}; got {value}."
+                    f"{name} must be as it was, {metadata['settings'].get(name)}, to "
+                    f"resume from {self.path}, got {value}."
                 )
-        self.done, self.passed = told["done"], told["passed"]
-        self.random.bit_generator.state = told["random"]
-        kept = {k: arrays.pop(k) for k in list(arrays) if k.startswith("state/")}
-        self.state.update({k.removeprefix("state/"): v for k, v in kept.items()})
+        self.done, self.passed = metadata["done"], metadata["passed"]
+        self.random.bit_generator.state = metadata["random"]
+        state = {k: arrays.pop(k) for k in list(arrays) if k.startswith("state/")}
+        self.state.update({k.removeprefix("state/"): v for k, v in state.items()})
         arrays = tree_unflatten(list(arrays.items()))
         self.model.update(arrays["model"])
         self.optimizer.state = arrays["optimizer"]
@@ -114,37 +131,42 @@ class Training:
         self,
         batches: Callable[[], tuple[mx.array, ...]],
         names: tuple[str, ...],
-        keep: Callable[[], None],
+        write: Callable[[], None],
     ) -> None:
-        """Train to the last step, or for so many seconds; tells the losses every half
-        minute. Saves what to go on from every four, at the end and at Ctrl-C; each time
-        but the last has the caller `keep` what came of it. Raises ValueError once a
-        loss is not finite."""
-        start, told, said, kept = time.perf_counter() - self.passed, [], 0.0, 0.0
+        """Train to the last step, or for `args.seconds`.
+
+        `batches` gives the next batch, and `names` are those of the losses. The mean
+        losses are printed every half minute. Every four minutes and at the end the
+        checkpoint is saved, and `write` writes the caller's own files. Ctrl-C saves the
+        checkpoint only. Raises ValueError once a loss is not finite.
+        """
+        start = time.perf_counter() - self.passed
+        losses, last_print, last_save = [], 0.0, 0.0
         try:
             while self.done < self.steps and self.passed < self.seconds:
-                told.append(self.step(batches()))
+                losses.append(self.step(batches()))
                 self.passed = time.perf_counter() - start
-                if self.passed - said < 30 and self.done < self.steps:
+                if self.passed - last_print < 30 and self.done < self.steps:
                     continue
-                self.tell(told, names)  # which looks whether they are finite
-                told, said = [], self.passed
-                if self.passed - kept > 240:
+                self.tell(losses, names)  # first: a loss that is not finite ends it
+                losses, last_print = [], self.passed
+                if self.passed - last_save > 240:
                     self.save()
-                    keep()
-                    kept = self.passed
+                    write()
+                    last_save = self.passed
         finally:
-            if told:
-                self.tell(told, names)
+            if losses:
+                self.tell(losses, names)
             self.save()
-        keep()
+        write()
 
     def tell(self, losses: list[mx.array], names: tuple[str, ...]) -> None:
+        """Print the mean of losses (n,). Raises ValueError where it is not finite."""
         means = mx.stack(losses).mean(axis=0).tolist()
         if not all(map(math.isfinite, means)):
             raise ValueError(
-                f"The loss must be finite, but is {means} in step {self.done}; a lower "
+                f"The loss must be finite, but is {means} in step {self.done}. A lower "
                 "--lr may help."
             )
-        found = ", ".join(f"{name} {mean:.4f}" for name, mean in zip(names, means))
-        print(f"{self.passed:.0f} s, step {self.done}: {found}", flush=True)
+        text = ", ".join(f"{name} {mean:.4f}" for name, mean in zip(names, means))
+        print(f"{self.passed:.0f} s, step {self.done}: {text}", flush=True)
