@@ -5,9 +5,9 @@
 
 A folder that `convert.py` wrote is read here: `config.json`, `model.safetensors` and
 `spiece.model`. Published ones, audiocraft's and transformers', are read by published.py,
-and fetched by hub.py; models that follow a sound are configured by conditioning.py. No
-model is built; the weights have our names, and each is checked when it is loaded. Needs
-decoder.py, encodec.py, options.py and t5.py beside it.
+and fetched by hub.py; models that follow a sound are configured by conditioning.py, those
+that are quantized by engine.py. No model is built; the weights have our names, and each is
+checked when it is loaded. Needs decoder.py, encodec.py, options.py and t5.py beside it.
 """
 
 import json
@@ -180,6 +180,10 @@ def read_config(settings: dict) -> MusicGenConfig:
         conditioner,
     )
     encodec.check_config(config.audio_encoder)
+    if config.quantization is not None:
+        from engine import check_quantization
+
+        check_quantization(config.quantization)
     seconds = config.max_duration
     if type(seconds) not in (int, float) or not 0.1 <= seconds <= 600:
         raise ValueError(

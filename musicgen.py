@@ -48,7 +48,7 @@ class MusicGen(nn.Module):
         if config.conditioner:
             parts = (self.audio_encoder, config.max_duration)
             self.conditioner = config.conditioner.build(*parts)
-        if config.quantization:
+        if config.quantization is not None:
             from engine import quantize
 
             quantize(self.decoder, **config.quantization)

@@ -1,6 +1,7 @@
 """Plain and fast: what a reader opens gives what the engine gives."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from unittest.mock import patch
 
 import mlx.core as mx
@@ -36,42 +37,29 @@ class BothSteps:
 
 
 class TestPlain(Test):
-    def models(self) -> Iterator[tuple[MusicGen, dict, dict]]:
+    def models(self) -> Iterator[tuple[str, MusicGen, dict, dict]]:
         """Each kind of model, with the sounds that two prompts and one follow."""
         for name in TRANSFORMERS + AUDIOCRAFT:
-            with self.subTest(name):
-                yield exact(name), {}, {}
+            yield name, exact(name), {}, {}
         tune = EXPECTED["melody-transformers"]["tunes"][0]
-        melody = mx.array(sounds.tune(32000, tune))
+        one = dict(separate=False, melody=mx.array(sounds.tune(32000, tune)))
         for name in MELODIES:
-            with self.subTest(name):
-                two = dict(separate=False, melody=[melody, None])
-                yield exact(name), two, two | dict(melody=melody)
-        with self.subTest("style"):
-            tune = EXPECTED["style-audiocraft"]["tunes"][0]
-            style = dict(style_start=0.0, style=mx.array(sounds.tune(32000, tune)))
-            with patch.dict(audiocraft.SCALES, default=4):
-                model = exact("style-audiocraft")
-            yield model, style, style
-            yield model, style | dict(guidance_beta=5.0), style
-            yield model, {}, {}
-        with self.subTest("quantized"):
-            options = dict(q_bits=8, q_group_size=32)
-            folder = REFERENCE / "mono-transformers"
-            yield MusicGen.from_pretrained(folder, mx.float32, **options), {}, {}
+            yield name, exact(name), one | dict(melody=[one["melody"], None]), one
+        tune = EXPECTED["style-audiocraft"]["tunes"][0]
+        style = dict(style_start=0.0, style=mx.array(sounds.tune(32000, tune)))
+        with patch.dict(audiocraft.SCALES, default=4):
+            model = exact("style-audiocraft")
+        yield "style", model, style, style
+        yield "style and more text", model, style | dict(guidance_beta=5.0), style
+        yield "no style", model, {}, {}
+        folder, options = REFERENCE / "mono-transformers", dict(q_group_size=32)
+        model = MusicGen.from_pretrained(folder, mx.float32, q_bits=8, **options)
+        yield "quantized", model, {}, {}
 
-    def check_codes(self, model: MusicGen, *prompts, **options) -> None:
-        """The plain step gives the codes of the engine."""
-        model.plain = False
+    def check(self, model: MusicGen, *prompts, **options) -> None:
+        """The plain step gives the engine's codes; and in every step of every window
+        and batch, given the same tokens, the engine's logits."""
         fast = model.generate_codes(*prompts, **options)
-        model.plain = True
-        with patch("engine.Engine", None):  # which nobody asks for
-            plain = model.generate_codes(*prompts, **options)
-        self.assertSame(plain, fast)
-
-    def check_logits(self, model: MusicGen, *prompts, **options) -> None:
-        """In every step of every window and batch, the engine's logits are those of
-        the plain step, given the same tokens."""
         made, steps = [], 0
 
         def forward(model, *given):
@@ -80,39 +68,30 @@ class TestPlain(Test):
             return made[-1]
 
         with patch.object(MusicGen, "forward", forward):
-            for _ in model.steps(*prompts, **options):
+            take = model.steps(*prompts, **options)
+            for _ in take:
                 steps += 1
+        self.assertSame(take.codes, fast)
         self.assertGreater(steps, 10)
         self.assertEqual(sum(both.calls for both in made), steps)
 
-    def check_all(self, check) -> None:
-        """Check all that can be asked for, of each kind of model."""
+    @slow(10)
+    def test_codes_and_logits(self):
         noise = np.random.default_rng(0).normal(size=(1500, 1))
-        for model, two, one in self.models():
+        for name, model, two, one in self.models():
             for options in (
-                dict(temp=0),
-                dict(seed=4),
-                dict(seed=4, top_p=0.8, batch_size=1),
-                dict(seed=4, guidance_coef=1),
-                dict(seed=4, negative_prompt=NEGATIVE),
+                dict(temp=0, negative_prompt=NEGATIVE),
+                dict(seed=4, guidance_coef=1, batch_size=1),
                 dict(seed=4, audio_prompt=mx.array(noise, mx.float32)),
             ):
-                if "guidance_beta" in two:
-                    options.pop("guidance_coef", None)
-                check(model, PROMPTS, duration=0.3, **two, **options)
-            model.config.max_duration = 15 / 50  # windows
-            check(model, PROMPTS[0], duration=0.7, temp=0, **one)
-            check(model, PROMPTS, duration=0.7, seed=5, **two)
-            prompt = model.generate_codes("a", duration=0.36, seed=1)
-            check(model, PROMPTS[0], duration=0.7, codes_prompt=prompt, **one)
-
-    @slow(9)
-    def test_codes(self):
-        self.check_all(self.check_codes)
-
-    @slow(9)
-    def test_logits(self):
-        self.check_all(self.check_logits)
+                with self.subTest(name, options=[*options]):
+                    self.check(model, PROMPTS, duration=0.3, **two, **options)
+            with self.subTest(name, windows=True):
+                self.enterContext(patch.object(model.config, "max_duration", 15 / 50))
+                self.check(model, PROMPTS, duration=0.7, seed=5, **two)
+                codes = model.generate_codes("a", duration=0.36, seed=1)
+                prompt = dict(codes_prompt=codes)
+                self.check(model, "a", duration=0.7, temp=0, **prompt, **one)
 
     def test_sound(self):
         for name in ("mono-audiocraft", "stereo-transformers"):
@@ -126,6 +105,30 @@ class TestPlain(Test):
                 with patch.object(encodec_stream, "DecodingStream", None):
                     plain = model.decode(codes)
                 self.assertClose(fast, plain, 1e-5)
+
+    def test_plain_is_asked_for(self):
+        model = exact("mono-audiocraft")
+        fast = model.generate("drums", duration=0.2, seed=1)
+        model.plain = True
+        names = ("engine.Engine", "encodec_stream.DecodingStream")
+        twins = [patch(name) for name in (*names, "encodec_stream.encode")]
+        engine, stream, encode = map(self.enterContext, twins)
+        plain = model.generate("drums", duration=0.2, seed=1)
+        self.assertClose(plain, fast, 1e-5)
+        sound = mx.full((640, 1), 0.5)
+        model.generate_codes("drums", duration=0.2, audio_prompt=sound, batch_size=1)
+        counts = [twin.call_count for twin in (engine, stream, encode)]
+        self.assertEqual(counts, [0, 0, 0])
+
+    def test_codec_with_group_norm(self):
+        # which no stream can decode
+        config = exact("mono-audiocraft").config
+        codec = replace(config.audio_encoder, norm_type="time_group_norm")
+        model = MusicGen(replace(config, audio_encoder=codec), None)
+        codes = mx.zeros((1, 5, 4), mx.uint32)
+        samples = model.decode(codes)
+        self.assertFalse(model.plain)
+        self.assertSame(samples, model.audio_encoder.decode_chunk(codes))
 
     def test_without_the_twins_it_is_plain(self):
         self.assertFalse(MusicGen.plain)  # they lie beside it here
