@@ -114,6 +114,8 @@ class MelodyConditioner(nn.Module):
         """
         if request is None:
             return None
+        if not isinstance(request, MelodyRequest):
+            raise ValueError(f"condition must be a MelodyRequest, got {request!r:.80}.")
         rate, shortest = self.sampling_rate, self.config.n_fft / RATE
         audio = check_samples("melody", request.audio)
         audio = audio[: int(self.needed(duration) * rate)]

@@ -150,6 +150,8 @@ class StyleConditioner(nn.Module):
         `excerpt`, and for more quantizers than there are."""
         if request is None:
             return None
+        if not isinstance(request, StyleRequest):
+            raise ValueError(f"condition must be a StyleRequest, got {request!r:.80}.")
         _, excerpt = self.excerpt(request, seed)
         return self(excerpt, request.quantizers)
 

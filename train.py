@@ -283,7 +283,7 @@ def clip_codes(model: MusicGen, path: Path) -> mx.array:
     audio = load_audio(path, model.sampling_rate, model.channels)
     if len(audio) < model.sampling_rate:
         seconds = len(audio) / model.sampling_rate
-        raise ValueError(f"{path} must be 1 s long or longer, got {seconds:.2f} s.")
+        raise ValueError(f"{path} must be 1 s long or longer, got {seconds:g} s.")
     if mx.abs(audio).max() < 1e-4:
         raise ValueError(f"{path} is silent.")
     size = 30 * model.sampling_rate

@@ -23,6 +23,7 @@ from decoder import DecoderConfig
 from encodec import Encodec, EncodecConfig
 from melody import MelodyConfig, MelodyRequest
 from musicgen import MusicGen
+from style import StyleRequest
 from t5 import T5Config, Tokenizer
 
 RATE = 10  # frames of loudness a second
@@ -115,6 +116,18 @@ class TestNewConditioner(Test):
             found.append(self.model.generate_codes(prompts, **more))
         self.assertSame(*found)
         return found[0]
+
+    def test_request_of_another_kind(self):
+        with patch.dict(audiocraft.SCALES, default=4):
+            models = [exact(f"{kind}-audiocraft") for kind in ("melody", "style")]
+        sound = mx.ones((32000, 1))
+        for model, request, name in (
+            (models[0], StyleRequest(sound), "MelodyRequest"),
+            (models[0], sound, "MelodyRequest"),
+            (models[1], MelodyRequest(sound), "StyleRequest"),
+        ):
+            with self.assertRaisesRegex(ValueError, f"condition must be a {name}, got"):
+                model.generate_codes("a", duration=0.1, condition=request)
 
     def test_is_followed(self):
         rising, falling, none = [
