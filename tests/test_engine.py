@@ -28,17 +28,21 @@ class TestEngine(Test):
                 self.assertClose(got, plain(step).astype(mx.float32), tolerance)
 
     def test_rows_of_guidance(self):
-        decoder, text, tokens = random_decoder()
-        null = Condition(*map(mx.zeros_like, text))
-        for rows in ([text, null], [text, text], [text, null, null]):
-            steps = [
-                kind(decoder, stack_rows(rows), len(rows), 12)
-                for kind in (PlainStep, Engine)
-            ]
-            for part in (tokens[:, :4], tokens[:, 4:5], tokens[:, 5:6], tokens[:, 6:9]):
-                plain, fast = (step(part) for step in steps)
-                self.assertEqual(plain.shape, (2 * len(rows), 1, 4, 10))
-                self.assertClose(fast, plain, 1e-5)
+        null = Condition(*map(mx.zeros_like, random_decoder()[1]))
+        for lanes in (1, 2):  # as on a GPU, and on the CPU
+            decoder, text, tokens = random_decoder()
+            decoder.group = "some processes" if lanes == 1 else None
+            for rows in ([text, null], [text, text], [text, null, null]):
+                steps = [
+                    kind(decoder, stack_rows(rows), len(rows), 12)
+                    for kind in (PlainStep, Engine)
+                ]
+                for start, end in ((0, 4), (4, 5), (5, 6), (6, 9)):
+                    plain, fast = (step(tokens[:, start:end]) for step in steps)
+                    self.assertEqual(plain.shape, (2 * len(rows), 1, 4, 10))
+                    self.assertClose(fast, plain, 1e-5)
+                if mx.default_device() == mx.cpu:
+                    self.assertEqual(len(steps[1]._lanes), lanes)
 
     def test_rewound_is_new(self):
         decoder, text, tokens = random_decoder()
