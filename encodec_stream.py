@@ -78,8 +78,10 @@ def play(
     """The samples (N, C) of a take of one prompt while it is made, `chunk` seconds each.
 
     `steps` is the iteration over the take, where something else goes along. Raises
-    ValueError for pieces shorter than a frame.
+    ValueError for pieces shorter than a frame, and for several prompts.
     """
+    if len(take.prompts) > 1:
+        raise ValueError(f"A take of one prompt can play, not of {len(take.prompts)}.")
     least = 1 / model.frame_rate
     if not isinstance(chunk, Real) or not least <= chunk < 1e6:
         raise ValueError(f"chunk must be at least 1/{model.frame_rate} s, got {chunk}.")

@@ -321,7 +321,7 @@ class Take:
         options: Options,
     ):
         self._model, self._options, self._prefixes = model, options, prefixes
-        self._prompts, self._seeds, self._prompt = prompts, seeds, prompt_codes
+        self.prompts, self._seeds, self._prompt = prompts, seeds, prompt_codes
         self._delays = model.config.decoder.delays
         self._frames, T = (
             int(options.duration * model.frame_rate),
@@ -367,7 +367,7 @@ class Take:
 
     def _forward(self, rows: list[int]) -> Callable[[mx.array], mx.array]:
         """The decoder under the prompts of some rows, ready for any window."""
-        prompts = [self._prompts[row] for row in rows]
+        prompts = [self.prompts[row] for row in rows]
         text = encode_text(self._model, prompts, self._options)
         steps = min(self._frames, self._model.longest_window) + max(self._delays)
         if self._prefixes:

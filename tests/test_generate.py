@@ -1,10 +1,11 @@
 """generate.py's command line."""
 
 import re
+import signal
 import subprocess
 import sys
 import warnings
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import mlx.core as mx
 import numpy as np
@@ -61,7 +62,10 @@ class TestCommandLine(ScriptTest):
         flags += " --prompt-length 0.05 --takes 2"
         arguments += ["--audio-prompt", sound]
 
+        make = MusicGen.steps
+
         def steps(model, prompts, seed, **options):
+            take = make(model, prompts, seed=seed, **options)
             seeds.append(seed[0])
             self.assertEqual(seed[1], seed[0] + 1)
             self.assertEqual(model.decoder.dtype, mx.bfloat16)
@@ -78,13 +82,68 @@ class TestCommandLine(ScriptTest):
             want |= dict(duration=0.1, codes_prompt=None, style=None)
             want |= dict.fromkeys(STYLE_OPTIONS)
             self.assertEqual((prompts, options), (["a", "a"], want))
-            raise ValueError("enough")
+            return take
 
         arguments += flags.split() + ["--dtype", "bfloat16"]
         with patch.object(MusicGen, "steps", steps):
             for _ in range(2):
-                self.assertRegex(self.run_script(*arguments)[2], "error: enough\n")
+                status, _, err = self.run_script(*arguments)
+                self.assertEqual(status, 0, err)
         self.assertNotEqual(*seeds)
+
+    def test_stopped_at_the_first_step(self):
+        codes, sound = (self.folder / name for name in ("x.safetensors", "x.wav"))
+        flags = ["-p", "a", "--model", self.model, "--output", sound]
+        flags += ["--duration", "0.5", "--save-codes", codes]
+        for more, files in (([], []), (["--stream"], [sound])):
+            with patch("generate.Stop", lambda: Mock(return_value=True, heeded=True)):
+                status, out, err = self.run_script(*flags, *more)
+            self.assertEqual(status, 130, err)
+            self.assertIn("stopped before anything was made.", err)
+            self.assertEqual([*self.folder.iterdir()], files)
+        self.assertEqual(soundfile.info(sound).frames, 0)
+
+    def test_stopped_between_takes(self):
+        sound = self.folder / "sound.wav"
+        save_audio(sound, 0.1 * mx.random.normal((6400, 2)), 32000)
+        flags = ["-p", "a", "--model", self.model, "--audio-prompt", sound]
+        flags += ["--output", self.folder / "x.wav", "--duration", "0.5"]
+        flags += ["--takes", "3", "--batch-size", "1"]
+        # asked before a take and after each of its 18 steps but the last
+        for last, seconds in ((18, [0.5]), (23, [0.5, 0.24])):
+            pressed = [False] * last + [True] * 99
+            stop = Mock(side_effect=pressed, heeded=True)
+            with patch("generate.Stop", lambda: stop):
+                status, out, err = self.run_script(*flags)
+            self.assertEqual((status, out.count("s of audio")), (130, len(seconds)))
+            self.assertRegex(err, r"generate.py: stopped\.\n$")
+            made = sorted(self.folder.glob("x-*.wav"))
+            self.assertEqual([soundfile.info(p).duration for p in made], seconds)
+
+    def test_after_the_last_step_no_stop_is_asked_for(self):
+        flags = ["-p", "a", "--model", self.model, "--duration", "0.2"]
+        flags += ["--output", self.folder / "x.wav"]
+        for more, asked in (([], 1 + 12), (["--stream"], 12)):
+            stop = Mock(return_value=False, heeded=False)
+            with patch("generate.Stop", lambda: stop):
+                self.assertEqual(self.run_script(*flags, *more)[0], 0)
+            self.assertEqual(stop.call_count, asked)
+
+    def test_ctrl_c_ends_it_at_once_until_codes_are_made(self):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sound, gone_on = self.folder / "tune.wav", []
+        save_audio(sound, 0.1 * mx.random.normal((32000, 1)), 32000)
+        flags = ["-p", "a", "--model", REFERENCE / "melody-audiocraft"]
+        flags += ["--melody", sound, "--output", self.folder / "x.wav"]
+
+        def hear(*_):  # Demucs takes its time
+            signal.raise_signal(signal.SIGINT)
+            gone_on.append(True)
+
+        with patch("melody.MelodyConditioner.prepare", hear):
+            for more in ([], ["--stream"], ["--save-melody", self.folder / "m.wav"]):
+                self.assertEqual(self.run_script(*flags, *more)[0], 130)
+        self.assertEqual((gone_on, [*self.folder.iterdir()]), ([], [sound]))
 
     def test_warnings_take_one_line(self):
         loud = mx.full((1, 640, 2), 3.0)

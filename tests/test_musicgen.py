@@ -1,5 +1,6 @@
 """Codes and sounds of prompts, whole and as a stream."""
 
+import itertools
 import math
 from unittest.mock import patch
 
@@ -211,6 +212,29 @@ class TestStream(Test):
         both = dict(audio_prompt=mx.ones((640, 1)), codes_prompt=mx.zeros((1, 1, 4)))
         with self.assertRaisesRegex(ValueError, "must not come together"):
             model.generate_codes("a", duration=1.0, **both)
+
+    def test_left_early(self):
+        model = exact("mono-audiocraft")
+        options = dict(duration=1.0, seed=3)
+        whole = model.generate("drums", **options)[0]
+        for stop in (1, 3, 4, 13, 30):
+            take = model.steps("drums", **options)
+            steps = itertools.islice(take, stop)
+            pieces = list(play(model, take, 0.1, steps))
+            frames = max(stop - 3, 0)
+            self.assertEqual(take.codes.shape, (1, frames, 4))
+            self.assertEqual(sum(map(len, pieces)), 640 * frames)
+            self.assertTrue(all(map(len, pieces)))
+            if frames > 4:  # of which the last three hear the end
+                sure = 640 * (frames - 4)
+                self.assertClose(mx.concatenate(pieces)[:sure], whole[:sure], 1e-5)
+
+    def test_plays_one_prompt(self):
+        model = exact("mono-audiocraft")
+        for size in (1, 2):
+            take = model.steps(["a", "b"], duration=0.2, batch_size=size)
+            with self.assertRaisesRegex(ValueError, "one prompt can play, not of 2"):
+                play(model, take)
 
     def test_stopped_among_batches(self):
         model = exact("mono-audiocraft")
