@@ -1,0 +1,88 @@
+"""What may be asked, told without a model."""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+from common import Test
+
+import options
+from options import Options
+
+
+class TestOptions(Test):
+    def test_what_cannot_be_made(self):
+        Options().check()
+        for name, values, rule in (
+            ("duration", (0, 0.01, -1), "at least a frame, 1/50 s"),
+            ("duration", (math.nan, math.inf, 10**400, "1", None, True), "a number"),
+            ("temp", (-0.1, 1e-39), r"0 \(greedy\) or 0.001 up"),
+            ("temp", (math.nan, "1", None), "a number"),
+            ("top_k", (0, 2049, 2.5, True, "1", None), r"between 1 and 2048 \(all\)"),
+            ("top_p", (-0.1, 1.1), r"between 0 \(off\) and 1"),
+            ("top_p", (math.nan, None), "a number"),
+            ("guidance_coef", (math.nan, math.inf, "1"), "a number"),
+            ("negative_prompt", (3, None), "a text"),
+            (
+                "extend_stride",
+                (0, 30, 31, "1", math.nan),
+                "from 1/50 to less than .* 30",
+            ),
+            ("guidance_beta", (math.nan, "1"), "a number"),
+            ("style_start", (-1,), "0 s or more"),
+            ("style_start", (math.nan, "1"), "a number"),
+            ("style_length", (math.inf, "1"), "a number"),
+            ("style_quantizers", (2.5,), "whole"),
+        ):
+            for value in values:
+                with self.subTest(name, value=value):
+                    pattern = f"^{name} must be {rule}.*, got "
+                    with self.assertRaisesRegex(ValueError, pattern):
+                        Options(**{name: value}).check()
+        with self.assertRaisesRegex(ValueError, "1/25 s, got 0.02"):
+            Options(duration=0.02).check(frame_rate=25)
+        with self.assertRaisesRegex(ValueError, "less than .* 8 seconds, got 8.0"):
+            Options(extend_stride=8.0).check(max_duration=8)
+        Options(duration=0.02, temp=0, top_k=np.int64(1), extend_stride=29).check()
+        with self.assertRaisesRegex(ValueError, "negative_prompt needs guidance"):
+            Options(negative_prompt="a", guidance_coef=1).check()
+        Options(negative_prompt="a").check()
+
+    def test_rows_of_a_take(self):
+        for given, copies in (
+            ({}, 2),
+            (dict(guidance_coef=1), 1),
+            (dict(guidance_beta=5), 3),
+            (dict(guidance_beta=0, guidance_coef=1), 3),
+        ):
+            self.assertEqual(Options(**given).copies, copies)
+
+    def test_prompts(self):
+        self.assertEqual(options.check_prompts("a"), ["a"])
+        self.assertEqual(options.check_prompts(("a", "")), ["a", ""])
+        for prompts in ([], (), None, 3, ["a", 3], [None], {"a": 1}):
+            with self.assertRaisesRegex(ValueError, "There must be a prompt"):
+                options.check_prompts(prompts)
+
+    def test_seeds(self):
+        self.assertEqual(options.row_seeds(3, rows=3), [3, 4, 5])
+        self.assertEqual(options.row_seeds(np.int64(3), rows=1), [3])
+        self.assertEqual(options.row_seeds([7, 2], rows=2), [7, 2])
+        first, second = options.row_seeds(None, rows=2)
+        self.assertEqual(second, first + 1)
+        self.assertNotEqual(options.row_seeds(None, rows=1), [first])
+        for seed in (-1, 2**64, 2**64 - 1, [1], [1, 2, 3], [1, 0.5], 1.5, "1", True):
+            with self.assertRaisesRegex(ValueError, "^seed must be .* or 2 of them"):
+                options.row_seeds(seed, rows=2)
+
+    def test_batch_size_and_dtype(self):
+        options.check_batch_size(None)
+        options.check_batch_size(np.int64(3))
+        for size in (0, -1, 1.5, True, "1"):
+            with self.assertRaisesRegex(ValueError, "^batch_size must be 1 or more"):
+                options.check_batch_size(size)
+        for dtype in (None, mx.float16, mx.bfloat16, mx.float32):
+            options.check_dtype(dtype)
+        for dtype in (mx.int32, mx.complex64, "float16", np.float32):
+            with self.assertRaisesRegex(ValueError, "^dtype must be one of float16"):
+                options.check_dtype(dtype)
