@@ -48,6 +48,28 @@ class TestOptions(Test):
             Options(negative_prompt="a", guidance_coef=1).check()
         Options(negative_prompt="a").check()
 
+    def test_the_ends_of_each_range(self):
+        for given in (
+            dict(duration=1 / 50, temp=0.001, top_k=1, top_p=1),
+            dict(duration=999_999, top_k=2048, guidance_coef=-3),
+            dict(duration=np.float32(3), temp=np.float64(1), extend_stride=1 / 50),
+            dict(guidance_coef=0, negative_prompt="a", extend_stride=29.9),
+            dict(guidance_coef=1, guidance_beta=2, negative_prompt="a"),
+            dict(style_start=0, style_length=3, style_quantizers=6),
+        ):
+            with self.subTest(**given):
+                Options(**given).check()
+        Options(extend_stride=100).check(max_duration=math.inf)
+
+    def test_style(self):
+        self.assertFalse(Options().has_style)
+        for name in options.STYLE_OPTIONS:
+            self.assertTrue(Options(**{name: 0}).has_style)
+
+    def test_equal_ones_run_together(self):
+        self.assertEqual(Options(3), Options(duration=3.0))
+        self.assertNotEqual(Options(3), Options(3, top_k=9))
+
     def test_rows_of_a_take(self):
         for given, copies in (
             ({}, 2),
