@@ -4,7 +4,8 @@
 `compression_state_dict.bin` the codec, or the name of one. Both are pickles of torch,
 with their settings as a text of YAML. Needs torch_file.py beside it. No model is built.
 
-    settings, weights, conditioner = read_decoder(Path("musicgen/state_dict.bin"))
+    package = read_decoder(Path("musicgen/state_dict.bin"))
+    package.config, package.decoder, package.conditioner
 """
 
 import math
@@ -400,12 +401,12 @@ def check_conditions(cfg: dict[str, Any], has_sound: bool) -> None:
                 f"fuser.{method} must list {', '.join(sorted(want)) or 'nothing'}, got "
                 f"{', '.join(sorted(names)) or 'nothing'}"
             )
-    for name in ("fuser.cross_attention_pos_emb", T5 + "normalize_text"):
+    for name in ("fuser.cross_attention_pos_emb", T5_SETTINGS + "normalize_text"):
         if flag(name, cfg.get(name, "false")):
             raise ValueError(f"{name} must be false, got {cfg[name]}")
 
 
-T5 = "conditioners.description.t5."
+T5_SETTINGS = "conditioners.description.t5."
 
 
 def section(cfg: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def operations_per_step(model: MusicGen) -> int:
 def prefill_time(model: MusicGen, batch: int, frames: int) -> float:
     """Seconds for one pass over many frames, as when audio is continued."""
     text = encode_text(model, [PROMPT] * batch)
-    forward = model.forward(text, Options().copies, frames)
+    forward = model.make_forward(text, Options().copies, frames)
     tokens = mx.zeros((batch, frames, model.config.decoder.num_codebooks), mx.int32)
     mx.eval(tokens)
     start = time.perf_counter()

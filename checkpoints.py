@@ -33,7 +33,7 @@ TINY = Path(__file__).with_name("tiny")
 
 @dataclass
 class MusicGenConfig:
-    """The models, and the longest audio in seconds that the decoder was trained on."""
+    """Configs of the models, and the longest audio, in seconds, that the decoder knows."""
 
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     text_encoder: T5Config = field(default_factory=T5Config)

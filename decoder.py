@@ -4,6 +4,9 @@ The transformer of Copet et al. (https://arxiv.org/abs/2306.05284), plain: `Deco
 is what trains and what runs where engine.py does not. Each step takes K codes a row and
 gives logits for the K codes of the next step. Stands alone.
 
+Shapes: R rows, each take once or more for guidance; S steps, K codebooks, V entries of
+each; P frames of a prefix, L tokens of a text; D hidden size, H heads of width d.
+
     cache = decoder.make_cache(rows, steps)
     text_kv = decoder.text_kv(Condition(states, mask))
     logits = decoder(tokens, text_kv, cache)  # (R, S, K) -> (R, S, K, V)
@@ -34,7 +37,7 @@ class DecoderConfig:
 class KVCache:
     """Keys and values of one layer's past, in one buffer that is allocated once.
 
-    N is the heads of all rows: each head of each row attends its own past alone.
+    The heads of all rows lie on one axis, for each attends its own past alone.
     """
 
     def __init__(self, heads: int, steps: int, width: int, dtype: mx.Dtype):
@@ -42,7 +45,7 @@ class KVCache:
         self.offset = 0
 
     def update_and_fetch(self, keys_values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append (2, N, S, d); returns all keys and all values (1, N, S', d)."""
+        """Append (2, R * H, S, d); returns all keys and all values (1, R * H, S', d)."""
         end = self.offset + keys_values.shape[2]
         self._buffer[:, :, self.offset : end] = keys_values
         self.offset = end
@@ -106,9 +109,9 @@ class CrossAttention(nn.Module):
         self.kv_proj = nn.Linear(D, 2 * D, bias=False)  # keys, values
         self.out_proj = nn.Linear(D, D, bias=False)
 
-    def __call__(self, x: mx.array, text: TextKV) -> mx.array:
+    def __call__(self, x: mx.array, text_kv: TextKV) -> mx.array:
         """What x (R, S, D) finds in the text: (R, S, D)."""
-        attended = attend(self.split_heads(self.q_proj(x)), *text)
+        attended = attend(self.split_heads(self.q_proj(x)), *text_kv)
         return self.out_proj(join_heads(attended, len(x)))
 
     def split_heads(self, x: mx.array) -> mx.array:
@@ -140,11 +143,11 @@ class Layer(nn.Module):
             self.cross_attention = CrossAttention(config)
 
     def __call__(
-        self, x: mx.array, text: TextKV | None, cache: KVCache | None
+        self, x: mx.array, text_kv: TextKV | None, cache: KVCache | None
     ) -> mx.array:
         x = x + self.self_attn(self.norm1(x), cache)
-        if text is not None:
-            x = x + self.cross_attention(self.norm_cross(x), text)
+        if text_kv is not None:
+            x = x + self.cross_attention(self.norm_cross(x), text_kv)
         return x + self.linear2(nn.gelu(self.linear1(self.norm2(x))))
 
 
@@ -188,7 +191,7 @@ class Decoder(nn.Module):
     def __call__(
         self,
         tokens: mx.array,
-        text: list[TextKV | None],
+        text_kv: list[TextKV | None],
         cache: list[KVCache | None],
         prefix: mx.array | None = None,
     ) -> mx.array:
@@ -200,8 +203,8 @@ class Decoder(nn.Module):
         x = self.embed(tokens)
         x = x if prefix is None else mx.concatenate([prefix, x], axis=1)
         x = x + self.positions(cache[0].offset if cache[0] else 0, x.shape[1])
-        for layer, layer_text, past in zip(self.layers, text, cache):
-            x = layer(x, layer_text, past)
+        for layer, text, past in zip(self.layers, text_kv, cache):
+            x = layer(x, text, past)
         return self.logits(x[:, -tokens.shape[1] :])
 
     def embed(self, tokens: mx.array) -> mx.array:

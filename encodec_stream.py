@@ -7,8 +7,8 @@ Needs encodec.py beside it.
 
     stream = DecodingStream(codec)
     for codes in pieces:  # (B, T, K), T of any size
-        play(stream.push(codes))  # (B, N, C)
-    play(stream.push(codes[:, :0], last=True))  # what is left
+        write(stream.push(codes))  # (B, N, C)
+    write(stream.push(codes[:, :0], last=True))  # what is left
 """
 
 import functools

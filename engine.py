@@ -149,9 +149,11 @@ class Lane:
 
 
 def prepare_text(decoder: Decoder, text: Condition) -> list[TextKV | None]:
-    """The text's keys and values in each layer. Where all of the second half of the
-    rows have no text, as null rows have none, they are left out."""
+    """The text's keys and values in each layer, None where no row has a text. Where all
+    of the second half have none, as null rows, they are left out."""
     R = len(text.mask)
+    if not text.mask.any().item():
+        return [None] * len(decoder.layers)
     has_null = R % 2 == 0 and not text.mask[R // 2 :].any().item()
     text = type(text)(*(x[: R // 2] for x in text)) if has_null else text
     all_attended = (text.mask | ~text.mask.any(axis=1, keepdims=True)).all().item()
@@ -316,9 +318,13 @@ BITS, GROUP_SIZES = (2, 3, 4, 6, 8), (32, 64, 128)
 
 def check_quantization(settings: dict[str, int]) -> None:
     """Raise ValueError unless MLX can quantize so."""
+    if not isinstance(settings, dict) or settings.keys() != {"bits", "group_size"}:
+        raise ValueError(
+            f"quantization must give bits and group_size, got {settings!r:.80}."
+        )
     for name, choices in (("bits", BITS), ("group_size", GROUP_SIZES)):
-        value = settings.get(name) if isinstance(settings, dict) else settings
-        if type(value) is not int or value not in choices or len(settings) != 2:
+        value = settings[name]
+        if type(value) is not int or value not in choices:
             raise ValueError(
                 f"quantization must give bits and group_size, q_{name} of {choices}, "
                 f"got {value!r}."

@@ -484,7 +484,7 @@ def watch(steps: Iterator[Take], bar: tqdm) -> Iterator[Take]:
     """The same steps, shown in a bar."""
     for take in steps:
         if take.step == 1:
-            bar.reset(take.steps)
+            bar.reset(take.total)
         bar.update()
         yield take
 
@@ -520,7 +520,7 @@ def until(steps: Iterator[Take], stop: Stop) -> Iterator[Take]:
     """The steps until Ctrl-C; after the last it is not asked for."""
     for take in steps:
         yield take
-        if take.step < take.steps and stop():
+        if take.step < take.total and stop():
             return
 
 

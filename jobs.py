@@ -2,7 +2,7 @@
 
     for batch in run(model, plan(["happy rock", "calm piano"], values, takes=4), size=8):
         for take in batch:
-            print(take.step, "of", take.steps)
+            print(take.step, "of", take.total)
         for result in batch.save():
             print(result.job.output, result.error or "is there")
 
@@ -541,15 +541,15 @@ def make_take(
         seed=[job.seed for job in jobs],
         audio_prompt=audio,
         codes_prompt=start and start.codes,
-        melody=one_each(jobs, sounds.melody),
+        melody=sounds_or_none(jobs, sounds.melody),
         separate=False,  # done already
-        style=one_each(jobs, sounds.style),
+        style=sounds_or_none(jobs, sounds.style),
         batch_size=len(jobs),
         **asdict(jobs[0].options),
     )
 
 
-def one_each(
+def sounds_or_none(
     jobs: list[Job], load: Callable[[Job], mx.array | None]
 ) -> list[mx.array | None] | None:
     """A sound for each job; None where no job has one."""

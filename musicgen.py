@@ -5,9 +5,9 @@ The single-stage language model over EnCodec codes of Copet et al.
 every frame of 20 ms, the k-th codebook a little later than the first. From the whole to
 its parts: `MusicGen`, which ties text encoder, decoder and codec together; the take that
 it makes; the loop (`generate_step`), guidance and sampling; the delay pattern. Needs
-decoder.py, t5.py, encodec.py, options.py and checkpoints.py beside it. Where they lie
-beside it, engine.py and encodec_stream.py make it faster; prompt.py begins with a sound,
-and conditioning.py follows one.
+decoder.py, t5.py, encodec.py, options.py and checkpoints.py beside it. Where both lie
+beside it, engine.py and encodec_stream.py make it faster. To begin with a sound, prompt.py
+is needed; to follow one, conditioning.py.
 
     model = MusicGen.from_pretrained("stereo-small")
     audio = model.generate(["happy rock", "calm piano"], duration=8.0, seed=0)
@@ -22,11 +22,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-import options as checks
 from checkpoints import MusicGenConfig, read
 from decoder import Condition, Decoder, DecoderConfig, stack_rows
 from encodec import Encodec, by_channel
-from options import Options
+from options import Options, check_batch_size, check_dtype, check_prompts, row_seeds
 from t5 import T5, Tokenizer
 
 TWINS = ("engine.py", "encodec_stream.py")  # what makes it faster
@@ -78,7 +77,7 @@ class MusicGen(nn.Module):
 
     @property
     def adapter(self) -> dict[str, Any]:
-        """Under "adapter" and "adapter_scale" what `from_pretrained` was given."""
+        """File and scale of the adapter, by these names; empty without one."""
         return self._adapter
 
     def generate(
@@ -163,28 +162,28 @@ class MusicGen(nn.Module):
         """
         options = Options(duration, **options)
         options.check(self.config.max_duration, self.frame_rate)
-        prompts = checks.check_prompts(prompts)
-        seeds = checks.row_seeds(seed, len(prompts))
-        checks.check_batch_size(batch_size)
+        prompts = check_prompts(prompts)
+        seeds = row_seeds(seed, len(prompts))
+        check_batch_size(batch_size)
         prompt_codes = mx.zeros((1, 0, self.config.decoder.num_codebooks), mx.uint32)
         if audio_prompt is not None or codes_prompt is not None:
             from prompt import start_with
 
             prompt_codes = start_with(self, audio_prompt, codes_prompt, duration)
         prefixes, sounds = None, (melody, style, condition)
-        if options.style or any(x is not None for x in (self.conditioner, *sounds)):
+        if options.has_style or any(x is not None for x in (self.conditioner, *sounds)):
             from conditioning import Prefixes, make_requests
 
             requests = make_requests(self, options, len(prompts), *sounds, separate)
             if self.conditioner is not None:
                 prefixes = Prefixes(self, requests, seeds, duration)
-        rest = (prompt_codes, prefixes, batch_size, options)
-        return Take(self, prompts, seeds, *rest)
+        return Take(self, prompts, seeds, prompt_codes, prefixes, batch_size, options)
 
-    def forward(
+    def make_forward(
         self, text: Condition, copies: int, steps: int
     ) -> Callable[[mx.array], mx.array]:
-        """The decoder under a text, to be called as `PlainStep`."""
+        """The decoder under a text, to be called as `PlainStep`. T5 is freed, to be read
+        again, where memory does not hold it beside the caches."""
         if self.plain:
             return PlainStep(self.decoder, text, copies, steps)
         from engine import Engine, fits
@@ -194,7 +193,7 @@ class MusicGen(nn.Module):
         return Engine(self.decoder, text, copies, steps)
 
     def rows_that_fit(self, options: Options) -> int:
-        """How many prompts memory holds at once. Plain, nobody counts."""
+        """How many prompts memory holds at once. The plain step does not estimate it."""
         if self.plain:
             return 10_000
         from engine import rows_that_fit
@@ -234,7 +233,7 @@ class MusicGen(nn.Module):
         `train.py lora` that changes them, `adapter_scale` times. Raises ValueError or
         OSError naming the file, tensor or key and what to do.
         """
-        checks.check_dtype(dtype)
+        check_dtype(dtype)
         files, on_cpu = read(str(path_or_repo)), mx.default_device() == mx.cpu
         try:
             model = cls(files.config, files.tokenizer)
@@ -287,7 +286,7 @@ def encode_text(
                 f"{which} has {len(row)} tokens; T5 takes {longest}, so the rest is left "
                 "out."
             )
-            ids[i] = row[: longest - 1] + row[-1:]
+            ids[i] = row[: longest - 1] + row[-1:]  # which ends the text
     states, mask = model.text_encoder.encode(ids)
     mask = mask & mx.array([text != "" for text in texts])[:, None]
     text = Condition(states[:count], mask[:count])
@@ -304,7 +303,7 @@ class Take:
 
         take = model.steps("happy rock", duration=30)
         for _ in take:
-            print(take.step, "of", take.steps)
+            print(take.step, "of", take.total)
         take.codes  # (B, T, K)
 
     Where the loop is left early, `codes` are the whole frames that there are.
@@ -321,12 +320,11 @@ class Take:
         options: Options,
     ):
         self._model, self._options, self._prefixes = model, options, prefixes
-        self.prompts, self._seeds, self._prompt = prompts, seeds, prompt_codes
+        self.prompts, self._seeds = prompts, seeds
+        self._prompt_codes = prompt_codes
         self._delays = model.config.decoder.delays
-        self._frames, T = (
-            int(options.duration * model.frame_rate),
-            prompt_codes.shape[1],
-        )
+        self._frames = int(options.duration * model.frame_rate)
+        T = prompt_codes.shape[1]
         stride = options.extend_stride or 0.6 * model.config.max_duration
         sizes = (model.longest_window, int(stride * model.frame_rate))
         plan = windows(self._frames, *sizes)
@@ -340,13 +338,15 @@ class Take:
             for start in range(0, len(rows), size)
         ]
         steps = self._frames - T + max(self._delays) * len(self._plan)
-        self.step, self.steps = 0, steps * len(self._batches)  # made, and in all
+        self.step, self.total = 0, steps * len(self._batches)  # steps made, and in all
         self._finished: dict[int, mx.array] = {}  # rows of earlier batches
         self._open(self._batches[0])
 
     def _open(self, rows: list[int]) -> None:
         self._rows, self._start = rows, 0
-        self._past = mx.repeat(self._prompt, len(rows), axis=0)  # of earlier windows
+        self._past = mx.repeat(
+            self._prompt_codes, len(rows), axis=0
+        )  # of earlier windows
         self._columns: list[mx.array] = []  # of this window, delayed
 
     def __iter__(self) -> Iterator["Take"]:
@@ -372,15 +372,15 @@ class Take:
         steps = min(self._frames, self._model.longest_window) + max(self._delays)
         if self._prefixes:
             steps += self._prefixes.frames(rows[0]) + text.mask.shape[1]
-        return self._model.forward(text, self._options.copies, steps)
+        return self._model.make_forward(text, self._options.copies, steps)
 
     def _window(self, start: int, end: int, forward, sample, keys) -> Iterator["Take"]:
         """The steps to frame `end`, after the frames from `start` on that there are."""
         prompt, config = self._past[:, start:], self._model.config.decoder
         delayed = delay(prompt, config.delays, end - start, config.vocab_size)
         self._start, self._columns = start, [delayed[:, : prompt.shape[1]]]
-        rest = (prompt, end - start, keys, config)
-        for tokens in generate_step(forward, sample, *rest):
+        steps = generate_step(forward, sample, prompt, end - start, keys, config)
+        for tokens in steps:
             self._columns.append(tokens)
             self.step += 1
             yield self
@@ -446,7 +446,7 @@ def generate_step(
     free = delay_mask(frames, delays, start=T)  # (S, K)
     first = mx.full(given[:, :1].shape, blank, given.dtype)
     tokens = mx.concatenate([first, given[:, :T]], axis=1)
-    for step in range(T, len(free)):
+    for step in range(T, len(free)):  # the first takes T + 1 tokens, each other one
         logits = forward(tokens)  # (R, 1, K, V)
         tokens = sample(logits, keys[step], free[step], given[:, step : step + 1])
         mx.async_eval(tokens)
@@ -496,16 +496,22 @@ def make_step_sampler(options: Options) -> Callable[..., mx.array]:
 def guide(logits: mx.array, options: Options) -> mx.array:
     """Classifier-free guidance in float32: rows (R, S, K, V) -> (B, S, K, V).
 
-    The rows are [all; null], or all alone for guidance 1. With `guidance_beta` they
-    are [all; style without text; null], and the text counts beta times (section 4.3 of
-    https://arxiv.org/abs/2407.12563).
+    The B takes stand one, two or three times among the rows:
+
+        guidance_coef 1    text and sound
+        any other          text and sound; neither
+        guidance_beta      text and sound; sound alone; neither
+
+    and "neither" is what the logits move away from. With beta the text counts so many
+    times beside the sound (section 4.3 of https://arxiv.org/abs/2407.12563).
     """
-    *given, null = mx.split(logits.astype(mx.float32), options.copies)
-    if not given:
-        return null
-    aim = given[-1]
+    logits = logits.astype(mx.float32)
+    if options.copies == 1:
+        return logits
+    *conditioned, null = mx.split(logits, options.copies)
+    aim = conditioned[-1]
     if options.guidance_beta is not None:
-        aim = aim + options.guidance_beta * (given[0] - aim)
+        aim = aim + options.guidance_beta * (conditioned[0] - aim)
     return null + options.guidance_coef * (aim - null)
 
 

@@ -47,7 +47,7 @@ class Options:
     style_quantizers: int | None = None
 
     @property
-    def style(self) -> bool:
+    def has_style(self) -> bool:
         """Whether any option of a style is given."""
         return any(getattr(self, name) is not None for name in STYLE_OPTIONS)
 

@@ -46,7 +46,8 @@ def encode_prompt(model: "MusicGen", audio: mx.array, frames: int) -> mx.array:
     if len(audio) > (frames - 1) * hop:
         raise ValueError(
             f"The audio prompt is {len(audio) / rate:g} s long, but the duration is "
-            f"{frames * hop / rate:g} s: give a longer duration or a shorter prompt."
+            f"{frames * hop / rate:g} s, which must be a frame of {hop / rate:g} s more: "
+            "give a longer duration or a shorter prompt."
         )
     if mx.abs(audio).max() < 1e-4:
         warnings.warn("The audio prompt is silent; the music may be, too.")

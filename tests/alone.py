@@ -155,7 +155,7 @@ def try_jobs(jobs):
     model, values = MusicGen.from_pretrained(TINY), dict(seed=0, output="a.wav")
     planned = jobs.plan(["bell", "saw"], values | {"duration": 0.1})
     for batch in jobs.run(model, planned, size=2):
-        assert [take.steps for take in batch] == [8] * 8
+        assert [take.total for take in batch] == [8] * 8
         assert [result.error for result in batch.save()] == [None, None]
     assert Path("a-2.wav").is_file()
 

@@ -288,7 +288,7 @@ class TestJobs(ScriptTest):
         model = MusicGen.from_pretrained(self.model)
         planned = jobs.plan(["a", "b", "c"], self.settings)
         whole, tried = make(model, planned), []
-        steps, forward = MusicGen.steps, MusicGen.forward
+        steps, forward = MusicGen.steps, MusicGen.make_forward
 
         def count(model, prompts, **options):
             tried.append(len(prompts))
@@ -306,7 +306,7 @@ class TestJobs(ScriptTest):
             return fail
 
         with patch.object(MusicGen, "steps", count):
-            with patch.object(MusicGen, "forward", out_of_memory):
+            with patch.object(MusicGen, "make_forward", out_of_memory):
                 self.assertSame(make(model, planned), whole)
         self.assertEqual(tried, [3, 1, 2, 1, 1])
 

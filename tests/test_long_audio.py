@@ -140,7 +140,7 @@ class TestLongAudio(Test):
 
     def test_split_where_memory_is_short(self):
         model, batches = self.load("mono-audiocraft"), []
-        forward = model.forward
+        forward = model.make_forward
 
         def count(text, copies, steps):
             batches.append(len(text.mask) // copies)
@@ -151,7 +151,7 @@ class TestLongAudio(Test):
         with patch("engine.memory_size", return_value=room), patch(
             "mlx.core.get_active_memory", return_value=0
         ):
-            with patch.object(MusicGen, "forward", staticmethod(count)):
+            with patch.object(MusicGen, "make_forward", staticmethod(count)):
                 model.generate_codes(["a"] * 5, duration=0.2)
         self.assertEqual(batches, [2, 2, 1])
 
@@ -166,7 +166,7 @@ class TestLongAudio(Test):
             take = model.steps(
                 prompts, duration=0.8, batch_size=batch_size, codes_prompt=begin
             )
-            total, steps = take.steps, []
+            total, steps = take.total, []
             self.assertEqual(take.step, 0)
             for same in take:
                 self.assertIs(same, take)

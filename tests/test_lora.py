@@ -70,7 +70,7 @@ class TestLora(ScriptTest):
             real = delay_mask(T, config.delays)
             for plain in (True, False):
                 model.plain = plain
-                forward = model.forward(text, copies=1, steps=T + 60)
+                forward = model.make_forward(text, copies=1, steps=T + 60)
                 forward.rewind(sound)
                 token, total = mx.full((2, 1, wanted.shape[2]), config.vocab_size), 0
                 for step in range(T):  # before the end, as in audiocraft

@@ -214,7 +214,7 @@ class TestMelodyModels(Test):
             text = musicgen.encode_text(model, ["drums"])
             notes = mx.repeat(mx.eye(12)[None, :9], 2, axis=0)
             for model.plain in (True, False):
-                forward = model.forward(text, 2, 40)
+                forward = model.make_forward(text, 2, 40)
                 forward.rewind(Condition(notes, mx.ones((2, 9), mx.bool_)))
                 for _ in range(2):
                     logits = forward(mx.zeros((1, 1, 4), mx.int32))

@@ -67,7 +67,7 @@ class TestPlain(Test):
             made.append(BothSteps(self, *pair))
             return made[-1]
 
-        with patch.object(MusicGen, "forward", forward):
+        with patch.object(MusicGen, "make_forward", forward):
             take = model.steps(*prompts, **options)
             for _ in take:
                 steps += 1

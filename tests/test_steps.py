@@ -41,7 +41,7 @@ class TestSteps(Test):
                 self.assertGreaterEqual(take.frames, before)
                 before = take.frames
             self.assertEqual(take.frames, 40)
-            self.assertEqual(take.step, take.steps)
+            self.assertEqual(take.step, take.total)
 
     def test_left_early_and_gone_on_with(self):
         model, random = self.load(), np.random.default_rng(0)
@@ -66,8 +66,8 @@ class TestSteps(Test):
         model = self.load()
         # 15 frames, then 9 new ones, then 16 - 9 of the rest; delays take 3 steps more
         take = model.steps(["a"] * 5, duration=31 / 50, batch_size=2)
-        self.assertEqual(take.steps, 3 * (15 + 3 + 9 + 3 + 7 + 3))
-        self.assertEqual([t.step for t in take], list(range(1, take.steps + 1)))
+        self.assertEqual(take.total, 3 * (15 + 3 + 9 + 3 + 7 + 3))
+        self.assertEqual([t.step for t in take], list(range(1, take.total + 1)))
         self.assertEqual(take.codes.shape, (5, 31, 8))
 
     def test_iterated_again_it_is_made_again(self):
@@ -75,7 +75,7 @@ class TestSteps(Test):
         first = [step.codes for step in take][-1]
         again = [step.codes for step in take][-1]
         self.assertSame(first, again)
-        self.assertEqual(take.step, take.steps)
+        self.assertEqual(take.step, take.total)
 
     def test_public_names(self):
         steps = inspect.signature(MusicGen.steps).parameters
