@@ -1,11 +1,13 @@
 """A take is an iteration: progress is counting, stopping is `break`."""
 
 import inspect
+import itertools
 
 import mlx.core as mx
 import numpy as np
 from common import Test, exact
 
+from demucs import HTDemucs
 from encodec import Encodec
 from melody import extract_chroma
 from musicgen import MusicGen
@@ -55,6 +57,36 @@ class TestSteps(Test):
             rest = model.generate_codes(**options, codes_prompt=take.codes)
             self.assertSame(rest, whole)
 
+    def test_left_by_an_error(self):
+        model = self.load()
+        options = dict(prompts=["drums", "piano"], duration=0.8, seed=7)
+        whole = model.generate_codes(**options)
+        for error in (KeyboardInterrupt, RuntimeError):
+            take = model.steps(**options)
+            with self.assertRaises(error):
+                for _ in take:
+                    if take.step == 25:
+                        raise error
+            self.assertEqual((take.step, take.frames), (25, 19))
+            self.assertSame(take.codes, whole[:, :19])
+
+    def test_left_among_rows_of_several_lengths(self):
+        # where a prefix comes before the codes, those of a length run together
+        model = exact("melody-audiocraft")
+        prompts = ["a", "a much longer text than the others", "b"]
+        options = dict(prompts=prompts, duration=0.3, seed=7)
+        whole = model.generate_codes(**options)
+        for row, prompt in enumerate(prompts):
+            alone = model.generate_codes(prompt, duration=0.3, seed=7 + row)
+            self.assertSame(alone[0], whole[row])
+        for stop, rows, frames in ((10, 1, 7), (18, 1, 15), (24, 1, 15), (36, 3, 15)):
+            take = model.steps(**options)
+            self.assertEqual(take.total, 2 * 18)
+            for _ in itertools.islice(take, stop):
+                pass
+            self.assertEqual(take.codes.shape, (rows, frames, 4))
+            self.assertSame(take.codes, whole[:rows, :frames])
+
     def test_nothing_made(self):
         take = self.load().steps("drums", duration=0.8)
         self.assertEqual((take.step, take.codes.shape), (0, (1, 0, 8)))
@@ -102,10 +134,16 @@ class TestSteps(Test):
         for kind, names in (
             (T5, ("from_pretrained",)),
             (Encodec, ("from_pretrained", "encode", "decode")),
+            (HTDemucs, ("from_pretrained", "separate")),
         ):
             for name in names:
                 self.assertTrue(callable(getattr(kind, name)))
         self.assertTrue(callable(extract_chroma))
+        loading = inspect.signature(MusicGen.from_pretrained).parameters
+        names = (
+            "path_or_repo dtype q_bits q_group_size lazy group adapter adapter_scale"
+        )
+        self.assertEqual([*loading], names.split())
 
     def test_each_option_by_name(self):
         model = exact("mono-audiocraft")
@@ -117,5 +155,15 @@ class TestSteps(Test):
         self.assertEqual(values.keys(), {*OPTIONS})
         codes = model.generate_codes("a", 0.2, **values)
         self.assertEqual(codes.shape, (1, 10, 4))
-        with self.assertRaisesRegex(TypeError, "tempo"):
-            model.generate_codes("a", tempo=3)
+        for name, value in values.items():
+            with self.subTest(name):
+                given = {"seed": 3, name: value, "prompts": "a", "duration": 0.1}
+                codes = model.generate_codes(**given)
+                whole = model.generate(**given)
+                self.assertSame(whole, model.decode(codes))
+                pieces = model.stream(given.pop("prompts"), chunk=0.1, **given)
+                self.assertClose(mx.concatenate([*pieces]), whole[0], 1e-5)
+        for gone in ("tempo", "callback", "stop", "on_codes"):
+            for make in (model.generate, model.generate_codes, model.stream):
+                with self.assertRaisesRegex(TypeError, gone):
+                    make("a", **{gone: None})
