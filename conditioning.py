@@ -1,30 +1,67 @@
 """What a take follows besides its text: a condition made of a sound.
 
 A condition is states (R, L, width) with a mask (R, L) of those that count. A text's are
-cross-attended; where a sound is followed too, both come before the codes, as a prefix.
-A new conditioner is a new file and a line in `read_config`: an `nn.Module` with
+cross-attended. Where a sound is followed, too, both come before the codes, as a prefix.
+A new conditioner is a file of its own, and a function and a line in CONDITIONERS here:
 
-    kind, width, longest                 its name, features and most frames of a prefix
-    uses_seed                            whether `prepare` depends on the seed
-    prepare(request, seed, duration)     what stays of a request for a whole take
-    frames(prepared)                     prefix frames of a take
-    states(prepared, start)              values (B, T, width) and mask (B, T) of the rows
-                                         in the window from sample `start` on; None: all
-    null_states(shape)                   the same of rows for guidance, without a sound
+    class LoudnessRequest(NamedTuple):  # what `generate(condition=...)` is given
+        audio: mx.array
 
-where a request is whatever `generate(condition=...)` is given, and None where there is
-none. Needs decoder.py and options.py beside it. The file of the conditioner is needed
-beside it, too: melody.py or style.py.
+    @dataclass
+    class LoudnessConfig:  # the section "conditioner" of config.json
+        kind: str = "loudness"
+        width: int = 3  # features of a prefix frame: the decoder's prefix_width
+
+        @classmethod
+        def from_dict(cls, section): ...  # from a stranger's file: check it here
+        def build(self, codec, max_duration): return LoudnessConditioner(...)
+
+    class LoudnessConditioner(nn.Module):  # its weights lie under "conditioner."
+        kind = "loudness"
+        uses_seed = False  # whether `prepare` draws by the seed
+        longest = 235  # most prefix frames there can be, to estimate memory
+
+        def prepare(self, request, seed, duration): ...
+            # once a take: what `frames` and `states` want to know; None for no request
+        def frames(self, prepared): ...
+            # prefix frames of a take; rows that run together have as many
+        def states(self, prepared, start): ...
+            # of a list, one a row: values (B, T, width) and mask (B, T). `start` is the
+            # sample at which the window begins; None: there is one window
+        def null_states(self, shape): ...
+            # the same for rows without a sound, which guidance moves away from
+
+melody.py and style.py are such files, and needed beside it for such models. Needs
+decoder.py and options.py beside it.
 """
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import mlx.nn as nn
+
 from decoder import Condition, stack_rows
 from options import STYLE_OPTIONS, Options
 
 if TYPE_CHECKING:
+    from checkpoints import MusicGenConfig
+    from encodec import Encodec
     from musicgen import MusicGen
+
+
+def melody_config() -> type:
+    from melody import MelodyConfig
+
+    return MelodyConfig
+
+
+def style_config() -> type:
+    from style import StyleConfig
+
+    return StyleConfig
+
+
+CONDITIONERS = {"melody": melody_config, "style": style_config}
 
 
 def read_config(settings: dict) -> Any | None:
@@ -35,21 +72,31 @@ def read_config(settings: dict) -> Any | None:
     section = settings.get("conditioner")
     if section is None and settings["model_type"] == "musicgen_melody":
         section = settings | {"kind": "melody"}
-    elif section is None and settings["decoder"].get("num_chroma"):  # ours, once
-        section = settings["decoder"] | {"kind": "melody"}
+    elif section is None and settings["decoder"].get("num_chroma"):
+        section = settings["decoder"] | {
+            "kind": "melody"
+        }  # as convert.py wrote it once
     if section is None:
         return None
     kind = section.get("kind") if isinstance(section, dict) else None
-    if kind == "melody":
-        from melody import MelodyConfig as Config
-    elif kind == "style":
-        from style import StyleConfig as Config
-    else:
+    if kind not in [*CONDITIONERS]:
         raise ValueError(
-            f"conditioner must be an object of the kind melody or style, got "
-            f"{section!r:.80}."
+            f"conditioner must be an object of the kind {' or '.join(CONDITIONERS)}, "
+            f"got {section!r:.80}."
         )
-    return Config.from_dict(section)
+    return CONDITIONERS[kind]().from_dict(section)
+
+
+def build(config: "MusicGenConfig", codec: "Encodec") -> nn.Module:
+    """The conditioner of a model. Raises ValueError unless the decoder's prefix is as
+    wide as its own."""
+    width = config.conditioner.width
+    if config.decoder.prefix_width != width:
+        raise ValueError(
+            f"prefix_width must be the conditioner's width, {width}, got "
+            f"{config.decoder.prefix_width}."
+        )
+    return config.conditioner.build(codec, config.max_duration)
 
 
 def make_requests(

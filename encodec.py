@@ -221,19 +221,6 @@ class ResnetBlock(nn.Module):
         return skip + x
 
 
-class Stack(nn.Module):
-    """Layers one after another, numbered as in the checkpoints."""
-
-    def __init__(self, layers: list[nn.Module]):
-        super().__init__()
-        self.layers = layers
-
-    def __call__(self, x: mx.array) -> mx.array:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 def residual_blocks(config: EncodecConfig, channels: int) -> list[nn.Module]:
     return [
         ResnetBlock(config, channels, config.dilation_growth_rate**i)
@@ -241,7 +228,7 @@ def residual_blocks(config: EncodecConfig, channels: int) -> list[nn.Module]:
     ]
 
 
-def build_encoder(config: EncodecConfig) -> Stack:
+def build_encoder(config: EncodecConfig) -> nn.Sequential:
     """SEANet encoder: samples (B, N, C) -> embeddings (B, T, hidden_size)."""
     width = config.num_filters
     layers = [Conv1d(config, config.audio_channels, width, config.kernel_size)]
@@ -251,10 +238,10 @@ def build_encoder(config: EncodecConfig) -> Stack:
         width *= 2
     layers += [LSTM(config, width), nn.ELU()]
     layers += [Conv1d(config, width, config.hidden_size, config.last_kernel_size)]
-    return Stack(layers)
+    return nn.Sequential(*layers)
 
 
-def build_decoder(config: EncodecConfig) -> Stack:
+def build_decoder(config: EncodecConfig) -> nn.Sequential:
     """SEANet decoder: embeddings (B, T, hidden_size) -> samples (B, N, C)."""
     width = config.num_filters * 2 ** len(config.upsampling_ratios)
     layers = [Conv1d(config, config.hidden_size, width, config.kernel_size)]
@@ -265,7 +252,7 @@ def build_decoder(config: EncodecConfig) -> Stack:
         layers += residual_blocks(config, width)
     layers += [nn.ELU()]
     layers += [Conv1d(config, width, config.audio_channels, config.last_kernel_size)]
-    return Stack(layers)
+    return nn.Sequential(*layers)
 
 
 class Codebook(nn.Module):

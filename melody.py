@@ -91,11 +91,6 @@ class MelodyConditioner(nn.Module):
         self.max_duration = max_duration
 
     @property
-    def width(self) -> int:
-        """Features of a prefix frame."""
-        return self.config.width
-
-    @property
     def longest(self) -> int:
         """Most prefix frames there can be."""
         return self.config.chroma_length
@@ -154,7 +149,7 @@ class MelodyConditioner(nn.Module):
 
     def _silence(self) -> mx.array:
         """(1, width). All notes are 0, and of equals `one_hot` takes the first: C."""
-        notes = mx.zeros((1, self.width))
+        notes = mx.zeros((1, self.config.width))
         return one_hot(notes) if self.config.argmax else notes
 
 

@@ -45,8 +45,9 @@ class MusicGen(nn.Module):
         self.audio_encoder = Encodec(config.audio_encoder)
         self.conditioner = None
         if config.conditioner:
-            parts = (self.audio_encoder, config.max_duration)
-            self.conditioner = config.conditioner.build(*parts)
+            from conditioning import build
+
+            self.conditioner = build(config, self.audio_encoder)
         if config.quantization is not None:
             from engine import quantize
 

@@ -130,11 +130,6 @@ class StyleConditioner(nn.Module):
         return self.embed(self.mert(mx.array(resample(np.array(audio), *rates)).T))
 
     @property
-    def width(self) -> int:
-        """Features of a prefix frame."""
-        return self.config.width
-
-    @property
     def longest(self) -> int:
         """Most prefix frames there can be."""
         rate = self._codec.config.frame_rate
@@ -164,7 +159,7 @@ class StyleConditioner(nn.Module):
     ) -> tuple[mx.array, mx.array]:
         """Tokens (B, T, width) of rows of equal length, and a mask (B, T) of those
         that count. The same in every window."""
-        nothing = mx.zeros((1, self.width))
+        nothing = mx.zeros((1, self.config.width))
         values = mx.stack([nothing if x is None else x for x in prepared])
         there = mx.array([x is not None for x in prepared])[:, None]
         return values, mx.broadcast_to(there, values.shape[:2])

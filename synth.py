@@ -1,14 +1,15 @@
-"""A small musical world: endless clips with captions, for a model that fits in a box.
+"""A small musical world: endless clips with captions, to train and test a tiny model.
 
     python synth.py --listen 8 --output-dir clips/
     python synth.py --listen 20 --timbre brass --output-dir brass/
 
-A clip is a tune of one voice, in numpy. Five traits tell it: the timbre, the register,
-the tempo, the mode, and whether a drum beat goes with it. A caption says them in free
-words, in any order. `train.py synth` learns from these, and `evaluate.py` measures them.
-A sixth timbre, brass, is in none of these: it is what `train.py lora` can teach. And "any"
-is another spectrum for each note, for the codec to hear more than five.
-Needs audio.py beside it, which writes the files.
+A clip is a tune of one voice, made with numpy. It has five traits: the timbre, the
+register, the tempo, the mode, and whether drums play. Its caption names them in various
+words, in any order. `train.py synth` trains on clips, and `evaluate.py` measures them.
+
+Two timbres are not among those of the training. "brass" is there for `train.py lora` to
+teach. "any" has another spectrum for each note; the codec is trained on it, too, so that
+it hears more than five spectra. Needs audio.py beside it.
 """
 
 import argparse
@@ -31,11 +32,13 @@ TRAITS = {
     "mode": ("major", "minor"),
     "drums": ("without", "with"),
 }
-LOWEST = {"low": 45, "middle": 59, "high": 73}  # notes that a tune may start from,
-SPREAD = 1  # and up to as many halftones higher
+LOWEST = {"low": 45, "middle": 59, "high": 73}  # MIDI notes that a tune starts from
+SPREAD = 1  # halftones that it may start higher
 NOTES_PER_SECOND = {"slow": 1.0, "medium": 2.0, "fast": 4.0}  # 8 % more or less
-EARLY = 0.2  # of the clips begin anywhere in their first two notes, as music goes on
-MISSING = 0.05  # of the traits are left out of a caption
+EARLY = (
+    0.2  # share of clips that begin within their first two notes, as an excerpt does
+)
+MISSING = 0.05  # share of traits that a caption leaves out
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11, 12), "minor": (0, 2, 3, 5, 7, 8, 10, 12)}
 CHORDS = {"major": (0, 4, 7, 12), "minor": (0, 3, 7, 12)}
 
@@ -62,7 +65,7 @@ NOUNS = ("melody", "tune", "song", "music", "piece")
 
 
 class Clip(NamedTuple):
-    """What a clip is like: a value of each of TRAITS."""
+    """The traits of a clip: a value of each of TRAITS."""
 
     timbre: str
     register: str
@@ -72,15 +75,18 @@ class Clip(NamedTuple):
 
     @property
     def held_out(self) -> bool:
-        """Whether no clip for training is like this, in either mode: a fifth of all,
-        spread so that any three of its other traits are known together."""
+        """Whether the training has no clip with these traits, in either mode.
+
+        A fifth of all clips are held out. Any three of their traits other than the mode
+        are together in some clip of the training.
+        """
         numbers = [TRAITS[name].index(value) for name, value in self._asdict().items()]
         weights = (1, 1, 3, 0, 2)
         return sum(n * w for n, w in zip(numbers, weights)) % 5 == 0
 
 
 def clips_of(*timbres: str) -> list[Clip]:
-    """All that can be played in these timbres."""
+    """All combinations of traits with these timbres."""
     return [Clip(*v) for v in itertools.product(timbres, *list(TRAITS.values())[1:])]
 
 
@@ -90,15 +96,18 @@ HELD_OUT = [clip for clip in CLIPS if clip.held_out]
 
 
 def caption(clip: Clip, random: np.random.Generator, missing: float = 0.0) -> str:
-    """The clip in words. Each trait but drums is left out with the chance `missing`;
-    that there are no drums goes without saying half of the time."""
-    said = {}
+    """A caption of a clip, in random words.
+
+    Each trait but drums is left out with the probability `missing`. Drums are always
+    named; their absence is named in half of the captions.
+    """
+    words = {}
     for name, value in clip._asdict().items():
-        silent = 0.5 if value == "without" else missing * (name != "drums")
-        if random.random() >= silent:
-            said[name] = str(random.choice(WORDS[value]))
-    drums = said.pop("drums", None)
-    parts = list(said.values())
+        probability = 0.5 if value == "without" else missing * (name != "drums")
+        if random.random() >= probability:
+            words[name] = str(random.choice(WORDS[value]))
+    drums = words.pop("drums", None)
+    parts = list(words.values())
     random.shuffle(parts)
     noun = str(random.choice(NOUNS))
     if random.random() < 0.5:  # "slow sad bell melody", or "a melody, slow, sad, bell"
@@ -111,21 +120,21 @@ def caption(clip: Clip, random: np.random.Generator, missing: float = 0.0) -> st
 
 
 def misheard(clip: Clip, random: np.random.Generator, chance: float) -> Clip:
-    """The clip as somebody tells it who guesses each trait with this chance; never as
-    one that was held out."""
-    told = Clip(
+    """The clip with each trait replaced by a random one with the probability `chance`;
+    the clip itself where that would be one that is held out."""
+    guess = Clip(
         *(
             str(random.choice(TRAITS[name])) if random.random() < chance else value
             for name, value in clip._asdict().items()
         )
     )
-    return clip if told.held_out else told
+    return clip if guess.held_out else guess
 
 
 def render(
     clip: Clip, random: np.random.Generator, seconds: float = SECONDS
 ) -> np.ndarray:
-    """Samples (N,) float32 of a tune that is like the clip, peaking below 1."""
+    """Samples (N,) in float32 of a random tune with the traits of a clip, at most 1."""
     pace = NOTES_PER_SECOND[clip.tempo] * random.uniform(0.92, 1.08)
     length = int(seconds * RATE)
     early = random.uniform(0, 2 / pace) * (random.random() < EARLY)
@@ -144,7 +153,10 @@ def render(
 
 
 def tune(mode: str, count: int, random: np.random.Generator) -> list[int]:
-    """Halftones above the root: steps and leaps in the scale, often of the chord."""
+    """A random tune: `count` notes in halftones above the root, the first one the root.
+
+    It steps and leaps in the scale, and often goes to a note of the chord.
+    """
     scale, chord = SCALES[mode], CHORDS[mode]
     place, steps = 0, [0]
     while len(steps) < count:
@@ -156,23 +168,24 @@ def tune(mode: str, count: int, random: np.random.Generator) -> list[int]:
 
 
 def frequency(note: float) -> float:
-    """Hertz of a MIDI note."""
+    """Frequency of a MIDI note in Hz."""
     return 440 * 2 ** ((note - 69) / 12)
 
 
 def add(track: np.ndarray, second: float, sound: np.ndarray) -> None:
-    """Add a sound to a track at a time, as far as it lies in it."""
+    """Add a sound (M,) to a track (N,) at a time; what lies outside is cut off."""
     first = int(second * RATE)
     part = sound[max(-first, 0) : max(len(track) - first, 0)]
     track[max(first, 0) :][: len(part)] += part
 
 
 def times(seconds: float) -> np.ndarray:
+    """The times (N,) of samples, in seconds."""
     return np.arange(int(seconds * RATE)) / RATE
 
 
-def faded(sound: np.ndarray) -> np.ndarray:
-    """With an onset of 5 ms and an end of 30 ms."""
+def fade(sound: np.ndarray) -> np.ndarray:
+    """Fade a sound (N,) in over 5 ms and out over 30 ms, in place."""
     rise, fall = int(0.005 * RATE), int(0.03 * RATE)
     sound[:rise] *= np.linspace(0, 1, rise)
     sound[-fall:] *= np.linspace(1, 0, fall)
@@ -180,67 +193,67 @@ def faded(sound: np.ndarray) -> np.ndarray:
 
 
 def harmonics(hertz: float, seconds: float, amplitudes: dict[int, float]) -> np.ndarray:
-    """A held note, of those harmonics that lie below 12 kHz."""
+    """A sum of harmonics with amplitudes by number, without those above 12 kHz."""
     turn = np.exp(2j * np.pi * hertz * times(seconds))
     sound, power = np.zeros(len(turn)), 1
     for k in range(1, min(max(amplitudes), int(12000 / hertz)) + 1):
-        power = power * turn  # whose imaginary part is the sine
+        power = power * turn  # its imaginary part is the sine of harmonic k
         sound += amplitudes.get(k, 0) * power.imag
     return sound
 
 
-def held(amplitudes: dict[int, float]) -> Callable:
-    """A voice that keeps its loudness, a little less in the course of a note."""
+def steady(amplitudes: dict[int, float]) -> Callable:
+    """A voice with these harmonics, whose notes fade only a little."""
 
     def play(hertz: float, seconds: float, random: np.random.Generator) -> np.ndarray:
         sound = harmonics(hertz, seconds, amplitudes)
-        return faded(sound * np.exp(-0.8 * times(seconds)))
+        return fade(sound * np.exp(-0.8 * times(seconds)))
 
     return play
 
 
 def pluck(hertz: float, seconds: float, random: np.random.Generator) -> np.ndarray:
-    """Harmonics of which the higher ones fade sooner."""
+    """A plucked string: the higher a harmonic, the sooner it fades."""
     t = times(seconds)
     sound = sum(
         np.sin(2 * np.pi * k * hertz * t) * np.exp(-(2 + 2.5 * k) * t) / k**0.7
         for k in range(1, 11)
         if k * hertz < 12000
     )
-    return faded(0.9 * sound)
+    return fade(0.9 * sound)
 
 
 def bell(hertz: float, seconds: float, random: np.random.Generator) -> np.ndarray:
-    """A tuned bar: a strong twelfth above the note, and one more octave."""
+    """A tuned bar: the note, a strong twelfth above it, and an octave above that."""
     t = times(seconds)
     sound = sum(
         a * np.sin(2 * np.pi * k * hertz * t) * np.exp(-decay * t)
         for k, a, decay in ((1, 1.0, 3), (3, 0.8, 4), (6, 0.45, 6))
     )
-    return faded(1.1 * sound)
+    return fade(1.1 * sound)
 
 
 def brass(hertz: float, seconds: float, random: np.random.Generator) -> np.ndarray:
-    """Frequency modulation that grows with the loudness, as in brass."""
+    """Brass by frequency modulation: the louder, the brighter."""
     t = times(seconds)
-    blown = np.minimum(t / 0.06, 1) * (0.75 + 0.25 * np.exp(-6 * t))
-    turn = 2 * np.pi * hertz * t
-    return faded(1.1 * blown * np.sin(turn + 1.5 * blown * np.sin(turn)))
+    level = np.minimum(t / 0.06, 1) * (0.75 + 0.25 * np.exp(-6 * t))
+    phase = 2 * np.pi * hertz * t
+    return fade(1.1 * level * np.sin(phase + 1.5 * level * np.sin(phase)))
 
 
 def any_sound(hertz: float, seconds: float, random: np.random.Generator) -> np.ndarray:
-    """A spectrum drawn for this note, bright or dark, which fades as fast as it comes."""
+    """A note with a random spectrum, bright or dark, that fades at a random rate."""
     slope = random.uniform(0.5, 5)
     amplitudes = {k: random.lognormal() / k**slope for k in range(1, 21)}
     sound = harmonics(hertz, seconds, amplitudes)
-    fading = np.exp(-random.uniform(0.5, 5) * times(seconds))
-    return faded(1.1 * sound / np.abs(sound).max() * fading)
+    decay = np.exp(-random.uniform(0.5, 5) * times(seconds))
+    return fade(1.1 * sound / np.abs(sound).max() * decay)
 
 
-VOICES = {
-    "sine": held({1: 1.3}),
-    "square": held({k: 1 / k for k in range(1, 40, 2)}),
-    "sawtooth": held({k: 0.7 / k for k in range(1, 40)}),
+VOICES = {  # by timbre: (hertz, seconds, random) -> samples (N,)
+    "sine": steady({1: 1.3}),
+    "square": steady({k: 1 / k for k in range(1, 40, 2)}),
+    "sawtooth": steady({k: 0.7 / k for k in range(1, 40)}),
     "plucked string": pluck,
     "bell": bell,
     "brass": brass,
@@ -249,14 +262,14 @@ VOICES = {
 
 
 def kick() -> np.ndarray:
-    """A beat that falls from 120 to 45 Hz."""
+    """A bass drum: a sine that falls from 120 to 45 Hz."""
     t = times(0.2)
     phase = 2 * np.pi * np.cumsum(45 + 75 * np.exp(-40 * t)) / RATE
     return 1.2 * np.sin(phase) * np.exp(-14 * t)
 
 
 def snare(random: np.random.Generator) -> np.ndarray:
-    """A burst of noise."""
+    """A snare drum: a burst of noise."""
     t = times(0.1)
     return 0.35 * random.standard_normal(len(t)) * np.exp(-45 * t)
 
@@ -264,14 +277,14 @@ def snare(random: np.random.Generator) -> np.ndarray:
 def make(
     seed: int, clips: list[Clip] = KNOWN, seconds: float = SECONDS
 ) -> tuple[Clip, str, np.ndarray]:
-    """The clip of a seed: what it is like, its caption, its samples."""
+    """The clip of a seed, one of `clips`: its traits, its caption, its samples (N,)."""
     random = np.random.default_rng(seed)
     clip = clips[random.integers(len(clips))]
     return clip, caption(clip, random, MISSING), render(clip, random, seconds)
 
 
 def listen(count: int, folder: Path, clips: list[Clip] = KNOWN) -> None:
-    """Write some clips with their captions, and print these."""
+    """Write clips with their captions to a folder, and print the captions."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(count):
         _, text, sound = make(seed, clips)
@@ -281,7 +294,7 @@ def listen(count: int, folder: Path, clips: list[Clip] = KNOWN) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
+    """A parser that prints an error as one line."""
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
@@ -290,11 +303,11 @@ class Parser(argparse.ArgumentParser):
 def main() -> None:
     parser = Parser(description="Make clips with captions.")
     parser.add_argument("--listen", type=int, default=8, help="how many (default: 8)")
-    parser.add_argument("--timbre", choices=VOICES, help="only clips of this one")
+    parser.add_argument("--timbre", choices=VOICES, help="only clips of this timbre")
     parser.add_argument("--output-dir", type=Path, default=Path("clips"))
     args = parser.parse_args()
     if args.listen < 1:
-        parser.error(f"--listen must be above 0, got {args.listen}")
+        parser.error(f"--listen must be 1 or more, got {args.listen}")
     clips = KNOWN
     if args.timbre:
         clips = [clip for clip in clips_of(args.timbre) if clip not in HELD_OUT]

@@ -51,7 +51,7 @@ class LoudnessConditioner(nn.Module):
 
     def __init__(self, config: LoudnessConfig, sampling_rate: int, seconds: float):
         super().__init__()
-        self.width, self.longest = config.width, int(seconds * RATE)
+        self.longest = int(seconds * RATE)
         self.embed = nn.Linear(1, config.width)
         self._piece, self._calls = sampling_rate // RATE, []
 
@@ -116,6 +116,13 @@ class TestNewConditioner(Test):
             found.append(self.model.generate_codes(prompts, **more))
         self.assertSame(*found)
         return found[0]
+
+    def test_prefix_of_another_width(self):
+        config = tiny_model().config
+        for width in (0, 4):
+            config.decoder.prefix_width = width
+            with self.assertRaisesRegex(ValueError, f"width, 3, got {width}"):
+                MusicGen(config, None)
 
     def test_request_of_another_kind(self):
         with patch.dict(audiocraft.SCALES, default=4):

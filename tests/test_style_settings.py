@@ -81,7 +81,7 @@ class TestStyleSettings(Test):
         self.assertIsNone(model.prepare(None, 0, 8.0))
         self.assertEqual(model.frames(None), 1)
         values, mask = model.states([None, None], None)
-        self.assertSame(values, mx.zeros((2, 1, model.width)))
+        self.assertSame(values, mx.zeros((2, 1, model.config.width)))
         self.assertFalse(mask.any().item())
         tokens = model.prepare(StyleRequest(self.tunes[0]), 0, 8.0)
         values, mask = model.states([tokens, tokens], 0)
