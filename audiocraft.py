@@ -122,9 +122,8 @@ def codec_settings(weights: dict[str, mx.array], cfg: dict) -> dict[str, Any]:
     `cfg` maps dotted names of `xp.cfg` to strings. Where it is silent the
     defaults of audiocraft's code hold.
     """
-    shapes = (
-        {}
-    )  # of the kernels (out, in, kernel); (in, out, kernel) where it upsamples
+    # of the kernels (out, in, kernel), and (in, out, kernel) where the codec upsamples
+    shapes = {}
     for name, weight in weights.items():
         name = name.replace("parametrizations.weight.original1", "weight_v")
         if match := re.fullmatch(CONV, name):

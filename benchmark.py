@@ -6,8 +6,9 @@
     python benchmark.py --random htdemucs --duration 30
 
 `--random` needs no download: the real shapes with random values. `--plain` measures the
-plain step and decode in place of engine.py's and encodec_stream.py's. Needs musicgen.py,
-engine.py and all that these need beside it; demucs.py, and train.py for `--lora`.
+plain step and decode in place of engine.py's and encodec_stream.py's. Needs
+musicgen.py, engine.py and all that these need beside it; demucs.py, and train.py for
+`--lora`.
 """
 
 import argparse
@@ -96,14 +97,11 @@ def operations_per_step(model: MusicGen) -> int:
     mask = mx.array([[True], [False]]) & mx.ones(8, mx.bool_)  # the second: null row
     text, K = Condition(states, mask), model.config.decoder.num_codebooks
     if model.plain:
-        step, tokens = PlainStep(model.decoder, text, 2, 3), mx.zeros(
-            (1, 1, K), mx.int32
-        )
+        step, rows = PlainStep(model.decoder, text, 2, 3), 1
     else:
         lane = Lane(model.decoder, text, 3, mx.default_stream(mx.default_device()))
-        step, tokens = lambda x: lane.upper(lane.lower(x)), mx.zeros(
-            (2, 1, K), mx.int32
-        )
+        step, rows = lambda x: lane.upper(lane.lower(x)), 2
+    tokens = mx.zeros((rows, 1, K), mx.int32)
     mx.eval(step(tokens))  # the first call compiles
     return count_operations(step(tokens))
 

@@ -4,10 +4,11 @@
     files.config, files.weights, files.tokenizer
 
 A folder that `convert.py` wrote is read here: `config.json`, `model.safetensors` and
-`spiece.model`. Published ones, audiocraft's and transformers', are read by published.py,
-and fetched by hub.py; models that follow a sound are configured by conditioning.py, those
-that are quantized by engine.py. No model is built; the weights have our names, and each is
-checked when it is loaded. Needs decoder.py, encodec.py, options.py and t5.py beside it.
+`spiece.model`. Published ones, audiocraft's and transformers', are read by
+published.py, and fetched by hub.py; models that follow a sound are configured by
+conditioning.py, those that are quantized by engine.py. No model is built; the weights
+have our names, and each is checked when it is loaded. Needs decoder.py, encodec.py,
+options.py and t5.py beside it.
 """
 
 import json
@@ -33,7 +34,7 @@ TINY = Path(__file__).with_name("tiny")
 
 @dataclass
 class MusicGenConfig:
-    """Configs of the models, and the longest audio, in seconds, that the decoder knows."""
+    """Configs of the models, and the longest audio in seconds that it knows."""
 
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     text_encoder: T5Config = field(default_factory=T5Config)

@@ -5,7 +5,8 @@
 The folder holds `config.json`, `model.safetensors` and `spiece.model`: decoder, T5
 encoder and codec together, in our names and layouts, ready to be loaded by
 `MusicGen.from_pretrained(DIR)` or uploaded. Needs musicgen.py and what that needs,
-published.py and what that needs, hub.py, and engine.py to quantize, lora.py for adapters.
+published.py and what that needs, hub.py, and engine.py to quantize, lora.py for
+adapters.
 """
 
 import argparse

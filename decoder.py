@@ -1,8 +1,8 @@
 """MusicGen's decoder: codes and conditions -> logits of the next codes.
 
-The transformer of Copet et al. (https://arxiv.org/abs/2306.05284), plain: `Decoder.__call__`
-is what trains and what runs where engine.py does not. Each step takes K codes a row and
-gives logits for the K codes of the next step. Stands alone.
+The transformer of Copet et al. (https://arxiv.org/abs/2306.05284), plain:
+`Decoder.__call__` is what trains and what runs where engine.py does not. Each step
+takes K codes a row and gives logits for the K codes of the next step. Stands alone.
 
 Shapes: R rows, each take once or more for guidance; S steps, K codebooks, V entries of
 each; P frames of a prefix, L tokens of a text; D hidden size, H heads of width d.
@@ -45,7 +45,7 @@ class KVCache:
         self.offset = 0
 
     def update_and_fetch(self, keys_values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append (2, R * H, S, d); returns all keys and all values (1, R * H, S', d)."""
+        """Append (2, R * H, S, d); returns all keys, all values (1, R * H, S', d)."""
         end = self.offset + keys_values.shape[2]
         self._buffer[:, :, self.offset : end] = keys_values
         self.offset = end
@@ -128,7 +128,7 @@ class CrossAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention, cross-attention if the text is not in the prefix, feed-forward."""
+    """Self-attention, cross-attention (with no prefix), feed-forward."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -241,7 +241,7 @@ class Decoder(nn.Module):
         ]
 
     def prefix(self, sound: Condition, text: Condition) -> mx.array:
-        """What comes before the codes (R, P, D): the states of a sound, then a text's."""
+        """What comes before the codes (R, P, D): a sound's states, then a text's."""
         pairs = (self.sound_proj, sound), (self.output_proj, text)
         return mx.concatenate(
             [

@@ -1,8 +1,8 @@
 """EnCodec's published files -> settings, and weights by our names and layouts.
 
 transformers' form is `config.json` and `model.safetensors`, audiocraft's one
-`compression_state_dict.bin`, for which audiocraft.py and torch_file.py are needed beside
-this file; else it stands alone.
+`compression_state_dict.bin`, for which audiocraft.py and torch_file.py are needed
+beside this file; else it stands alone.
 
     path, settings, weights = read("32khz")  # or a Hub id, or a folder
 """

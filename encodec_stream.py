@@ -1,9 +1,9 @@
 """EnCodec, fast: its decoder in pieces, while codes come, and its LSTM compiled.
 
-The twin of `Encodec.decode_chunk` and `Encodec.encode`, with the same samples and codes.
-A sample of the 32 kHz codec depends on the 3 3/4 frames around its own, so pieces can be
-decoded one after another, each with a few frames of its neighbours, in little memory.
-Needs encodec.py beside it.
+The twin of `Encodec.decode_chunk` and `Encodec.encode`, with the same samples and
+codes. A sample of the 32 kHz codec depends on the 3 3/4 frames around its own, so
+pieces can be decoded one after another, each with a few frames of its neighbours, in
+little memory. Needs encodec.py beside it.
 
     stream = DecodingStream(codec)
     for codes in pieces:  # (B, T, K), T of any size
@@ -75,7 +75,8 @@ def play(
     chunk: float = 0.5,
     steps: "Iterable[Take] | None" = None,
 ) -> Iterator[mx.array]:
-    """The samples (N, C) of a take of one prompt while it is made, `chunk` seconds each.
+    """The samples (N, C) of a take of one prompt while it is made, `chunk` seconds
+    each.
 
     `steps` is the iteration over the take, where something else goes along. Raises
     ValueError for pieces shorter than a frame, and for several prompts.
@@ -204,8 +205,7 @@ class Lookahead:
 
 
 def make_upsampler(model: Encodec, rows: int, frames: int = 200) -> Lookahead:
-    """The layers after the LSTM, for `frames` frames of all rows at a time, to save
-    memory."""
+    """The layers after the LSTM, on few frames of all rows at a time, to save memory."""
     streams = parallel_streams()
     waiting, turn = [], itertools.cycle(streams)
 

@@ -1,11 +1,12 @@
 """The engine: the decoder's step again, fast and small.
 
-The twin of `musicgen.PlainStep`, with the same codes. What it does beside the plain step:
-all between two self-attentions is compiled, so that Python does not build the graph anew
-in every step; rows without a text skip the cross-attention; on the CPU the rows are two
-lanes, computed side by side; on an NVIDIA GPU products of few rows are taken as columns.
-And what concerns a machine: a decoder quantized or shared among processes, and what its
-memory holds. Needs decoder.py beside it; lora.py is needed for an adapter.
+The twin of `musicgen.PlainStep`, with the same codes. What it does beside the plain
+step: all between two self-attentions is compiled, so that Python does not build the
+graph anew in every step; rows without a text skip the cross-attention; on the CPU the
+rows are two lanes, computed side by side; on an NVIDIA GPU products of few rows are
+taken as columns. And what concerns a machine: a decoder quantized or shared among
+processes, and what its memory holds. Needs decoder.py beside it; lora.py is needed for
+an adapter.
 
     forward = Engine(decoder, text, copies=2, steps=403)
     logits = forward(tokens)  # (B, S, K) -> (R, 1, K, V)
@@ -115,7 +116,7 @@ class Lane:
             self.prefix = sound and self._decoder.prefix(sound, self._text)
 
     def prefill(self, tokens: mx.array) -> mx.array:
-        """Logits (R, 1, K, V) after tokens (R, S, K) and the prefix, if there is one."""
+        """Logits (R, 1, K, V) after tokens (R, S, K) and the prefix, if any."""
         prefix, self.prefix = self.prefix, None
         with mx.stream(self._stream):
             x = self._decoder.embed(tokens)
@@ -406,6 +407,6 @@ def rows_that_fit(model: "MusicGen", options: "Options") -> int:
 
 
 def fits(decoder: Decoder, rows: int, steps: int) -> bool:
-    """Whether the caches of so many rows, and then decoding, fit beside what is there."""
+    """Whether caches of so many rows, and then decoding, fit beside what is there."""
     size = max(rows * cache_bytes(decoder, steps), DECODING_MEMORY)
     return mx.get_active_memory() + size <= memory_size()

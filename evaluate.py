@@ -12,9 +12,9 @@ second, the timbre by the strengths of the harmonics, and the drums by the beats
 the lowest note. Other rows say the same of the synthesizer's own clips, as they are and
 through the codec, and of the takes under other takes' prompts, which is chance.
 
-`--codec` measures how well the codec reconstructs sound. `--timbre` asks for one timbre,
-such as one that an adapter was taught. Needs musicgen.py, train_codec.py, synth.py and
-all that these need beside it.
+`--codec` measures how well the codec reconstructs sound. `--timbre` asks for one
+timbre, such as one that an adapter was taught. Needs musicgen.py, train_codec.py,
+synth.py and all that these need beside it.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""The Hugging Face Hub: short names of the released models, and fetching what they need.
+"""The Hugging Face Hub: short names of the released models, and fetching what they
+need.
 
     folder = fetch("stereo-small")  # the Hub's cache of two files
 

@@ -6,10 +6,11 @@
         for result in batch.save():
             print(result.job.output, result.error or "is there")
 
-A job is one sound file to make. Jobs that differ in prompt, seed and file only run in one
-batch; a job whose file exists is done. Under `mlx.launch` every process takes its share.
-Needs musicgen.py and what that needs, prompt.py, audio.py, loudness.py and settings.py
-beside it. Jobs that follow a sound go with conditioning.py, and melody.py or style.py.
+A job is one sound file to make. Jobs that differ in prompt, seed and file only run in
+one batch; a job whose file exists is done. Under `mlx.launch` every process takes its
+share. Needs musicgen.py and what that needs, prompt.py, audio.py, loudness.py and
+settings.py beside it. Jobs that follow a sound go with conditioning.py, and melody.py
+or style.py.
 """
 
 import functools
@@ -199,8 +200,8 @@ def make_style(values: dict[str, Any], overrides: set[str]) -> tuple[str | None,
 def make_job(
     values: dict[str, Any], line: int | None = None, overrides: set[str] | None = None
 ) -> Job:
-    """A job from values of ALL_KEYS, of which those named in `overrides` are no defaults;
-    None: all. Raises ValueError naming a bad one."""
+    """A job from values of ALL_KEYS, of which those named in `overrides` are no
+    defaults; None: all. Raises ValueError naming a bad one."""
     sound = make_audio_prompt(*(values.get(key) for key in AUDIO_KEYS))
     overrides = {*values} if overrides is None else overrides
     melody = make_melody(*(values.get(key) for key in MELODY_KEYS), overrides)
@@ -449,7 +450,7 @@ class Batch:
                 self._jobs = [other for other in self._jobs if other is not job]
 
     def _make(self, jobs: list[Job], audio: mx.array | None) -> Iterator[Take]:
-        """The steps of some jobs; in halves, where memory does not hold all after all."""
+        """The steps of some jobs; in halves, where memory cannot hold all after all."""
         take = make_take(self._model, jobs, self._sounds, audio, self._start)
         self._takes.append(take)
         try:
@@ -565,7 +566,7 @@ def frames_of_prompt(
 
 
 def decode(model: MusicGen, job: Job, codes: mx.array, prompt_frames: int) -> mx.array:
-    """Audio (B, N, C) of codes (B, T, K), less an audio prompt that is to be dropped."""
+    """Audio (B, N, C) of codes (B, T, K), less an audio prompt to be dropped."""
     audio = model.decode(codes)
     if job.audio_prompt and job.audio_prompt.drop:
         audio = audio[:, prompt_frames * model.config.audio_encoder.hop_length :]

@@ -105,7 +105,7 @@ def decibels(power: float) -> float:
 
 
 def to_loudness(audio: np.ndarray, rate: int, loudness: float) -> np.ndarray:
-    """(N, C) scaled to `loudness` LUFS, or less, with a warning, where it would clip."""
+    """(N, C) scaled to `loudness` LUFS; less, with a warning, where it would clip."""
     now = integrated_loudness(audio, rate)
     if now == -math.inf:
         warnings.warn("The sound is silent and stays so.")

@@ -206,7 +206,8 @@ def chromagram(
 
 @functools.lru_cache(maxsize=4)
 def chroma_filters(num_chroma: int, n_fft: int) -> np.ndarray:
-    """How much each frequency of a frame adds to each note: (num_chroma, n_fft / 2 + 1).
+    """How much each frequency of a frame adds to each note: (num_chroma, n_fft / 2 +
+    1).
 
     Every frequency has a bell over the notes around it, wider where a frequency
     spans more of a note, and weighs as its octave does: a bell around the fifth from

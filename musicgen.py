@@ -3,11 +3,11 @@
 The single-stage language model over EnCodec codes of Copet et al.
 (https://arxiv.org/abs/2306.05284): a decoder that attends a text and writes K codes for
 every frame of 20 ms, the k-th codebook a little later than the first. From the whole to
-its parts: `MusicGen`, which ties text encoder, decoder and codec together; the take that
-it makes; the loop (`generate_step`), guidance and sampling; the delay pattern. Needs
-decoder.py, t5.py, encodec.py, options.py and checkpoints.py beside it. Where both lie
-beside it, engine.py and encodec_stream.py make it faster. To begin with a sound, prompt.py
-is needed; to follow one, conditioning.py.
+its parts: `MusicGen`, which ties text encoder, decoder and codec together; the take
+that it makes; the loop (`generate_step`), guidance and sampling; the delay pattern.
+Needs decoder.py, t5.py, encodec.py, options.py and checkpoints.py beside it. Where both
+lie beside it, engine.py and encodec_stream.py make it faster. To begin with a sound,
+prompt.py is needed; to follow one, conditioning.py.
 
     model = MusicGen.from_pretrained("stereo-small")
     audio = model.generate(["happy rock", "calm piano"], duration=8.0, seed=0)
@@ -183,8 +183,8 @@ class MusicGen(nn.Module):
     def make_forward(
         self, text: Condition, copies: int, steps: int
     ) -> Callable[[mx.array], mx.array]:
-        """The decoder under a text, to be called as `PlainStep`. T5 is freed, to be read
-        again, where memory does not hold it beside the caches."""
+        """The decoder under a text, to be called as `PlainStep`. T5 is freed, to be
+        read again, where memory does not hold it beside the caches."""
         if self.plain:
             return PlainStep(self.decoder, text, copies, steps)
         from engine import Engine, fits
@@ -194,7 +194,7 @@ class MusicGen(nn.Module):
         return Engine(self.decoder, text, copies, steps)
 
     def rows_that_fit(self, options: Options) -> int:
-        """How many prompts memory holds at once. The plain step does not estimate it."""
+        """How many prompts memory holds at once; the plain step does not ask."""
         if self.plain:
             return 10_000
         from engine import rows_that_fit
@@ -300,7 +300,8 @@ def encode_text(
 
 
 class Take:
-    """Rows of codes while they are made: iterate to make them, a decoder step at a time.
+    """Rows of codes while they are made: iterate to make them, a decoder step at a
+    time.
 
         take = model.steps("happy rock", duration=30)
         for _ in take:

@@ -73,7 +73,7 @@ def encode(model: "MusicGen", audio: mx.array, num_codebooks: int) -> mx.array:
 
 
 def check_prompt(model: "MusicGen", codes: mx.array, frames: int) -> mx.array:
-    """Codes (1, T, K) that a take of `frames` frames can start with, else ValueError."""
+    """Codes (1, T, K) that a take of `frames` can start with, else ValueError."""
     if codes.ndim != 3 or len(codes) != 1:
         raise ValueError(f"codes_prompt must be codes (1, T, K), got {codes.shape}.")
     T, rate = codes.shape[1], model.frame_rate

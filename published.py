@@ -1,9 +1,10 @@
-"""Published checkpoints: audiocraft's and transformers' folders -> our config and names.
+"""Published checkpoints: audiocraft's and transformers' folders -> our config and
+names.
 
-audiocraft's layout is two `.bin` files beside T5 and, where the codec is only named, the
-codec; transformers' a `config.json` with all weights. Needs audiocraft.py, torch_file.py,
-encodec.py, encodec_files.py and t5.py beside it. The files of what a model follows are
-needed beside it, too: melody.py, or style.py and mert.py.
+audiocraft's layout is two `.bin` files beside T5 and, where the codec is only named,
+the codec; transformers' a `config.json` with all weights. Needs audiocraft.py,
+torch_file.py, encodec.py, encodec_files.py and t5.py beside it. The files of what a
+model follows are needed beside it, too: melody.py, or style.py and mert.py.
 
     path, settings, weights, tokenizer, read_text_encoder = read(Path("musicgen-small"))
 """

@@ -8,8 +8,8 @@ register, the tempo, the mode, and whether drums play. Its caption names them in
 words, in any order. `train.py synth` trains on clips, and `evaluate.py` measures them.
 
 Two timbres are not among those of the training. "brass" is there for `train.py lora` to
-teach. "any" has another spectrum for each note; the codec is trained on it, too, so that
-it hears more than five spectra. Needs audio.py beside it.
+teach. "any" has another spectrum for each note; the codec is trained on it, too, so
+that it hears more than five spectra. Needs audio.py beside it.
 """
 
 import argparse

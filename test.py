@@ -2,9 +2,10 @@
 
     python test.py [-v] [NAME ...]
 
-NAME is a file (encodec), a class (TestEncodec) or a test (encodec.TestEncodec.test_lstm).
-Nothing needs a network, torch or released weights: `reference/` holds tiny random
-checkpoints in the published layouts and what the original implementations compute.
+NAME is a file (encodec), a class (TestEncodec) or a test
+(encodec.TestEncodec.test_lstm). Nothing needs a network, torch or released weights:
+`reference/` holds tiny random checkpoints in the published layouts and what the
+original implementations compute.
 """
 
 import argparse
@@ -29,8 +30,8 @@ def own_folder(parent: str) -> None:
 
 
 def exchange(source: Path, target: Path) -> None:
-    """Link what MLX compiled on the CPU. It writes and reads such files in TMPDIR with no
-    lock: each process has its own folder, and others get a file when it is whole."""
+    """Link what MLX compiled on the CPU. It writes and reads such files in TMPDIR with
+    no lock: each process has its own folder, and others get a file when it is whole."""
     for path in source.glob("mlx/*/cpu/*.so"):
         copy = target / path.relative_to(source)
         with suppress(OSError):  # is there already, or may not be written

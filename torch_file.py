@@ -46,7 +46,7 @@ def load_torch(path: str | Path) -> Any:
 
 
 def load_state(path: str | Path) -> dict[str, mx.array]:
-    """Read tensors by name. Raises ValueError naming a file that holds anything else."""
+    """Read tensors by name. Raises ValueError naming a file that holds others."""
     return check_state(Path(path), load_torch(path))
 
 

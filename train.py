@@ -10,10 +10,10 @@
 `synth` trains a small model on the clips of `synth.py`. First the codec learns to
 reconstruct sound through its codebooks, then T5 and the decoder together learn to write
 its codes. `lora` trains an adapter of a model (see lora.py) on sounds and captions of
-your own. `--resume` goes on from the last checkpoint. It lies in the output folder under
-`training`, or for an adapter in the folder `OUTPUT.training`.
-Needs training.py, train_codec.py, synth.py, lora.py, convert.py, prompt.py, musicgen.py
-and all that these need beside it.
+your own. `--resume` goes on from the last checkpoint. It lies in the output folder
+under `training`, or for an adapter in the folder `OUTPUT.training`. Needs training.py,
+train_codec.py, synth.py, lora.py, convert.py, prompt.py, musicgen.py and all that these
+need beside it.
 """
 
 import argparse
@@ -221,9 +221,9 @@ SOUNDS = {".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif"}
 def find_clips(folder: Path) -> list[tuple[Path, str]]:
     """Sound files of a folder, and their captions.
 
-    `captions.jsonl` names them in lines with "file" and "caption". Without it each sound
-    file has its caption in a .txt of the same name. Raises FileNotFoundError where there
-    is no folder, ValueError where a caption is missing or cannot be read.
+    `captions.jsonl` names them in lines with "file" and "caption". Without it each
+    sound file has its caption in a .txt of the same name. Raises FileNotFoundError
+    where there is no folder, ValueError where a caption is missing or cannot be read.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")

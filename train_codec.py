@@ -123,8 +123,8 @@ def stft_distance(output: mx.array, target: mx.array) -> mx.array:
 
 
 def quantize(x: mx.array, codebooks: list[mx.array]) -> tuple[mx.array, list, list]:
-    """Residual vector quantization of vectors (M, D): their quantized values (M, D), and
-    for each codebook its inputs (M, D) and codes (M,)."""
+    """Residual vector quantization of vectors (M, D): their quantized values (M, D),
+    and for each codebook its inputs (M, D) and codes (M,)."""
     rest, residuals, codes = x, [], []
     for entries in codebooks:
         residuals.append(rest)

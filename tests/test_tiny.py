@@ -17,8 +17,8 @@ def judge_and_model() -> tuple[evaluate.Judge, MusicGen]:
 
 
 class TestTiny(Test):
-    """What only a trained model can show, with the one in tiny/, on combinations that it
-    never heard."""
+    """What only a trained model can show, with the one in tiny/, on combinations that
+    it never heard."""
 
     @classmethod
     def setUpClass(cls):

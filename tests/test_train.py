@@ -69,7 +69,8 @@ class TestTrain(Test):
 
     @slow(6)
     def test_lm(self):
-        """A model that plays comes of captions that are guessed, or left out, at times."""
+        """A model that plays comes of captions that are guessed, or left out, at
+        times."""
         self.synth("--codec")
         misheard = Mock(wraps=synth.misheard)
         used = {
