@@ -207,10 +207,15 @@ class TestSettings(ScriptTest):
 
     def test_bad_files(self):
         sound, codes = self.folder / "x.wav", self.folder / "x.safetensors"
-        for comment in ("", "[]", "{}", "3", '"a"', "{", '{"other": 1}', "[" * 100_000):
+        deep = "[" * 40_000
+        for comment in ("", "[]", "{}", "3", '"a"', "{", '{"other": 1}', deep):
             save_audio(sound, mx.zeros((9, 1)), 32000, comment)
             with self.assertRaisesRegex(ValueError, "x.wav holds no settings"):
                 settings.read_settings(sound)
+        with self.assertWarnsRegex(UserWarning, "x.wav takes no comment as long"):
+            save_audio(sound, mx.zeros((9, 1)), 32000, "[" * 100_000)
+        with self.assertRaisesRegex(ValueError, "x.wav holds no settings"):
+            settings.read_settings(sound)
         for version in (99, "1", None):
             save_audio(
                 sound, mx.zeros((9, 1)), 32000, json.dumps(dict(musicgen=version))

@@ -74,7 +74,8 @@ class TestStreamedFile(ScriptTest):
             self.assertEqual(result.returncode, status, result.stderr)
             self.assertNotIn("Traceback", result.stderr)
         path = self.folder / "both.bin"
-        subprocess.run(["bash", "-c", f"(echo hello; {command}) >> {path}"], check=True)
+        line = ["bash", "-c", f"(echo hello; {command}) >> {path}"]
+        subprocess.run(line, check=True, stderr=subprocess.DEVNULL)
         head, _, rest = path.read_bytes().partition(b"\n")
         self.assertEqual((head, rest.count(b"RIFF")), (b"hello", 1))
         self.assertEqual(soundfile.info(io.BytesIO(rest)).frames, 9600)
