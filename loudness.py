@@ -1,10 +1,10 @@
-"""How loud a sound is, by ITU-R BS.1770-4, and how to make it as loud as wanted.
+"""Loudness: measure it by ITU-R BS.1770-4, and bring a sound to a given one.
 
     python loudness.py take.wav
     python loudness.py take.wav --loudness -14 --output louder.wav
 
-Integrated loudness in LUFS: what streaming services level to, usually -14. Needs
-audio.py beside it, which reads and writes the files.
+The measure is the integrated loudness in LUFS. Streaming services bring music to one
+level of it, usually -14. Needs audio.py beside it.
 """
 
 import argparse
@@ -19,23 +19,24 @@ from audio import check_audio_path, load_audio, save_audio
 
 ABSOLUTE_GATE = -70.0  # LUFS: quieter blocks are silence
 RELATIVE_GATE = -10.0  # LU below the mean: quieter blocks are pauses
-BLOCK = 0.4  # seconds, a quarter apart
+BLOCK = 0.4  # seconds; blocks start a quarter of that apart
 
 
 def biquad(
     b: tuple[float, ...], a: tuple[float, ...], frequencies: np.ndarray, rate: int
 ) -> np.ndarray:
-    """Response of a second-order filter at `frequencies` in Hz."""
+    """Complex response of the filter b(z) / a(z) at `frequencies` (F,) in Hz."""
     delay = np.exp(-2j * np.pi * frequencies / rate)
     powers = np.stack([np.ones_like(delay), delay, delay**2])
     return (np.array(b) @ powers) / (np.array(a) @ powers)
 
 
 def k_weighting(frequencies: np.ndarray, rate: int) -> np.ndarray:
-    """Response of BS.1770's two filters, a shelf for the head and a high pass.
+    """Response of BS.1770's two filters at `frequencies` (F,) in Hz.
 
-    The recommendation tabulates them for 48 kHz; these are the analogue filters
-    behind the table, by the bilinear transform for any rate.
+    They are a high shelf, for the effect of the head, and a high pass. The
+    recommendation tabulates them for 48 kHz only. These are the analogue filters behind
+    its table, brought to any rate by the bilinear transform.
     """
     gain, slope, quality = (
         10 ** (3.999843853973347 / 20),
@@ -61,26 +62,27 @@ def k_weighting(frequencies: np.ndarray, rate: int) -> np.ndarray:
 
 
 def weigh(audio: np.ndarray, rate: int) -> np.ndarray:
-    """(N, C) through the K weighting, ten seconds at a time.
+    """Filter samples (N, C) by the K weighting, ten seconds at a time.
 
-    Each piece is followed by a second of silence, in which the filters, whose
-    longest time is 1 / 38 s, fall silent.
+    A second of silence is appended to each piece. The filters, whose longest time
+    constant is about 1 / 38 s, ring out in it, and what they give there is added to the
+    next piece.
     """
     size, tail = 10 * rate, rate
     response = k_weighting(np.fft.rfftfreq(size + tail, 1 / rate), rate)[:, None]
-    weighed = np.zeros((len(audio) + size + tail, audio.shape[1]))
+    output = np.zeros((len(audio) + size + tail, audio.shape[1]))
     for start in range(0, len(audio), size):
         piece = np.fft.rfft(audio[start : start + size], size + tail, axis=0)
         sound = np.fft.irfft(piece * response, size + tail, axis=0)
-        weighed[start : start + size + tail] += sound
-    return weighed[: len(audio)]
+        output[start : start + size + tail] += sound
+    return output[: len(audio)]
 
 
 def integrated_loudness(audio: np.ndarray, rate: int) -> float:
-    """Loudness in LUFS of (N, C) samples, mono or left and right.
+    """Loudness in LUFS of samples (N, C), mono or stereo; -inf for silence.
 
-    -inf for silence. Raises ValueError for less than a block of 0.4 s or more
-    than two channels, whose places are not known. ITU-R BS.1770-4, annex 1.
+    Raises ValueError for less than a block of 0.4 s, and for more than two channels,
+    since their weights depend on where the speakers stand. ITU-R BS.1770-4, annex 1.
     """
     size, step = round(BLOCK * rate), round(BLOCK * rate / 4)
     if len(audio) < size or audio.shape[1] > 2:
@@ -100,27 +102,34 @@ def integrated_loudness(audio: np.ndarray, rate: int) -> float:
 
 
 def decibels(power: float) -> float:
-    """Loudness in LUFS of K-weighted samples with the mean square `power`."""
+    """Loudness in LUFS of K-weighted samples whose mean square is `power`."""
     return -0.691 + 10 * math.log10(power) if power > 0 else -math.inf
 
 
 def to_loudness(audio: np.ndarray, rate: int, loudness: float) -> np.ndarray:
-    """(N, C) scaled to `loudness` LUFS; less, with a warning, where it would clip."""
-    now = integrated_loudness(audio, rate)
-    if now == -math.inf:
+    """Scale samples (N, C) to `loudness` LUFS.
+
+    Where they would clip they are scaled to a peak of 1 instead, with a warning.
+    Silence stays as it is, with a warning. Raises ValueError as `integrated_loudness`.
+    """
+    source = integrated_loudness(audio, rate)
+    if source == -math.inf:
         warnings.warn("The sound is silent and stays so.")
         return audio
-    gain = 10 ** ((loudness - now) / 20)
+    gain = 10 ** ((loudness - source) / 20)
     peak = np.abs(audio).max()
     if gain * peak > 1:
         gain = 1 / peak
-        reached = now + 20 * math.log10(gain)
-        warnings.warn(f"Louder than {reached:.1f} LUFS would clip; that is what it is.")
+        most = source + 20 * math.log10(gain)
+        warnings.warn(
+            f"{loudness:g} LUFS would clip. The sound has {most:.1f} LUFS, with a peak "
+            "of 1."
+        )
     return audio * gain
 
 
 def to_peak(audio: np.ndarray, peak: float) -> np.ndarray:
-    """(N, C) scaled to a peak of `peak` dB of full scale; silence stays silent."""
+    """Scale samples (N, C) to a peak in dB of full scale. Silence stays silent."""
     highest = np.abs(audio).max(initial=0)
     return audio * (10 ** (peak / 20) / highest) if highest > 0 else audio
 
@@ -132,7 +141,7 @@ def main() -> None:
     parser.add_argument("--output", help="sound file to write")
     args = parser.parse_args()
     if (args.loudness is None) != (args.output is None):
-        parser.error("--loudness and --output go together")
+        parser.error("--loudness and --output must be given together")
     try:
         info = soundfile.info(args.source)
         audio = np.array(load_audio(args.source, info.samplerate, info.channels))

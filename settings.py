@@ -1,9 +1,9 @@
-"""What made a take: its settings in the sound file's own comment, its codes in a file.
+"""The settings of a take, inside its sound file, and its codes in a file of their own.
 
     python settings.py take.wav
 
-prints the settings of a file that `generate.py` wrote, or of codes that it saved.
-Stands alone.
+prints the settings of a sound file or a codes file that `generate.py` wrote. In a sound
+file they stand in its comment, as JSON. Stands alone.
 """
 
 import json
@@ -16,30 +16,36 @@ import mlx.core as mx
 import soundfile
 from safetensors import SafetensorError, safe_open
 
-VERSION = 1  # of the codes file and the settings
+VERSION = 1  # of the settings' format
 
 
 def to_comment(settings: dict[str, Any]) -> str:
-    """Settings as a line of JSON, in ASCII, which every container keeps."""
+    """Settings as one line of JSON, in ASCII, which every sound format can hold."""
     return json.dumps({"musicgen": VERSION} | settings)
 
 
 def from_comment(comment: str, path: Path) -> dict[str, Any]:
-    """The settings in a comment. Raises ValueError naming the file without any."""
+    """The settings in a comment of the file at `path`.
+
+    Raises ValueError for a comment without settings, or with those of a later version.
+    """
     try:
         settings = json.loads(comment.rstrip("\0"))
         version = settings.pop("musicgen")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         raise ValueError(f"{path} holds no settings of a take.") from None
     if type(version) is not int or version > VERSION:
-        raise ValueError(f"{path} is of a later version, {version}; this is {VERSION}.")
+        raise ValueError(
+            f"{path} is of a later version, {version}; this program reads {VERSION}. "
+            "Use the program that wrote it."
+        )
     return settings
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """Settings of a wav, flac, ogg or mp3 file, or a file of codes.
+    """Read the settings of a wav, flac, ogg or mp3 file, or of a codes file.
 
-    Raises FileNotFoundError, or ValueError for a file that holds none.
+    Raises FileNotFoundError, or ValueError for a file that is damaged or holds none.
     """
     path = Path(path)
     if not path.is_file():
@@ -55,7 +61,10 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def wav_comment(path: Path) -> str:
-    """The comment of a wav file; libsndfile reads none beyond 2 KB."""
+    """The comment of a wav file, or "". libsndfile reads none longer than 2 KB.
+
+    It lies in an ICMT chunk within a LIST chunk of the kind INFO.
+    """
     content = path.read_bytes()
     place, parent = 12, b""
     while content[:4] == b"RIFF" and place + 8 <= len(content):
@@ -66,12 +75,15 @@ def wav_comment(path: Path) -> str:
         if name == b"ICMT" and parent == b"INFO":
             comment = content[place + 8 : place + 8 + size]
             return comment.rstrip(b"\0").decode("utf-8", "replace")
-        place += 8 + size + size % 2
+        place += 8 + size + size % 2  # chunks begin at even places
     return ""
 
 
 def save_codes(path: str | Path, codes: mx.array, settings: dict[str, Any]) -> None:
-    """Write codes (1, T, K) and settings as safetensors; whole or not at all."""
+    """Write codes (1, T, K) with their settings as a safetensors file.
+
+    The file is written whole or not at all. Raises OSError.
+    """
     arrays = {"codes": codes.astype(mx.uint16)}
     save_arrays(path, arrays, {"settings": to_comment(settings)})
 
@@ -79,9 +91,9 @@ def save_codes(path: str | Path, codes: mx.array, settings: dict[str, Any]) -> N
 def save_arrays(
     path: str | Path, arrays: dict[str, mx.array], metadata: dict[str, str]
 ) -> None:
-    """Write a safetensors file; whole or not at all. Raises OSError."""
+    """Write a safetensors file, whole or not at all. Raises OSError."""
     path = Path(path)
-    target = path.resolve()  # of a link
+    target = path.resolve()  # where a link points to, so that the link stays
     part = target.with_name(f".{target.stem[:80]}.part.safetensors")
     try:
         mx.save_safetensors(str(part), arrays, metadata)
@@ -93,9 +105,9 @@ def save_arrays(
 
 
 def load_codes(path: str | Path) -> tuple[mx.array, dict[str, Any]]:
-    """Codes (1, T, K) and settings that `save_codes` wrote.
+    """Read codes (1, T, K) and settings that `save_codes` wrote.
 
-    Raises FileNotFoundError, or ValueError for a file that is damaged or another.
+    Raises FileNotFoundError, or ValueError for a file that is damaged or has no codes.
     """
     path = Path(path)
     if not path.is_file():
