@@ -134,7 +134,7 @@ def misheard(clip: Clip, random: np.random.Generator, chance: float) -> Clip:
 def render(
     clip: Clip, random: np.random.Generator, seconds: float = SECONDS
 ) -> np.ndarray:
-    """Samples (N,) in float32 of a random tune with the traits of a clip, at most 1."""
+    """A random tune with the traits of a clip: samples (N,), float32 from -1 to 1."""
     pace = NOTES_PER_SECOND[clip.tempo] * random.uniform(0.92, 1.08)
     length = int(seconds * RATE)
     early = random.uniform(0, 2 / pace) * (random.random() < EARLY)
