@@ -1,9 +1,9 @@
-"""Sound files: read, resample, write; and a wav file that grows.
+"""Sound files: read, resample and write them; and a wav file that grows.
 
     audio = load_audio("in.mp3", 32000, 2)  # (N, 2) float32
     save_audio("out.flac", audio, 32000)
 
-or `python audio.py in.mp3 out.flac --sampling-rate 32000 --channels 2`. Reads what
+or `python audio.py in.mp3 out.flac --sampling-rate 32000 --channels 2`. It reads what
 soundfile reads: wav, flac, ogg, mp3 and more. Stands alone.
 """
 
@@ -24,12 +24,11 @@ import soundfile
 
 
 def load_audio(path: str | Path, sampling_rate: int, channels: int) -> mx.array:
-    """Read a sound file as (N, channels) float32 at `sampling_rate`.
+    """Read a sound file as samples (N, channels), float32, at `sampling_rate` Hz.
 
-    Whatever soundfile reads: wav, flac, ogg, mp3 and more. Mono is copied to
-    every channel, several are averaged to one; of more channels than wanted the
-    first are taken. Raises FileNotFoundError, or ValueError for a file that is
-    not sound, holds none, holds NaN or has too few channels.
+    Mono is copied to every channel. For one channel all are averaged. A file with more
+    channels than asked for gives its first ones. Raises FileNotFoundError, or
+    ValueError for a file that is no sound, is empty, holds NaN or has too few channels.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no sound file {path}.")
@@ -39,22 +38,25 @@ def load_audio(path: str | Path, sampling_rate: int, channels: int) -> mx.array:
         raise ValueError(f"{path} is not a readable sound file: {error}") from error
     if len(audio) == 0 or not np.isfinite(audio).all():
         raise ValueError(f"{path} must hold sound, but it is empty or holds NaN.")
-    found = audio.shape[1]
+    file_channels = audio.shape[1]
     if channels == 1:
         audio = audio.mean(axis=1, keepdims=True)
-    elif found == 1:
+    elif file_channels == 1:
         audio = np.repeat(audio, channels, axis=1)
-    elif found < channels:
-        raise ValueError(f"{path} has {found} channels, but {channels} are needed.")
+    elif file_channels < channels:
+        raise ValueError(
+            f"{path} has {file_channels} channels, but {channels} are needed."
+        )
     return mx.array(resample(audio[:, :channels], rate, sampling_rate))
 
 
 def resample(audio: np.ndarray, source: int, target: int) -> np.ndarray:
     """(N, C) at `source` Hz -> (floor(N * target / source), C) at `target` Hz.
 
-    A sinc of 24 zero crossings under a squared cosine, cut off at 0.945 of the
-    lower Nyquist frequency, edges held: the filter of julius, which the original
-    uses (https://github.com/adefossez/julius).
+    The filter is that of julius, which audiocraft uses
+    (https://github.com/adefossez/julius): a sinc with 24 zero crossings and a squared
+    cosine as its window, cut off at 0.945 of the lower Nyquist frequency. Beyond the
+    ends the first and the last sample go on.
     """
     if source == target:
         return audio
@@ -65,14 +67,14 @@ def resample(audio: np.ndarray, source: int, target: int) -> np.ndarray:
     width = math.ceil(zeros * source / rate)
     taps = np.arange(-width, width + 2)
 
-    phase = (np.arange(target) * source % target) / target  # where between samples
+    phase = (np.arange(target) * source % target) / target  # of a sample, 0 to 1
     time = (taps - phase[:, None]) * rate / source
     time = np.clip(time, -zeros, zeros)
     kernels = np.sinc(time) * np.cos(np.pi * time / zeros / 2) ** 2
     kernels = (kernels / kernels.sum(axis=1, keepdims=True)).astype(np.float32)
 
     output = np.empty((len(audio) * target // source, audio.shape[1]), np.float32)
-    for start in range(0, len(output), 65536):  # bounds the memory of the windows
+    for start in range(0, len(output), 65536):  # to bound the memory of the windows
         places = np.arange(start, min(start + 65536, len(output)))
         window = (places * source // target)[:, None] + taps
         window = audio[np.clip(window, 0, len(audio) - 1)]
@@ -81,9 +83,9 @@ def resample(audio: np.ndarray, source: int, target: int) -> np.ndarray:
 
 
 def check_samples(name: str, audio: Any, channels: int = 8) -> mx.array:
-    """The samples (N, C) of a sound in float32, C at most `channels`.
+    """A caller's sound as samples (N, C) in float32, C at most `channels`.
 
-    `audio` is an array of MLX or numpy; `name` is what the caller knows it by. Raises
+    `audio` is an array of MLX or numpy, and `name` is its name in messages. Raises
     ValueError for anything else, another shape, no samples, NaN and infinity.
     """
     if isinstance(audio, str | Path):
@@ -111,7 +113,7 @@ def check_samples(name: str, audio: Any, channels: int = 8) -> mx.array:
     return audio
 
 
-SUBTYPES = {  # the first is the default
+SUBTYPES = {  # of soundfile, by extension; the first is the default
     ".wav": ("PCM_16", "PCM_24", "FLOAT"),
     ".flac": ("PCM_16", "PCM_24"),
     ".ogg": ("VORBIS",),
@@ -126,13 +128,16 @@ def save_audio(
     comment: str = "",
     subtype: str | None = None,
 ) -> None:
-    """Write (N, C) or (N,) float samples; the extension names the format.
+    """Write float samples (N, C) or (N,); the extension names the format.
 
-    wav and flac (16 bit with dither; `subtype` "PCM_24", or of wav "FLOAT"), ogg
-    and mp3. Samples beyond 1 would clip: then, but in FLOAT, the whole is scaled
-    down to a peak of 1, with a warning. Raises ValueError for another shape, NaN,
-    an unknown extension or subtype, OSError where nothing can be written. The file
-    appears under its name only when it is whole.
+    The formats are wav, flac, ogg and mp3. wav and flac have 16 bits, with dither, or
+    the `subtype` "PCM_24", and wav "FLOAT", too. `comment` is text inside the file.
+
+    Samples beyond 1 would clip. Then the whole sound is scaled down to a peak of 1,
+    with a warning, but not in FLOAT. The file appears under its name only when it is
+    whole. Raises ValueError for another shape, NaN, a rate that is not from 1000 to
+    192000 Hz, an unknown extension or subtype, and OSError where nothing can be
+    written.
     """
     path = check_audio_path(path, subtype)
     subtype = choose_subtype(path, subtype)
@@ -144,7 +149,9 @@ def save_audio(
             f"got {audio.shape}."
         )
     if not 1000 <= sampling_rate <= 192_000:  # libsndfile crashes on others
-        raise ValueError(f"sampling_rate must be 1000 to 192000, got {sampling_rate}.")
+        raise ValueError(
+            f"sampling_rate must be from 1000 to 192000 Hz, got {sampling_rate}."
+        )
     peak = np.abs(audio).max(initial=0)
     if not np.isfinite(peak):
         raise ValueError(f"The audio for {path} must be finite, but it holds NaN.")
@@ -152,8 +159,10 @@ def save_audio(
         warnings.warn(f"{path} was scaled down: its peak of {peak:.2f} would clip.")
         audio = audio / peak
     if path.suffix.lower() == ".wav" and len(comment) > 50_000:
-        warnings.warn(f"{path} takes no comment as long as its settings.")
-    target = path.resolve()  # of a link
+        warnings.warn(
+            f"{path} takes no comment as long as its settings: it is without them."
+        )
+    target = path.resolve()  # where a link points to, so that the link stays
     digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
     part = target.with_name(f".{digest}.part{target.suffix}")
     try:
@@ -168,14 +177,17 @@ def save_audio(
 def write_samples(
     path: Path, audio: np.ndarray, sampling_rate: int, comment: str, subtype: str
 ) -> None:
-    """Write samples (N, C) that were checked. Raises what soundfile does, and OSError
-    for a full disk, of which not every format tells."""
-    form = dict(channels=audio.shape[1], subtype=subtype)
-    random = np.random.default_rng(0)  # the same file of the same samples
-    with soundfile.SoundFile(path, "w", sampling_rate, **form) as file:
+    """Write samples (N, C), which must be valid.
+
+    Raises soundfile's errors, and OSError where the disk is full, which not every
+    format reports.
+    """
+    options = dict(channels=audio.shape[1], subtype=subtype)
+    random = np.random.default_rng(0)  # the same samples give the same file
+    with soundfile.SoundFile(path, "w", sampling_rate, **options) as file:
         if comment:
             file.comment = comment
-        # libsndfile's Vorbis encoder crashes on minutes in one call
+        # In blocks, since libsndfile's Vorbis encoder crashes on minutes in one call.
         for start in range(0, len(audio), 65536):
             block = audio[start : start + 65536]
             file.write(to_int16(block, random) if subtype == "PCM_16" else block)
@@ -184,10 +196,10 @@ def write_samples(
 
 
 def to_int16(audio: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Float samples (N, C) in 16 bits, beyond 1 clipped.
+    """Float samples (N, C) -> int16. Samples beyond 1 are clipped.
 
-    With triangular dither of a step to both sides, so that what is quieter than a
-    step is heard in a constant hiss and not as distortion.
+    Triangular dither of one step to both sides turns the rounding error into a constant
+    hiss, in which sounds quieter than a step are heard without distortion.
     """
     noise = random.random((*audio.shape, 2), np.float32)
     steps = np.clip(audio, -1, 1) * 32766 + noise[..., 0] - noise[..., 1]
@@ -195,27 +207,30 @@ def to_int16(audio: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def choose_subtype(path: str | Path, subtype: str | None = None) -> str:
-    """How the samples lie in a file of this name: as asked for, or its default.
+    """The subtype of a sound file: the given one, or the default of its extension.
 
-    Raises ValueError for an extension that `save_audio` does not know, or a subtype
-    that it does not have.
+    Raises ValueError for an extension that is not in SUBTYPES, or a subtype that the
+    extension does not have.
     """
     suffix = Path(path).suffix
-    known = SUBTYPES.get(suffix.lower())
-    if known is None:
+    subtypes = SUBTYPES.get(suffix.lower())
+    if subtypes is None:
         raise ValueError(
             f"{path} must end in one of {', '.join(SUBTYPES)}, got '{suffix}'."
         )
-    if subtype is not None and subtype not in known:
+    if subtype is not None and subtype not in subtypes:
         raise ValueError(
-            f"subtype of a {suffix} must be {' or '.join(known)}, got {subtype!r}."
+            f"subtype of a {suffix} must be {' or '.join(subtypes)}, got {subtype!r}."
         )
-    return subtype or known[0]
+    return subtype or subtypes[0]
 
 
 def check_audio_path(path: str | Path, subtype: str | None = None) -> Path:
-    """Raise OSError unless a file can be written at `path`, ValueError for an
-    extension or subtype that `save_audio` does not know."""
+    """The path, if `save_audio` can write there.
+
+    Raises OSError where no file can be written, ValueError for an unknown extension or
+    subtype.
+    """
     choose_subtype(path, subtype)
     check_writable(path)
     return Path(path)
@@ -229,8 +244,10 @@ def check_writable(path: str | Path) -> None:
     if os.path.exists(path) and not path.is_file():
         raise PermissionError(f"{path} is no ordinary file; choose another place.")
     if len(os.fsencode(path.name)) > 255:
-        raise PermissionError(f"{path.name:.40}... is too long a name for a file.")
-    try:  # permissions alone do not tell
+        raise PermissionError(
+            f"{path.name:.40}... is too long a name: choose one of at most 255 bytes."
+        )
+    try:  # a trial, since permissions alone do not say it
         with tempfile.TemporaryFile(dir=path.resolve().parent):
             pass
     except (OSError, RuntimeError) as error:
@@ -239,15 +256,15 @@ def check_writable(path: str | Path) -> None:
         ) from error
 
 
-UNKNOWN = 0xFFFFFFFF  # the length that players take for "until the end"
+UNKNOWN = 0xFFFFFFFF  # bytes: the length that players read as "until the end"
 
 
 class WavStream:
-    """A wav file of 16-bit samples, with dither, that grows.
+    """A wav file that grows: 16-bit samples, with dither.
 
-    Its header always tells what is there, but where it cannot be written again, as
-    in a pipe (`rewinds`), it tells no length. Samples beyond 1 are clipped, with a
-    warning.
+    The header is written again after each piece, so the file can be played at any time.
+    `rewinds` is False where that cannot be done, as in a pipe; then the header gives no
+    length. Samples beyond 1 are clipped, with a warning.
     """
 
     def __init__(
@@ -258,20 +275,21 @@ class WavStream:
         comment: str = "",
         rewinds: bool = True,
     ):
-        self._file, self._form, self._comment = file, (channels, sampling_rate), comment
-        self._size, self._clipped = 0, False
+        self._file, self._comment = file, comment
+        self._format = channels, sampling_rate
+        self._size, self._clipped = 0, False  # bytes of samples; whether it has warned
         self._random = np.random.default_rng(0)
         self._rewinds = rewinds
         self._write_header(0 if self._rewinds else UNKNOWN)
         file.flush()
 
     def _write_header(self, size: int) -> None:
-        self._file.write(wav_header(*self._form, size, self._comment))
+        self._file.write(wav_header(*self._format, size, self._comment))
 
     @property
     def seconds(self) -> float:
-        """Length of what was written."""
-        channels, rate = self._form
+        """Seconds of sound in the file."""
+        channels, rate = self._format
         return self._size / (2 * channels * rate)
 
     def write(self, audio: mx.array) -> None:
@@ -285,7 +303,7 @@ class WavStream:
         data = to_int16(audio, self._random).astype("<i2").tobytes()
         self._file.write(data)
         self._size += len(data)
-        if self._rewinds:  # the samples first: a header may tell less, never more
+        if self._rewinds:  # samples first: a header never promises more than there is
             self._file.flush()
             self._file.seek(0)
             self._write_header(self._size)
@@ -294,17 +312,17 @@ class WavStream:
 
 
 def riff_chunk(name: bytes, content: bytes) -> bytes:
-    """A name, the length, and the content, filled up to an even one."""
+    """A chunk: its name, the length of its content, and the content, made even."""
     return (
         struct.pack("<4sI", name, len(content)) + content + b"\0" * (len(content) % 2)
     )
 
 
 def wav_header(channels: int, rate: int, size: int, comment: str = "") -> bytes:
-    """What comes before 16-bit samples that take `size` bytes."""
+    """The bytes of a wav file before 16-bit samples that take `size` bytes."""
     align = 2 * channels
-    form = struct.pack("<HHIIHH", 1, channels, rate, rate * align, align, 16)
-    chunks = riff_chunk(b"fmt ", form)
+    content = struct.pack("<HHIIHH", 1, channels, rate, rate * align, align, 16)
+    chunks = riff_chunk(b"fmt ", content)  # 1: linear PCM
     if comment:
         text = riff_chunk(b"ICMT", comment.encode() + b"\0")
         chunks += riff_chunk(b"LIST", b"INFO" + text)
@@ -323,9 +341,9 @@ def main() -> None:
     try:
         if not Path(args.source).is_file():
             raise FileNotFoundError(f"There is no sound file {args.source}.")
-        form = soundfile.info(args.source)
-        rate = args.sampling_rate or form.samplerate
-        audio = load_audio(args.source, rate, args.channels or form.channels)
+        info = soundfile.info(args.source)
+        rate = args.sampling_rate or info.samplerate
+        audio = load_audio(args.source, rate, args.channels or info.channels)
         save_audio(args.target, audio, rate)
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"audio.py: error: {' '.join(str(error).split())}")
