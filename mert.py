@@ -1,10 +1,10 @@
 """MERT: music -> features that tell its style.
 
-The music model of Li et al. (https://arxiv.org/abs/2306.00107) in its size of 95 M: a
+The music model of Li et al. (https://arxiv.org/abs/2306.00107) with 95 M parameters: a
 HuBERT (https://arxiv.org/abs/2106.07447) that was trained on music. Convolutions turn
-24 000 samples a second into 75 frames, a transformer relates these. In float32. Stands
-alone; torch_file.py is needed beside it to read the published `pytorch_model.bin`, and
-audio.py to read a sound file from the command line.
+24 000 samples a second into 75 frames, and a transformer relates these, in float32.
+Stands alone; torch_file.py is needed beside it to read the published
+`pytorch_model.bin`, and audio.py to read a sound file from the command line.
 
     model = MERT.from_pretrained("m-a-p/MERT-v1-95M")
     features = model(audio)  # (B, N) at model.sampling_rate -> (B, T, 768)
@@ -30,7 +30,7 @@ FILES = ("config.json", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class MERTConfig:
-    """Sizes, spelled as in `config.json`; defaults: the published model."""
+    """Sizes, spelled as in `config.json`; defaults: the published model's."""
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -39,21 +39,24 @@ class MERTConfig:
     conv_dim: tuple[int, ...] = (512,) * 7
     conv_kernel: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
     conv_stride: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
-    num_conv_pos_embeddings: int = 128  # frames that a position is made of
+    num_conv_pos_embeddings: int = 128  # kernel of the positions, in frames
     num_conv_pos_embedding_groups: int = 16
     sample_rate: int = 24000
 
     @classmethod
     def from_dict(cls, config: dict) -> "MERTConfig":
-        """Take the known keys. Raises ValueError for what is not ported, or absurd."""
+        """Read the settings of a `config.json`; those not named here are ignored.
+
+        Raises ValueError for settings that are not ported, and for absurd sizes.
+        """
         values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
         lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
-        known = cls(**values | lists)
-        check_config(known)
+        result = cls(**values | lists)
+        check_config(result)
         for name, value in FIXED.items():
             if config.get(name, value) != value:
                 raise ValueError(f"{name} must be {value!r}, got {config[name]!r}.")
-        return known
+        return result
 
 
 class MERT(nn.Module):
@@ -80,22 +83,22 @@ class MERT(nn.Module):
 
     @property
     def sampling_rate(self) -> int:
-        """Samples per second that it hears."""
+        """Samples per second of its input."""
         return self.config.sample_rate
 
     @property
     def shortest(self) -> int:
-        """Samples of one frame: 400."""
-        needed = 1
+        """Samples that give one frame: 400."""
+        length = 1
         config = self.config
         for kernel, stride in zip(config.conv_kernel[::-1], config.conv_stride[::-1]):
-            needed = (needed - 1) * stride + kernel
-        return needed
+            length = (length - 1) * stride + kernel
+        return length
 
     def __call__(self, audio: mx.array) -> mx.array:
-        """The last layer's output (B, T, hidden_size) of samples (B, N).
+        """Samples (B, N) -> the last layer's output (B, T, hidden_size).
 
-        Raises ValueError for another shape, or less than a frame.
+        Raises ValueError for another shape, or fewer samples than `shortest`.
         """
         if audio.ndim != 2 or audio.shape[1] < self.shortest:
             raise ValueError(
@@ -107,38 +110,42 @@ class MERT(nn.Module):
             x = conv(x)
             x = nn.gelu(self.conv_norm(x) if i == 0 else x)
         x = self.projection(self.projection_norm(x))
-        # An even kernel, with half of it on both sides, gives a frame too many.
-        places = self.positions(x)[:, : x.shape[1]]
-        x = self.norm(x + nn.gelu(places))
+        # An even kernel, padded by half on both sides, gives a frame too many.
+        positions = self.positions(x)[:, : x.shape[1]]
+        x = self.norm(x + nn.gelu(positions))
         for layer in self.layers:
             x = layer(x)
         return x
 
     @staticmethod
     def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The published names and layouts -> ours, in float32. Raises ValueError for
-        what is no float, and parts of the positional weight that do not match."""
-        kept = {}
+        """The published names and layouts -> ours, in float32. Ours stay as they are.
+
+        Raises ValueError for weights that are not floats, and where the two parts of
+        the positional weight do not match.
+        """
+        ours = {}
         for name, weight in weights.items():
             if not mx.issubdtype(weight.dtype, mx.floating):
                 raise ValueError(f"{name} must hold floats, but holds {weight.dtype}")
-            for pattern, ours in RENAMES:
-                name = re.sub(pattern, ours, name)
-            kept[name] = weight.astype(mx.float32)
-        kept.pop("masked_spec_embed", None)  # of the training
-        if "positions.weight_v" not in kept:
-            return kept  # ours already
-        kept["positions.weight"] = fold(kept)
-        return {
+            for pattern, replacement in RENAMES:
+                name = re.sub(pattern, replacement, name)
+            ours[name] = weight.astype(mx.float32)
+        ours.pop("masked_spec_embed", None)  # used in training only
+        if "positions.weight_v" not in ours:
+            return ours  # sanitized before
+        ours["positions.weight"] = fold(ours)
+        return {  # kernels: (C', C, k) -> (C', k, C)
             name: weight.swapaxes(1, 2) if weight.ndim == 3 else weight
-            for name, weight in kept.items()
+            for name, weight in ours.items()
         }
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path = REPO) -> "MERT":
         """Load `config.json` and `pytorch_model.bin` of a local folder or Hub id.
 
-        Raises ValueError or OSError naming the file and what is wrong with it.
+        Raises OSError where a file is missing, or ValueError for one that is damaged or
+        of another model.
         """
         from torch_file import load_state
 
@@ -155,8 +162,8 @@ class MERT(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Attention to all frames, and a feed-forward; a norm after each, or with
-    `norm_first` before."""
+    """Self-attention and a feed-forward, with a norm after each, or before it with
+    `norm_first`."""
 
     def __init__(
         self, width: int, heads: int, hidden: int, bias: bool, norm_first: bool
@@ -203,14 +210,16 @@ RENAMES = (  # published names -> ours
 
 
 def fold(weights: dict[str, mx.array]) -> mx.array:
-    """Take the positional weight's two parts out: g * v / |v| (C', C, k), the norm
-    taken for each place k of the kernel."""
+    """Take the two parts of the positional weight out of `weights`, and fold them.
+
+    The weight is g * v / |v|, (C', C, k), with a norm for each place k of the kernel.
+    """
     v = weights.pop("positions.weight_v")
     g = weights.pop("positions.weight_g", None)
     if v.ndim != 3 or g is None or g.shape != (1, 1, v.shape[2]):
-        found = "nothing" if g is None else g.shape
+        shape = "nothing" if g is None else g.shape
         raise ValueError(
-            f"weight_g of the positions must have the shape (1, 1, k), got {found} "
+            f"weight_g of the positions must have the shape (1, 1, k), got {shape} "
             f"for {v.shape}"
         )
     return g * v / mx.sqrt((v**2).sum(axis=(0, 1), keepdims=True))
@@ -243,7 +252,7 @@ FIXED = {  # settings of which only the published value is ported
 
 
 def check_config(config: MERTConfig) -> None:
-    """Raise ValueError for sizes that cannot be, or are hostile."""
+    """Raise ValueError for sizes that are impossible or hostile."""
     for name, (low, high) in LIMITS.items():
         size = getattr(config, name)
         if type(size) is not int or not low <= size <= high:
@@ -259,13 +268,13 @@ def check_config(config: MERTConfig) -> None:
     same = len({len(sizes) for sizes in lists}) == 1 and numbers
     if not same or not all(type(x) is int and 1 <= x <= 2**14 for x in numbers):
         raise ValueError(
-            "conv_dim, conv_kernel and conv_stride must list as many sizes from 1 "
-            f"on, got {lists}."
+            "conv_dim, conv_kernel and conv_stride must list as many sizes, each from "
+            f"1 to {2**14}, got {lists}."
         )
 
 
 def read_config(path: Path) -> dict:
-    """The settings in a `config.json`. Raises ValueError when it holds none."""
+    """The settings in a `config.json`. Raises ValueError where there are none."""
     try:
         config = json.loads(path.read_text())
     except (RecursionError, ValueError) as error:
@@ -276,7 +285,10 @@ def read_config(path: Path) -> dict:
 
 
 def locate(path_or_repo: str | Path) -> list[Path]:
-    """The two FILES: in a local folder, or from the Hub through its cache."""
+    """Paths of the two FILES, in a local folder, or from the Hub through its cache.
+
+    Raises OSError where one is missing.
+    """
     folder = Path(path_or_repo)
     if not folder.is_dir():
         try:
@@ -295,7 +307,7 @@ def locate(path_or_repo: str | Path) -> list[Path]:
 
 
 def demo(model: MERT, path: str) -> None:
-    """Print the shape of a sound file's features, and how much they vary."""
+    """Print the shape of a sound file's features, and their standard deviation."""
     from audio import load_audio
 
     features = model(load_audio(path, model.sampling_rate, 1).T)

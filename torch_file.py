@@ -4,8 +4,9 @@
     package = load_torch("state_dict.bin")  # dicts and lists of these, and plain data
 
 or `python torch_file.py state_dict.bin`, which lists what is in it. Such a file holds a
-pickle, a program that may call anything. This reader knows just the few names that
-tensors need, and checks every tensor against the bytes that are there. Stands alone.
+pickle, and a pickle is a program that may call anything. This reader allows only the
+few names that tensors need, and checks that every tensor lies within the file. Stands
+alone.
 """
 
 import io
@@ -24,17 +25,17 @@ import numpy as np
 
 
 def load_torch(path: str | Path) -> Any:
-    """Read what `torch.save` wrote: plain data, with arrays for tensors.
+    """Read a file that `torch.save` wrote: plain data, with arrays for tensors.
 
-    Reads both of torch's forms. The file is mapped, so that its bytes are read once,
-    into the arrays. Raises ValueError naming the file when it is damaged, reaches
-    outside itself, or asks for anything but tensors.
+    Reads both of torch's formats. The file is memory-mapped, so each number is read
+    once, into its array. Raises FileNotFoundError, or ValueError naming a file that is
+    damaged, points outside itself, or holds anything but tensors and plain data.
     """
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            form = zip_form if file.read(2) == b"PK" else legacy_form
-        tree, numbers = form(path)
+            read = read_zip if file.read(2) == b"PK" else read_legacy
+        tree, numbers = read(path)
         return fill(tree, numbers, room=2 * path.stat().st_size)
     except FileNotFoundError:
         raise
@@ -46,7 +47,7 @@ def load_torch(path: str | Path) -> Any:
 
 
 def load_state(path: str | Path) -> dict[str, mx.array]:
-    """Read tensors by name. Raises ValueError naming a file that holds others."""
+    """Read tensors by name. Raises as `load_torch`, and as `check_state`."""
     return check_state(Path(path), load_torch(path))
 
 
@@ -59,7 +60,7 @@ def check_state(path: Path, state: Any) -> dict[str, mx.array]:
     return state
 
 
-DTYPES = {  # torch's storages; numpy has no bfloat16, so its bits travel as uint16
+DTYPES = {  # of torch's storages; numpy has no bfloat16, so its bits come as uint16
     "HalfStorage": np.dtype("<f2"),
     "BFloat16Storage": np.dtype("<u2"),
     "FloatStorage": np.dtype("<f4"),
@@ -72,7 +73,7 @@ DTYPES = {  # torch's storages; numpy has no bfloat16, so its bits travel as uin
     "BoolStorage": np.dtype("?"),
 }
 
-OPCODES = frozenset(  # what torch writes into a pickle of tensors and plain data
+OPCODES = frozenset(  # that torch uses in a pickle of tensors and plain data
     "PROTO STOP MARK EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
     "APPEND APPENDS SETITEM SETITEMS NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 "
     "LONG1 BINFLOAT BINUNICODE SHORT_BINSTRING BINGET LONG_BINGET BINPUT "
@@ -98,7 +99,7 @@ class Tensor(NamedTuple):
 
 
 class Dict(dict):
-    """Stands for OrderedDict; drops the attributes that a pickle sets on it."""
+    """In place of OrderedDict: ignores the attributes that a pickle sets on it."""
 
     __slots__ = ()
 
@@ -107,8 +108,8 @@ class Dict(dict):
 
 
 class Maker(NamedTuple):
-    """Stands for a function of torch. A tuple, so a pickle cannot set anything
-    on it, as it could on the function itself."""
+    """In place of a function of torch. It is a tuple, because a pickle could set
+    attributes of a function."""
 
     make: Callable
 
@@ -117,7 +118,8 @@ class Maker(NamedTuple):
 
 
 def make_tensor(storage, offset, shape, stride, *_) -> Tensor:
-    # By their types, for what a pickle holds can take for ever to be printed.
+    """A tensor of a pickle, after checking the kinds of its parts."""
+    # Messages do not show the parts: a hostile one may take for ever to print.
     flat = all(type(sizes) is tuple and len(sizes) <= 8 for sizes in (shape, stride))
     if not isinstance(storage, Storage) or not flat or len(shape) != len(stride):
         raise ValueError("it makes a tensor of something else")
@@ -127,12 +129,13 @@ def make_tensor(storage, offset, shape, stride, *_) -> Tensor:
 
 
 def make_parameter(tensor, *_) -> Tensor:
+    """The tensor of a parameter."""
     if not isinstance(tensor, Tensor):
         raise ValueError("it makes a parameter of something else than a tensor")
     return tensor
 
 
-KNOWN = {
+KNOWN = {  # all that a pickle may call
     "collections.OrderedDict": Maker(lambda: Dict()),
     "torch._utils._rebuild_tensor_v2": Maker(make_tensor),
     "torch._utils._rebuild_parameter": Maker(make_parameter),
@@ -140,7 +143,7 @@ KNOWN = {
 
 
 class Unpickler(pickle.Unpickler):
-    """Makes plain data and `Tensor` records of a pickle, and nothing else."""
+    """Reads plain data and `Tensor` records from a pickle, and nothing else."""
 
     def __init__(self, stream: BinaryIO):
         super().__init__(stream)
@@ -169,7 +172,11 @@ class Unpickler(pickle.Unpickler):
 
 
 def unpickle(stream: BinaryIO) -> tuple[Any, set[Storage]]:
-    """Read one pickle and the storages it names, leaving `stream` behind its end."""
+    """Read one pickle, and the storages that it names.
+
+    The stream is left behind the pickle's end. Raises ValueError for opcodes that torch
+    does not use, and for tricks that would fill the memory.
+    """
     start, last, tuples = stream.tell(), "", set()
     for opcode, argument, position in pickletools.genops(stream):
         name = opcode.name
@@ -191,7 +198,8 @@ def unpickle(stream: BinaryIO) -> tuple[Any, set[Storage]]:
 
 
 def view(tensor: Tensor, data: np.ndarray) -> mx.array:
-    """The tensor as an array, after checking that it lies within `data`."""
+    """A tensor of the numbers `data` as an array. Raises ValueError where it reaches
+    beyond them."""
     storage, offset, shape, stride = tensor
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride))
     if math.prod(shape) > len(data) or (math.prod(shape) and last >= len(data)):
@@ -206,26 +214,26 @@ def view(tensor: Tensor, data: np.ndarray) -> mx.array:
     return array.view(mx.bfloat16) if storage.kind == "BFloat16Storage" else array
 
 
-Numbers = Callable[[Storage], np.ndarray]
+Numbers = Callable[[Storage], np.ndarray]  # gives the numbers of a storage
 
 
-def zip_form(path: Path) -> tuple[Any, Numbers]:
-    """Object tree of torch's zip form, and where each storage's numbers lie."""
+def read_zip(path: Path) -> tuple[Any, Numbers]:
+    """Read torch's zip format: the tree of objects, and the numbers of storages."""
     data = np.memmap(path, np.uint8, "r")
     with zipfile.ZipFile(path) as archive:
         entries = {info.filename: info for info in archive.infolist()}
         if any(info.compress_type != zipfile.ZIP_STORED for info in entries.values()):
             raise ValueError("its entries must be stored, not compressed")
-        (pickled,) = (name for name in entries if name.endswith("/data.pkl"))
-        root = pickled.removesuffix("data.pkl")
-        tree, _ = unpickle(io.BytesIO(archive.read(pickled)))
+        (program,) = (name for name in entries if name.endswith("/data.pkl"))
+        root = program.removesuffix("data.pkl")
+        tree, _ = unpickle(io.BytesIO(archive.read(program)))
         order = root + "byteorder"
         if order in entries and archive.read(order) != b"little":
             raise ValueError("its numbers must be little-endian")
 
     def numbers(storage: Storage) -> np.ndarray:
         info = entries[f"{root}data/{storage.key}"]
-        # The local header's own lengths count: torch pads there to align.
+        # Lengths of the local header, where torch pads to align, not the directory's.
         name, extra = struct.unpack_from("<HH", data, info.header_offset + 26)
         start = info.header_offset + 30 + name + extra
         return cut(data[start : start + info.file_size], storage)
@@ -233,26 +241,27 @@ def zip_form(path: Path) -> tuple[Any, Numbers]:
     return tree, numbers
 
 
-def legacy_form(path: Path) -> tuple[Any, Numbers]:
-    """The same of the form before torch 1.6: five pickles, then the numbers."""
+def read_legacy(path: Path) -> tuple[Any, Numbers]:
+    """The same from the format before torch 1.6: five pickles, then the numbers."""
     data = np.memmap(path, np.uint8, "r")
     with open(path, "rb") as file:
         (magic, _), _, (system, _) = (unpickle(file) for _ in range(3))
         (tree, storages), (keys, _) = unpickle(file), unpickle(file)
         start = file.tell()
     if magic != 0x1950A86A20F9469CFC6C or not system["little_endian"]:
-        raise ValueError("it has neither of torch's two forms")
+        raise ValueError("it has neither of torch's two formats")
     itemsizes = {s.key: DTYPES[s.kind].itemsize for s in storages}
     places = {}
     for key in keys:
-        (count,) = struct.unpack_from("<q", data, start)
+        (count,) = struct.unpack_from("<q", data, start)  # elements, not bytes
         places[key] = start + 8
         start += 8 + count * itemsizes[key]
     return tree, lambda storage: cut(data[places[storage.key] :], storage)
 
 
 def cut(data: np.ndarray, storage: Storage) -> np.ndarray:
-    """The storage's numbers, which must lie at the start of `data`."""
+    """The storage's numbers at the start of the bytes `data`. Raises ValueError where
+    there are fewer."""
     dtype = DTYPES[storage.kind]
     if storage.size > len(data) // dtype.itemsize:
         raise ValueError(f"storage {storage.key} reaches beyond the file")
@@ -260,35 +269,35 @@ def cut(data: np.ndarray, storage: Storage) -> np.ndarray:
 
 
 def fill(tree: Any, numbers: Numbers, room: int) -> Any:
-    """The tree with arrays for its tensors, of `room` bytes at most in all.
+    """The tree with arrays in place of its tensors, of `room` bytes at most in all.
 
-    What the tree holds several times is made once, for a small file can hold
-    one list or tensor in a great many places.
+    What stands in the tree several times is built once: a small file may hold one list
+    or tensor in a great many places. Raises ValueError where `room` is too small.
     """
-    made = {}
+    nodes = {}
 
     def build(node: Any) -> Any:
         nonlocal room
         if not isinstance(node, Tensor | dict | list):
             return node
         key = node if isinstance(node, Tensor) else id(node)
-        if key not in made:
+        if key not in nodes:
             if isinstance(node, Tensor):
-                made[key] = view(node, numbers(node.storage))
-                room -= made[key].nbytes
+                nodes[key] = view(node, numbers(node.storage))
+                room -= nodes[key].nbytes
                 if room < 0:
                     raise ValueError("its tensors hold far more than the file")
             elif isinstance(node, dict):
-                made[key] = {name: build(item) for name, item in node.items()}
+                nodes[key] = {name: build(item) for name, item in node.items()}
             else:
-                made[key] = [build(item) for item in node]
-        return made[key]
+                nodes[key] = [build(item) for item in node]
+        return nodes[key]
 
     return build(tree)
 
 
 def describe(tree: Any, name: str = "") -> None:
-    """Print the tensors and the plain data of a file, a line each."""
+    """Print a file's tensors and plain data, one a line."""
     if isinstance(tree, dict | list):
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             describe(value, f"{name}.{key}" if name else str(key))
