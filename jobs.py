@@ -481,7 +481,8 @@ class Batch:
         """
         yield from self._failed
         model, group = self._model, self._model.decoder.group
-        if not self._jobs or (group is not None and group.rank() > 0):
+        shared_by_another = group is not None and group.rank() > 0
+        if not self._jobs or not self._takes or shared_by_another:
             return
         try:
             codes = self.codes()

@@ -350,6 +350,7 @@ class Take:
             self._prompt_codes, len(rows), axis=0
         )  # of earlier windows
         self._columns: list[mx.array] = []  # of this window, delayed
+        self._width = 0  # how many columns
 
     def __iter__(self) -> Iterator["Take"]:
         self.step, self._finished = 0, {}
@@ -380,21 +381,22 @@ class Take:
         """The steps to frame `end`, after the frames from `start` on that there are."""
         prompt, config = self._past[:, start:], self._model.config.decoder
         delayed = delay(prompt, config.delays, end - start, config.vocab_size)
-        self._start, self._columns = start, [delayed[:, : prompt.shape[1]]]
+        self._start, self._width = start, prompt.shape[1]
+        self._columns = [delayed[:, : self._width]]
         steps = generate_step(forward, sample, prompt, end - start, keys, config)
         for tokens in steps:
             self._columns.append(tokens)
+            self._width += 1
             self.step += 1
             yield self
-        self._past, self._columns = self._batch_codes(), []
+        self._past, self._columns, self._width = self._batch_codes(), [], 0
         mx.eval(self._past)
 
     @property
     def frames(self) -> int:
         """Whole frames that there are of the batch at hand."""
-        columns = sum(column.shape[1] for column in self._columns)
-        made = self._start + columns - max(self._delays)
-        return max(made if columns else 0, self._past.shape[1])
+        made = self._start + self._width - max(self._delays)
+        return max(made if self._width else 0, self._past.shape[1])
 
     @property
     def codes(self) -> mx.array:

@@ -74,8 +74,11 @@ def encode(model: "MusicGen", audio: mx.array, num_codebooks: int) -> mx.array:
 
 def check_prompt(model: "MusicGen", codes: mx.array, frames: int) -> mx.array:
     """Codes (1, T, K) that a take of `frames` can start with, else ValueError."""
-    if codes.ndim != 3 or len(codes) != 1:
-        raise ValueError(f"codes_prompt must be codes (1, T, K), got {codes.shape}.")
+    shape = getattr(codes, "shape", None)
+    if not isinstance(codes, mx.array) or len(shape) != 3 or shape[0] != 1:
+        raise ValueError(
+            f"codes_prompt must be codes (1, T, K), got {shape or codes!r:.80}."
+        )
     T, rate = codes.shape[1], model.frame_rate
     if T > 0:
         check_codes(model, codes)
