@@ -38,6 +38,8 @@ def load_audio(path: str | Path, sampling_rate: int, channels: int) -> mx.array:
         raise ValueError(f"{path} is not a readable sound file: {error}") from error
     if len(audio) == 0 or not np.isfinite(audio).all():
         raise ValueError(f"{path} must hold sound, but it is empty or holds NaN.")
+    if not 100 <= rate <= 768_000:  # of a header that nobody can be sure of
+        raise ValueError(f"{path} must have a rate of 100 to 768000 Hz, got {rate}.")
     file_channels = audio.shape[1]
     if channels == 1:
         audio = audio.mean(axis=1, keepdims=True)
@@ -326,7 +328,7 @@ def wav_header(channels: int, rate: int, size: int, comment: str = "") -> bytes:
     if comment:
         text = riff_chunk(b"ICMT", comment.encode() + b"\0")
         chunks += riff_chunk(b"LIST", b"INFO" + text)
-    chunks = b"WAVE" + chunks + struct.pack("<4sI", b"data", size)
+    chunks = b"WAVE" + chunks + struct.pack("<4sI", b"data", min(size, UNKNOWN))
     whole = min(len(chunks) + size, UNKNOWN)
     return struct.pack("<4sI", b"RIFF", whole) + chunks
 

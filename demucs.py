@@ -1,12 +1,13 @@
 """HTDemucs: a song into drums, bass, other and vocals.
 
-The hybrid transformer of Rouard et al. (https://arxiv.org/abs/2211.08553). One branch
-works on the spectrogram, one on the waveform; between their encoders and decoders a
-transformer lets each attend the other, and the stems are the sum of what both give.
-Stands alone; audio.py is needed beside it to split a file from the command line.
+The hybrid transformer of Rouard et al. (https://arxiv.org/abs/2211.08553). One
+branch works on the spectrogram, one on the waveform; between their encoders and
+decoders a transformer lets each attend the other, and the stems are the sum of what
+both give. Stands alone; the command line needs audio.py too.
 
     model = HTDemucs.from_pretrained("adefossez/HTDemucs")
-    drums, bass, other, vocals = model.separate(audio)  # (N, 2) at model.sampling_rate
+    audio = load_audio("song.mp3", model.sampling_rate, model.channels)
+    drums, bass, other, vocals = model.separate(audio)
 
 or `python demucs.py song.mp3 --output-dir stems/ --stems vocals,drums`.
 """
@@ -25,11 +26,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from huggingface_hub import snapshot_download
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils import logging, tqdm
 from safetensors import SafetensorError, safe_open
 
 REPO = "adefossez/HTDemucs"
-FILES = ["*.safetensors", "*.yaml"]
 KERNEL, STRIDE = 8, 4  # of the convolutions on both branches
 
 
@@ -56,195 +56,58 @@ class HTDemucsConfig:
     segment: Fraction = Fraction(39, 5)  # seconds
 
     @classmethod
-    def from_dict(cls, given: dict) -> "HTDemucsConfig":
-        """From the published arguments. Raises ValueError for what is not ported."""
-        known = {field.name for field in fields(cls)}
-        for name, value in given.items():
-            if name not in known and value not in FIXED.get(name, (value,)):
-                raise ValueError(
-                    f"{name} must be {FIXED[name][0]!r}, got {value!r}; other kinds "
-                    "of Demucs are not ported."
-                )
-        values = {name: given[name] for name in known & given.keys()}
-        values["sources"] = tuple(values.get("sources", cls.sources))
-        config = cls(**values)
-        check_config(config)
-        return config
+    def from_dict(cls, config: dict) -> "HTDemucsConfig":
+        """Take the known keys."""
+        names = {field.name for field in fields(cls)}
+        values = {k: v for k, v in config.items() if k in names}
+        return cls(**values | {"sources": tuple(config.get("sources", cls.sources))})
 
     @property
     def segment_length(self) -> int:
-        """Samples of the pieces in which it was trained to hear."""
+        """Samples of the pieces that the model was trained on."""
         return int(self.segment * self.samplerate)
 
 
-class HTDemucs(nn.Module):
-    """The published model of that name, and others of its kind."""
+class Scale(nn.Module):
+    """A learned factor for each channel."""
 
-    def __init__(self, config: HTDemucsConfig):
+    def __init__(self, channels: int):
         super().__init__()
-        self.config = config
-        widths = [config.channels * config.growth**i for i in range(config.depth)]
-        C, S = config.audio_channels, len(config.sources)
-        bottom = config.bottom_channels
-        ins, outs = [None, *widths[:-1]], [None, *widths[:-1]]
+        self.scale = mx.ones((channels,))
 
-        def encoders(first: int) -> list[Encoder]:
-            return [Encoder(a or first, b, config) for a, b in zip(ins, widths)]
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.scale * x
 
-        def decoders(first: int, spectral: bool) -> list[Decoder]:
-            return [
-                Decoder(b, a or first, config, spectral, last=a is None)
-                for a, b in zip(outs[::-1], widths[::-1])
-            ]
 
-        self.encoder, self.tencoder = encoders(2 * C), encoders(C)
-        self.decoder, self.tdecoder = decoders(2 * C * S, True), decoders(C * S, False)
-        self.freq_emb = nn.Embedding(config.nfft // 2 // STRIDE, widths[0])
-        self.channel_upsampler = nn.Linear(widths[-1], bottom)
-        self.channel_downsampler = nn.Linear(bottom, widths[-1])
-        self.channel_upsampler_t = nn.Linear(widths[-1], bottom)
-        self.channel_downsampler_t = nn.Linear(bottom, widths[-1])
-        self.crosstransformer = CrossTransformer(config)
+def row_sums(x: mx.array) -> mx.array:
+    """The sum of each row of (B, ...), in two stages: added up one after another, as
+    on MLX's CPU, millions of numbers would lose three digits."""
+    x = x.reshape(len(x), -1)
+    whole = x.shape[1] // 1024 * 1024
+    parts = x[:, :whole].reshape(len(x), -1, 1024).sum(axis=-1)
+    return parts.sum(axis=-1) + x[:, whole:].sum(axis=-1)
 
-    @property
-    def sampling_rate(self) -> int:
-        """Samples per second that it takes and gives."""
-        return self.config.samplerate
 
-    @property
-    def channels(self) -> int:
-        """Channels that it takes and gives: 2."""
-        return self.config.audio_channels
+def center(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """x (B, ...) less each row's mean; the mean; the sum of the squares."""
+    shape = (len(x), *[1] * (x.ndim - 1))
+    mean = (row_sums(x) / (x.size // len(x))).reshape(shape)
+    x = x - mean
+    return x, mean, row_sums(x * x).reshape(shape)
 
-    def __call__(self, audio: mx.array) -> mx.array:
-        """Stems (B, S, N, C) of audio (B, N, C), N being `config.segment_length`."""
-        config = self.config
-        B, N, C = audio.shape
-        spectrum = spectrogram(audio.swapaxes(1, 2).reshape(B * C, N), config.nfft)
-        _, F, T = spectrum.shape
-        parts = mx.stack([spectrum.real, spectrum.imag], axis=1)  # (B C, 2, F, T)
-        x, mean, deviation = normalize(parts.reshape(B, 2 * C, F, T).moveaxis(1, -1))
-        xt, mean_t, deviation_t = normalize(audio[:, :, None])
-        x, xt = self.separated(x, xt)
-        x = (x * deviation + mean).reshape(B, F, T, -1, 2).transpose(0, 3, 1, 2, 4)
-        spectrum = (x[..., 0] + 1j * x[..., 1]).reshape(-1, F, T)
-        x = waveform(spectrum, N).reshape(B, -1, C, N)
-        xt = (xt * deviation_t + mean_t).reshape(B, N, -1, C)
-        return x.swapaxes(2, 3) + xt.swapaxes(1, 2)
 
-    def separated(self, x: mx.array, xt: mx.array) -> tuple[mx.array, mx.array]:
-        """Spectrogram (B, F, T, 2 C) and waveform (B, N, 1, C) of the mix, both
-        normalized -> those of all stems, (B, F, T, 2 C S) and (B, N, 1, C S)."""
-        saved, lengths = [], []
-        for i, (encode, encode_t) in enumerate(zip(self.encoder, self.tencoder)):
-            lengths.append((x.shape[1], xt.shape[1]))
-            x, xt = encode(x), encode_t(xt)
-            if i == 0:
-                factor = self.config.freq_emb * self.config.emb_scale
-                x = x + factor * self.freq_emb.weight[:, None]
-            saved.append((x, xt))
-        x, xt = self.attended(x, xt)
-        for decode, decode_t in zip(self.decoder, self.tdecoder):
-            (skip, skip_t), (length, length_t) = saved.pop(), lengths.pop()
-            x, xt = decode(x, skip, length), decode_t(xt, skip_t, length_t)
-        return x, xt
+class Norm(nn.Module):
+    """Over all time and channels of each row of (B, T, C)."""
 
-    def attended(self, x: mx.array, xt: mx.array) -> tuple[mx.array, mx.array]:
-        """Both branches through the transformer, shapes unchanged."""
-        x, xt = self.channel_upsampler(x), self.channel_upsampler_t(xt[:, :, 0])
-        x, xt = self.crosstransformer(x, xt)
-        xt = self.channel_downsampler_t(xt)
-        return self.channel_downsampler(x), xt[:, :, None]
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = mx.ones((channels,))
+        self.bias = mx.zeros((channels,))
 
-    def separate(
-        self, audio: mx.array, shifts: int = 0, overlap: float = 0.25
-    ) -> mx.array:
-        """Stems (S, N, C) of audio (N, C) at the model's rate, in the order of
-        `config.sources`: drums, bass, other, vocals.
-
-        Heard in pieces of 7.8 s that overlap by `overlap` of their length. With
-        `shifts` the mean of as many passes over the audio moved by up to half a second,
-        a little better and as much slower. Raises ValueError for another shape or NaN.
-        """
-        *_, (_, _, stems) = self.steps(audio, shifts, overlap)
-        return stems
-
-    def steps(
-        self, audio: mx.array, shifts: int = 0, overlap: float = 0.25
-    ) -> Iterator[tuple[int, int, mx.array]]:
-        """Yields each piece's number, how many there are, and the stems so far."""
-        audio, most = mx.array(audio), self.sampling_rate // 2
-        check_audio(audio, self.channels, shifts, overlap)
-        stride = max(1, int((1 - overlap) * self.config.segment_length))
-        padded, random = mx.pad(audio, ((most, most), (0, 0))), np.random.default_rng(0)
-        moves = random.integers(0, most + 1, shifts).tolist()
-        passes = [padded[move : len(audio) + most] for move in moves] or [audio]
-        number, count = 0, sum(len(range(0, len(x), stride)) for x in passes)
-        total = 0
-        for moved in passes:
-            for stems in self._overlap_add(moved, stride):
-                number += 1
-                if number < count:
-                    yield number, count, stems
-            total = total + stems[:, len(moved) - len(audio) :]
-            mx.eval(total)
-        yield number, count, total / len(passes)
-
-    def _overlap_add(self, audio: mx.array, stride: int) -> Iterator[mx.array]:
-        """Stems (S, N, C) as a sum of pieces, each weighted most in its middle; yielded
-        after each piece."""
-        N, size = len(audio), self.config.segment_length
-        ramp = mx.minimum(mx.arange(size) + 1, size - mx.arange(size)) / (size // 2)
-        total = mx.zeros((len(self.config.sources), *audio.shape))
-        weights = mx.zeros((N, 1))
-        for start in range(0, N, stride):
-            stop = min(start + size, N)
-            weight = ramp[: stop - start, None]
-            total[:, start:stop] += weight * self.piece(audio, start, stop)
-            weights[start:stop] += weight
-            mx.eval(total, weights)
-            yield total / weights
-
-    def piece(self, audio: mx.array, start: int, stop: int) -> mx.array:
-        """Stems (S, stop - start, C), heard in the middle of a whole segment."""
-        size = self.config.segment_length
-        before = (size - (stop - start)) // 2
-        first, last = start - before, start - before + size
-        left, right = max(-first, 0), max(last - len(audio), 0)
-        heard = mx.pad(audio[max(first, 0) : last], ((left, right), (0, 0)))
-        stems = self(heard[None])[0]
-        return stems[:, before : before + stop - start]
-
-    @classmethod
-    def from_pretrained(cls, path_or_repo: str | Path = REPO) -> "HTDemucs":
-        """Load a folder or a Hub repository with one .safetensors file, which holds
-        the sizes too, as demucs 4.1 writes it. Float32. Raises FileNotFoundError, or
-        ValueError for a file that is damaged or holds another kind of model.
-        """
-        path = find_file(path_or_repo)
-        try:
-            with safe_open(path, "numpy") as file:  # which checks the header, too
-                config = read_config(file.metadata() or {})
-            weights = cls.sanitize(mx.load(str(path)))
-            model = cls(config)
-            model.load_weights(list(weights.items()))
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise ValueError(f"{path} does not load: {error}") from error
-        model.eval()
-        mx.eval(model.parameters())
-        return model
-
-    @staticmethod
-    def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The published names and layouts -> ours, in float32."""
-        kept = {}
-        for name, weight in weights.items():
-            for pattern, ours in RENAMES:
-                name = re.sub(pattern, ours, name)
-            kept[name] = arrange(name, weight.astype(mx.float32))
-        return kept
+    def __call__(self, x: mx.array) -> mx.array:
+        x, _, squares = center(x)
+        variance = squares / (x.size // len(x))
+        return x * mx.rsqrt(variance + 1e-5) * self.weight + self.bias
 
 
 class Residuals(nn.Module):
@@ -282,11 +145,11 @@ class Encoder(nn.Module):
     """Convolves with stride 4 along the first axis of (B, L, W, C): frequency in the
     spectrogram, whose W is time, and time in the waveform, whose W is 1."""
 
-    def __init__(self, channels_in: int, channels: int, config: HTDemucsConfig):
+    def __init__(self, ins: int, outs: int, config: HTDemucsConfig):
         super().__init__()
-        self.conv = nn.Conv2d(channels_in, channels, (KERNEL, 1), (STRIDE, 1), (2, 0))
-        self.dconv = Residuals(channels, config)
-        self.rewrite = nn.Linear(channels, 2 * channels)
+        self.conv = nn.Conv2d(ins, outs, (KERNEL, 1), (STRIDE, 1), (2, 0))
+        self.dconv = Residuals(outs, config)
+        self.rewrite = nn.Linear(outs, 2 * outs)
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, L, W, C) -> (B, ceil(L / 4), W, C')."""
@@ -298,18 +161,18 @@ class Upsample(nn.Module):
     """A transposed convolution along the first axis, with a kernel of two strides: a
     product, of which each result's halves go to two neighbouring places."""
 
-    def __init__(self, channels_in: int, channels: int):
+    def __init__(self, ins: int, outs: int):
         super().__init__()
-        self.weight = mx.zeros((2 * STRIDE * channels, channels_in))
-        self.bias = mx.zeros((channels,))
+        self.weight = mx.zeros((2 * STRIDE * outs, ins))
+        self.bias = mx.zeros((outs,))
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, L, W, C) -> (B, 4 L + 4, W, C')."""
         B, L, W, _ = x.shape
         head, tail = mx.split(x @ self.weight.T, 2, axis=-1)
-        ends = (0, 0), (0, 0)
-        y = mx.pad(head, ((0, 0), (0, 1), *ends))
-        y = y + mx.pad(tail, ((0, 0), (1, 0), *ends))
+        none = (0, 0)
+        y = mx.pad(head, (none, (0, 1), none, none))
+        y = y + mx.pad(tail, (none, (1, 0), none, none))
         y = y.reshape(B, L + 1, W, STRIDE, -1).swapaxes(2, 3)
         return y.reshape(B, STRIDE * (L + 1), W, -1) + self.bias
 
@@ -318,18 +181,13 @@ class Decoder(nn.Module):
     """Undoes an `Encoder`, with what that gave as `skip`."""
 
     def __init__(
-        self,
-        channels: int,
-        channels_out: int,
-        config: HTDemucsConfig,
-        spectral: bool,
-        last: bool,
+        self, ins: int, outs: int, config: HTDemucsConfig, spectral: bool, last: bool
     ):
         super().__init__()
         kernel, padding = ((3, 3), (1, 1)) if spectral else ((3, 1), (1, 0))
-        self.rewrite = nn.Conv2d(channels, 2 * channels, kernel, padding=padding)
-        self.dconv = Residuals(channels, config)
-        self.conv_tr = Upsample(channels, channels_out)
+        self.rewrite = nn.Conv2d(ins, 2 * ins, kernel, padding=padding)
+        self.dconv = Residuals(ins, config)
+        self.conv_tr = Upsample(ins, outs)
         self._last = last
 
     def __call__(self, x: mx.array, skip: mx.array, length: int) -> mx.array:
@@ -347,16 +205,15 @@ class Attention(nn.Module):
         self.in_proj = nn.Linear(D, 3 * D)  # queries, keys, values
         self.out_proj = nn.Linear(D, D)
 
-    def __call__(self, x: mx.array, memory: mx.array) -> mx.array:
-        """What x (B, T, D) finds in memory (B, S, D): (B, T, D)."""
+    def __call__(self, x: mx.array, context: mx.array) -> mx.array:
+        """Queries of x (B, T, D), keys and values of context (B, S, D) -> (B, T, D)."""
         B, T, D = x.shape
+        H = self._heads
         weights, biases = self.in_proj.weight, self.in_proj.bias
         q = mx.addmm(biases[:D], x, weights[:D].T)
-        k, v = mx.split(mx.addmm(biases[D:], memory, weights[D:].T), 2, axis=-1)
-        q, k, v = (y.reshape(B, -1, self._heads, D // self._heads) for y in (q, k, v))
-        q, k, v = (y.swapaxes(1, 2) for y in (q, k, v))
-        scale = (D // self._heads) ** -0.5
-        x = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+        k, v = mx.split(mx.addmm(biases[D:], context, weights[D:].T), 2, axis=-1)
+        q, k, v = (y.reshape(B, -1, H, D // H).swapaxes(1, 2) for y in (q, k, v))
+        x = mx.fast.scaled_dot_product_attention(q, k, v, scale=(D // H) ** -0.5)
         return self.out_proj(x.swapaxes(1, 2).reshape(B, T, D))
 
 
@@ -369,19 +226,18 @@ class TransformerLayer(nn.Module):
         hidden = int(D * config.t_hidden_scale)
         self.attn = Attention(config)
         self.norm1 = nn.LayerNorm(D)
-        self.norm_memory = nn.LayerNorm(D) if cross else None
+        self.norm_context = nn.LayerNorm(D) if cross else None
         self.norm2 = nn.LayerNorm(D)
         self.linear1 = nn.Linear(D, hidden)
         self.linear2 = nn.Linear(hidden, D)
-        self.gamma_1 = Scale(D)
-        self.gamma_2 = Scale(D)
+        self.gamma_1, self.gamma_2 = Scale(D), Scale(D)
         self.norm_out = Norm(D)
 
     def __call__(self, x: mx.array, other: mx.array) -> mx.array:
         """(B, T, D), beside the other branch's (B, S, D), -> (B, T, D)."""
         y = self.norm1(x)
-        memory = y if self.norm_memory is None else self.norm_memory(other)
-        x = x + self.gamma_1(self.attn(y, memory))
+        context = y if self.norm_context is None else self.norm_context(other)
+        x = x + self.gamma_1(self.attn(y, context))
         hidden = nn.gelu(self.linear1(self.norm2(x)))
         return self.norm_out(x + self.gamma_2(self.linear2(hidden)))
 
@@ -407,48 +263,6 @@ class CrossTransformer(nn.Module):
         for layer, layer_t in zip(self.layers, self.layers_t):
             x, xt = layer(x, xt), layer_t(xt, x)
         return x.reshape(B, T, F, D).swapaxes(1, 2), xt
-
-
-class Scale(nn.Module):
-    """A learned factor for each channel."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.scale = mx.ones((channels,))
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.scale * x
-
-
-def total(x: mx.array) -> mx.array:
-    """The sum of each row of (B, ...), in two stages: added up one after another, as
-    on MLX's CPU, millions of numbers would lose three digits."""
-    x = x.reshape(len(x), -1)
-    whole = x.shape[1] // 1024 * 1024
-    parts = x[:, :whole].reshape(len(x), -1, 1024).sum(axis=-1)
-    return parts.sum(axis=-1) + x[:, whole:].sum(axis=-1)
-
-
-def center(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """x (B, ...) less each row's mean; the mean; the sum of the squares."""
-    shape = (len(x), *[1] * (x.ndim - 1))
-    mean = (total(x) / (x.size // len(x))).reshape(shape)
-    x = x - mean
-    return x, mean, total(x * x).reshape(shape)
-
-
-class Norm(nn.Module):
-    """Over all time and channels of each row of (B, T, C)."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.weight = mx.ones((channels,))
-        self.bias = mx.zeros((channels,))
-
-    def __call__(self, x: mx.array) -> mx.array:
-        x, _, squares = center(x)
-        scale = mx.rsqrt(squares / (x.size // len(x)) + 1e-5)
-        return x * scale * self.weight + self.bias
 
 
 def positions(length: int, width: int, period: float) -> mx.array:
@@ -480,10 +294,8 @@ def hann(size: int) -> mx.array:
 
 
 def spectrogram(audio: mx.array, size: int) -> mx.array:
-    """Frames of `size` samples, a quarter apart, of (R, N): complex (R, size / 2, T).
-
-    As many as quarters begin in N. Without the highest frequency.
-    """
+    """(R, N) -> complex (R, size / 2, T): of T frames of `size` samples, a quarter
+    apart, as many as quarters begin in N; without the highest frequency."""
     hop = size // 4
     R, N = audio.shape
     T, edge = math.ceil(N / hop), hop // 2 * 3
@@ -520,11 +332,181 @@ def normalize(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     return centered / (1e-5 + deviation), mean, deviation
 
 
+class HTDemucs(nn.Module):
+    """The published model of that name, and others of its kind."""
+
+    def __init__(self, config: HTDemucsConfig):
+        super().__init__()
+        self.config = config
+        widths = [config.channels * config.growth**i for i in range(config.depth)]
+        C, S, D = config.audio_channels, len(config.sources), config.bottom_channels
+        sizes = list(zip([None, *widths[:-1]], widths))  # None: the outermost
+        self.encoder = [Encoder(a or 2 * C, b, config) for a, b in sizes]
+        self.tencoder = [Encoder(a or C, b, config) for a, b in sizes]
+        sizes.reverse()
+        self.decoder = [
+            Decoder(b, a or 2 * C * S, config, True, a is None) for a, b in sizes
+        ]
+        self.tdecoder = [
+            Decoder(b, a or C * S, config, False, a is None) for a, b in sizes
+        ]
+        self.freq_emb = nn.Embedding(config.nfft // 2 // STRIDE, widths[0])
+        self.channel_upsampler = nn.Linear(widths[-1], D)
+        self.channel_downsampler = nn.Linear(D, widths[-1])
+        self.channel_upsampler_t = nn.Linear(widths[-1], D)
+        self.channel_downsampler_t = nn.Linear(D, widths[-1])
+        self.crosstransformer = CrossTransformer(config)
+
+    @property
+    def sampling_rate(self) -> int:
+        """Samples per second that it takes and gives."""
+        return self.config.samplerate
+
+    @property
+    def channels(self) -> int:
+        """Channels that it takes and gives: 2."""
+        return self.config.audio_channels
+
+    def __call__(self, audio: mx.array) -> mx.array:
+        """Stems (B, S, N, C) of audio (B, N, C), N being `config.segment_length`."""
+        B, N, C = audio.shape
+        x = spectrogram(audio.swapaxes(1, 2).reshape(B * C, N), self.config.nfft)
+        _, F, T = x.shape
+        parts = mx.stack([x.real, x.imag], axis=1)  # (B C, 2, F, T)
+        x, mean, deviation = normalize(parts.reshape(B, 2 * C, F, T).moveaxis(1, -1))
+        xt, mean_t, deviation_t = normalize(audio[:, :, None])
+        x, xt = self.unet(x, xt)
+        x = (x * deviation + mean).reshape(B, F, T, -1, 2).transpose(0, 3, 1, 2, 4)
+        spectrum = (x[..., 0] + 1j * x[..., 1]).reshape(-1, F, T)
+        x = waveform(spectrum, N).reshape(B, -1, C, N)
+        xt = (xt * deviation_t + mean_t).reshape(B, N, -1, C)
+        return x.swapaxes(2, 3) + xt.swapaxes(1, 2)
+
+    def unet(self, x: mx.array, xt: mx.array) -> tuple[mx.array, mx.array]:
+        """Spectrogram (B, F, T, 2 C) and waveform (B, N, 1, C) of the mix, both
+        normalized -> those of all stems, (B, F, T, 2 C S) and (B, N, 1, C S)."""
+        saved, lengths = [], []
+        for i, (encode, encode_t) in enumerate(zip(self.encoder, self.tencoder)):
+            lengths.append((x.shape[1], xt.shape[1]))
+            x, xt = encode(x), encode_t(xt)
+            if i == 0:
+                factor = self.config.freq_emb * self.config.emb_scale
+                x = x + factor * self.freq_emb.weight[:, None]
+            saved.append((x, xt))
+        x, xt = self.bottleneck(x, xt)
+        for decode, decode_t in zip(self.decoder, self.tdecoder):
+            (skip, skip_t), (length, length_t) = saved.pop(), lengths.pop()
+            x, xt = decode(x, skip, length), decode_t(xt, skip_t, length_t)
+        return x, xt
+
+    def bottleneck(self, x: mx.array, xt: mx.array) -> tuple[mx.array, mx.array]:
+        """Both branches through the transformer, shapes unchanged."""
+        x, xt = self.channel_upsampler(x), self.channel_upsampler_t(xt[:, :, 0])
+        x, xt = self.crosstransformer(x, xt)
+        xt = self.channel_downsampler_t(xt)
+        return self.channel_downsampler(x), xt[:, :, None]
+
+    def separate(
+        self, audio: mx.array, shifts: int = 0, overlap: float = 0.25
+    ) -> mx.array:
+        """Stems (S, N, C) of audio (N, C) at the model's rate, in the order of
+        `config.sources`: drums, bass, other, vocals.
+
+        The model hears pieces of 7.8 s, which overlap by `overlap` of their length.
+        With `shifts` the result is the mean of as many passes over the audio, moved by
+        up to half a second: a little better. Raises ValueError for another shape or NaN.
+        """
+        for *_, stems in self.separate_steps(audio, shifts, overlap):
+            pass
+        return stems
+
+    def separate_steps(
+        self, audio: mx.array, shifts: int = 0, overlap: float = 0.25
+    ) -> Iterator[tuple[int, int, mx.array | None]]:
+        """`separate`, a piece at a time: yields (done, pieces, stems), where the stems
+        are None until all pieces are done."""
+        audio = mx.array(audio)
+        check_audio(audio, self.channels)
+        if not 0 <= overlap <= 0.99:
+            raise ValueError(f"overlap must be from 0 to 0.99, got {overlap}.")
+        if type(shifts) is not int or shifts < 0:
+            raise ValueError(f"shifts must be a whole number from 0 on, got {shifts}.")
+        N, most = len(audio), self.sampling_rate // 2 if shifts else 0
+        moves = np.random.default_rng(0).integers(0, most + 1, shifts or 1).tolist()
+        padded = mx.pad(audio, ((most, most), (0, 0)))
+        stride = max(1, int((1 - overlap) * self.config.segment_length))
+        pieces = sum(math.ceil((N + most - move) / stride) for move in moves)
+        done, total = 0, 0
+        for move in moves:
+            moved = padded[move : N + most]
+            stems = mx.zeros((len(self.config.sources), *moved.shape))
+            weights = mx.zeros((len(moved), 1))
+            for start in range(0, len(moved), stride):
+                yield done, pieces, None
+                self._add_piece(moved, start, stems, weights)
+                done += 1
+            total = total + (stems / weights)[:, most - move :]
+            mx.eval(total)
+        yield done, pieces, total / len(moves)
+
+    def _add_piece(
+        self, audio: mx.array, start: int, stems: mx.array, weights: mx.array
+    ) -> None:
+        """Add the stems of a piece to the sums, weighted most in its middle. A short
+        piece is heard in the middle of a whole segment."""
+        size = self.config.segment_length
+        stop = min(start + size, len(audio))
+        ramp = mx.minimum(mx.arange(size) + 1, size - mx.arange(size)) / (size // 2)
+        weight = ramp[: stop - start, None]
+        before = (size - (stop - start)) // 2
+        first, last = start - before, start - before + size
+        left, right = max(-first, 0), max(last - len(audio), 0)
+        segment = mx.pad(audio[max(first, 0) : last], ((left, right), (0, 0)))
+        piece = self(segment[None])[0, :, before : before + stop - start]
+        stems[:, start:stop] += weight * piece
+        weights[start:stop] += weight
+        mx.eval(stems, weights)
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | Path = REPO) -> "HTDemucs":
+        """Load a folder or a Hub repository with one .safetensors file, which holds
+        the sizes too, as demucs 4.1 writes it. Float32.
+
+        Raises ValueError or OSError naming the file and what is wrong with it.
+        """
+        path = locate(path_or_repo)
+        try:
+            with safe_open(path, "numpy") as file:  # which checks the header, too
+                config = read_config(file.metadata() or {})
+            weights = cls.sanitize(mx.load(str(path)))
+            model = cls(config)
+            model.load_weights(list(weights.items()))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not load: {error}") from error
+        mx.eval(model.parameters())
+        return model
+
+    @staticmethod
+    def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The published names and layouts -> ours, in float32. Raises ValueError for
+        a tensor that does not hold floats."""
+        kept = {}
+        for name, weight in weights.items():
+            if not mx.issubdtype(weight.dtype, mx.floating):
+                raise ValueError(f"{name} must hold floats, but holds {weight.dtype}")
+            for pattern, ours in RENAMES:
+                name = re.sub(pattern, ours, name)
+            kept[name] = arrange(name, weight.astype(mx.float32))
+        return kept
+
+
 RENAMES = (
     (r"\.(self|cross)_attn\.", ".attn."),
     (r"in_proj_", "in_proj."),
     (r"freq_emb\.embedding\.", "freq_emb."),
-    (r"(layers(?:_t)?\.\d*[13579])\.norm2", r"\1.norm_memory"),  # those that cross
+    (r"(layers(?:_t)?\.\d*[13579])\.norm2", r"\1.norm_context"),  # those that cross
     (r"(layers(?:_t)?\.\d*[13579])\.norm3", r"\1.norm2"),
 )
 
@@ -544,34 +526,21 @@ def arrange(name: str, weight: mx.array) -> mx.array:
     return weight.transpose(0, 2, 3, 1)
 
 
-def check_audio(audio: mx.array, channels: int, shifts: int, overlap: float) -> None:
-    """Raise ValueError for what cannot be separated."""
-    if audio.ndim != 2 or audio.shape[1] != channels or len(audio) == 0:
-        raise ValueError(
-            f"audio must have the shape (N, {channels}), got {audio.shape}."
-        )
-    if not mx.isfinite(audio).all().item():
-        raise ValueError("audio must be finite, but it holds NaN or infinity.")
-    if not 0 <= overlap <= 0.99 or type(shifts) is not int or shifts < 0:
-        given = f"got {overlap} and {shifts}"
-        raise ValueError(f"overlap must be from 0 to 0.99, shifts 0 or more, {given}.")
-
-
-def find_file(path_or_repo: str | Path) -> Path:
-    """The one .safetensors file of a folder, or of a Hub repository."""
-    folder = Path(path_or_repo)
+def locate(path_or_repo: str | Path) -> Path:
+    """The one .safetensors file of a local folder, or of the Hub through its cache."""
+    repo, folder = str(path_or_repo), Path(path_or_repo)
     if not folder.is_dir():
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_repo)):
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
             raise FileNotFoundError(
-                f"'{path_or_repo}' must be a folder or a Hub repository such as {REPO}."
+                f"'{repo}' must be a folder or a Hub id like {REPO}."
             )
-        folder = Path(snapshot_download(str(path_or_repo), allow_patterns=FILES))
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) != 1:
+        folder = Path(snapshot_download(repo, allow_patterns="*.safetensors"))
+    paths = sorted(folder.glob("*.safetensors"))
+    if len(paths) != 1:
         raise FileNotFoundError(
-            f"{folder} must hold one .safetensors file, but holds {len(found)}."
+            f"{folder} must hold one .safetensors file, but holds {len(paths)}."
         )
-    return found[0]
+    return paths[0]
 
 
 def read_config(metadata: dict[str, str]) -> HTDemucsConfig:
@@ -580,81 +549,100 @@ def read_config(metadata: dict[str, str]) -> HTDemucsConfig:
     if kind.rpartition(".")[2] != "HTDemucs":
         raise ValueError(f"it must hold an HTDemucs, but holds {kind}")
     positional = json.loads(metadata.get("args", "[]"))
-    named = json.loads(metadata.get("kwargs", "{}"))
+    named = json.loads(metadata.get("kwargs", "{}"), object_hook=fraction)
     if not isinstance(positional, list) or not isinstance(named, dict):
-        raise ValueError(f"its arguments must be a list and an object, got {metadata}")
+        raise ValueError("its arguments must be a list and an object")
     if positional:
         named = {"sources": positional[0]} | named
-    return HTDemucsConfig.from_dict({k: fraction(v) for k, v in named.items()})
+    check_fixed(named)
+    config = HTDemucsConfig.from_dict(named)
+    check_sizes(config)
+    return config
 
 
-def fraction(value):
-    """A fraction as the header has it, a dict -> Fraction; all else as it is."""
-    if isinstance(value, dict) and value.get("_type") == "fraction":
-        return Fraction(value["numerator"], value["denominator"])
+def fraction(value: dict) -> dict | Fraction:
+    """A fraction as the header has it -> Fraction; any other object as it is."""
+    if value.get("_type") == "fraction":
+        return Fraction(value.get("numerator"), value.get("denominator"))
     return value
 
 
-# Checking a config, which may come from a stranger.
-
-LIMITS = {  # least and largest value of each size
-    **dict.fromkeys(("channels", "dconv_comp"), (1, 1024)),
-    **dict.fromkeys(("audio_channels", "growth", "depth"), (1, 8)),
-    "dconv_depth": (0, 8),
-    "nfft": (16, 2**16),
-    "bottom_channels": (4, 2**14),
-    "t_layers": (0, 64),
-    "t_heads": (1, 256),
-    "samplerate": (1, 2**20),
-    "segment": (Fraction(1, 10), 600),
+LIMITS = {  # sizes, with the least and largest value; others could take any memory
+    "audio_channels channels growth dconv_comp t_heads": (1, 2**14),
+    "nfft bottom_channels": (4, 2**20),
+    "depth": (1, 8),
+    "dconv_depth t_layers": (0, 200),
+    "freq_emb emb_scale t_hidden_scale": (0.0, 1e6),
+    "t_max_period": (1.0, 1e9),
+    "samplerate": (100, 768_000),
+    "segment": (0.1, 600.0),
 }
-ON = ("cac", "rewrite", "t_norm_in", "t_norm_first", "t_norm_out", "t_layer_scale")
-OFF = ("t_norm_in_group", "t_group_norm", "t_sparse_self_attn", "t_sparse_cross_attn")
-FIXED = {  # arguments of the original of which only these values are ported
-    **dict.fromkeys((*ON, "t_gelu", "use_train_segment"), (True,)),
-    **dict.fromkeys((*OFF, "t_cross_first"), (False,)),
-    **dict.fromkeys(("context_enc", "t_sin_random_shift"), (0,)),
-    "multi_freqs": (None, []),
-    "channels_time": (None,),
-    "kernel_size": (KERNEL,),
-    "stride": (STRIDE,),
-    "context": (1,),
-    "norm_starts": (4,),
-    "dconv_mode": (3,),
-    "t_emb": ("sin",),
-    "t_weight_pos_embed": (1.0,),
+FIXED = {  # settings of the original of which only the published value is ported
+    "cac rewrite t_norm_in t_norm_first t_norm_out t_layer_scale t_gelu": True,
+    "use_train_segment": True,
+    "t_norm_in_group t_group_norm t_cross_first": False,
+    "t_sparse_self_attn t_sparse_cross_attn": False,
+    "multi_freqs channels_time": None,
+    "kernel_size": KERNEL,
+    "stride": STRIDE,
+    "context t_weight_pos_embed": 1,
+    "context_enc t_sin_random_shift": 0,
+    "norm_starts": 4,
+    "dconv_mode": 3,
+    "t_emb": "sin",
 }
 
 
-def check_config(config: HTDemucsConfig) -> None:
-    """Raise ValueError for sizes that cannot be, or are hostile."""
-    for name, (least, most) in LIMITS.items():
-        value = getattr(config, name)
-        if not least <= value <= most:
-            raise ValueError(f"{name} must be from {least} to {most}, got {value}.")
+def check_fixed(settings: dict) -> None:
+    """Raise ValueError for another kind of Demucs."""
+    for names, value in FIXED.items():
+        for name in names.split():
+            got = settings.get(name, value)
+            if (got or None) != (value or None):  # an empty list is none
+                raise ValueError(
+                    f"{name} must be {value!r}, got {got!r:.80}; other kinds of Demucs "
+                    "are not ported."
+                )
+
+
+def check_sizes(config: HTDemucsConfig) -> None:
+    """Raise ValueError for sizes out of all bounds, or that do not go together."""
+    for names, (least, most) in LIMITS.items():
+        for name in names.split():
+            value = getattr(config, name)
+            kinds = (int,) if type(least) is int else (int, float, Fraction)
+            if type(value) not in kinds or not least <= value <= most:
+                raise ValueError(f"{name} must be {least} to {most}, got {value!r:.80}")
+    names = [s for s in config.sources if re.fullmatch(r"[\w -]+", s)]  # of files, too
+    if not names or len(set(names)) < len(config.sources):
+        raise ValueError(f"sources must be different names, got {config.sources!r:.80}")
     last = 2 * STRIDE ** (config.depth - 1)
     if config.nfft % (last * STRIDE) or config.nfft // last <= KERNEL:
         raise ValueError(
             f"nfft must be a multiple of {last * STRIDE} and more than "
             f"{last * KERNEL} for {config.depth} layers, got {config.nfft}."
         )
-    width, heads = config.bottom_channels, config.t_heads
-    if width < 1 or width % heads or width % 4:
+    if config.bottom_channels % config.t_heads or config.bottom_channels % 4:
         raise ValueError(
-            f"bottom_channels must be a multiple of 4 and of {heads} heads, got {width}."
+            "bottom_channels must be a multiple of t_heads and of 4, got "
+            f"{config.bottom_channels} and {config.t_heads} heads."
         )
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Split a song into stems.")
-    add = parser.add_argument
-    add("source", help="sound file to read")
-    add("--output-dir", type=Path, default=Path("stems"), help="(default: stems)")
-    add("--stems", help="which to write, such as vocals,drums (default: all)")
-    add("--model", default=REPO, help="folder or Hub repository (default: %(default)s)")
-    add("--shifts", type=int, default=0, help="passes to take the mean of (default: 0)")
-    add("--overlap", type=float, default=0.25, help="of the pieces (default: 0.25)")
-    return parser.parse_args()
+def check_audio(audio: mx.array, channels: int) -> None:
+    if audio.ndim != 2 or audio.shape[1] != channels or len(audio) == 0:
+        raise ValueError(
+            f"audio must have the shape (N, {channels}), got {audio.shape}."
+        )
+    if not mx.isfinite(audio).all().item():
+        raise ValueError("audio must be finite, but it holds NaN or infinity.")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -664,33 +652,44 @@ def run(args: argparse.Namespace) -> None:
     if not Path(args.source).is_file():
         raise FileNotFoundError(f"There is no sound file {args.source}.")
     model = HTDemucs.from_pretrained(args.model)
-    known, names = model.config.sources, ", ".join(model.config.sources)
-    wanted = [s.strip() for s in args.stems.split(",")] if args.stems else known
-    if unknown := set(wanted) - set(known):
-        raise ValueError(f"--stems must be of {names}; got {min(unknown)!r}.")
-    audio = load_audio(args.source, model.sampling_rate, model.channels)
+    sources = model.config.sources
+    names = [s.strip() for s in args.stems.split(",")] if args.stems else sources
+    if strangers := set(names) - set(sources):
+        all_names = ", ".join(sources)
+        raise ValueError(f"--stems must be of {all_names}; got {min(strangers)!r}.")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    paths = {stem: args.output_dir / f"{stem}.wav" for stem in wanted}
+    paths = {name: args.output_dir / f"{name}.wav" for name in names}
     for path in paths.values():
         check_audio_path(path)
         if path.resolve() == Path(args.source).resolve():
             raise ValueError(f"{path} must not be the song; choose an --output-dir.")
+    audio = load_audio(args.source, model.sampling_rate, model.channels)
     with tqdm(unit="piece") as bar:
-        for _, bar.total, stems in model.steps(audio, args.shifts, args.overlap):
-            bar.update()
+        steps = model.separate_steps(audio, args.shifts, args.overlap)
+        for done, bar.total, stems in steps:
+            bar.update(done - bar.n)
     loudest = mx.abs(stems).max().item()
     if loudest > 1:  # all alike, so that they add up to the song
         print(f"All stems were scaled down by {loudest:.2f}.", file=sys.stderr)
         stems = stems / loudest
-    for stem, path in paths.items():
-        save_audio(path, stems[known.index(stem)], model.sampling_rate)
+    for name, path in paths.items():
+        save_audio(path, stems[sources.index(name)], model.sampling_rate)
         print(path)
 
 
 def main() -> None:
+    parser = Parser(description="Split a song into stems.")
+    add = parser.add_argument
+    add("source", help="sound file to read")
+    add("--output-dir", type=Path, default=Path("stems"), help="(default: stems)")
+    add("--stems", help="which to write, such as vocals,drums (default: all)")
+    add("--model", default=REPO, help="folder or Hub repository (default: %(default)s)")
+    add("--shifts", type=int, default=0, help="passes to take the mean of (default: 0)")
+    add("--overlap", type=float, default=0.25, help="of the pieces (default: 0.25)")
+    logging.set_verbosity_error()  # the Hub's retries; the end result is reported
     try:
-        run(parse_arguments())
-    except (OSError, ValueError) as error:
+        run(parser.parse_args())
+    except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"demucs.py: error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         sys.exit(130)

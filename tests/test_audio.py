@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import struct
 import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -21,6 +22,7 @@ from audio import (
     resample,
     save_audio,
     to_int16,
+    wav_header,
 )
 
 
@@ -208,3 +210,18 @@ class TestAudioFiles(Test):
             with patch("sys.argv", ["audio.py", *paths]):
                 with self.assertRaisesRegex(SystemExit, pattern):
                     audio_script.main()
+
+    def test_rates_beyond_all_bounds(self):
+        path = self.folder / "x.wav"
+        soundfile.write(path, np.full((99, 1), 0.5), 32000)
+        content = bytearray(path.read_bytes())
+        for rate in (1, 99, 10**6, 2**31 - 1):  # the header's, of which nobody is sure
+            content[24:28] = struct.pack("<I", rate)
+            path.write_bytes(content)
+            with self.assertRaisesRegex(ValueError, f"a rate of 100 .* got {rate}"):
+                load_audio(path, 32000, 1)
+
+    def test_header_of_an_endless_stream(self):
+        header = wav_header(2, 48000, 2**33)
+        self.assertEqual(header[4:8], b"\xff" * 4)
+        self.assertEqual(header[-4:], b"\xff" * 4)

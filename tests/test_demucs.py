@@ -28,13 +28,14 @@ class TestDemucs(Test):
         model, want = self.load()
         self.assertEqual((model.sampling_rate, model.channels), (4000, 2))
         self.assertEqual(model.config.segment_length, 1200)
-        steps = list(model.steps(want["audio"]))
-        self.assertEqual([step[:2] for step in steps], [(i, 4) for i in range(1, 5)])
-        self.assertClose(steps[-1][2], want["stems"], 1e-5)
-        self.assertSame(model.separate(want["audio"]), steps[-1][2])
-        shifted = list(model.steps(want["audio"], shifts=2))
-        self.assertEqual(shifted[-1][:2], (len(shifted), len(shifted)))
-        self.assertGreater(len(shifted), 4)
+        self.assertClose(model.separate(want["audio"]), want["stems"], 1e-5)
+        *steps, last = model.separate_steps(want["audio"])
+        self.assertEqual(steps, [(done, 4, None) for done in range(4)])
+        self.assertEqual(last[:2], (4, 4))
+        self.assertSame(last[2], model.separate(want["audio"]))
+        *_, (done, pieces, _) = model.separate_steps(want["audio"], shifts=2)
+        self.assertEqual(done, pieces)
+        self.assertGreater(pieces, 4)
 
     def test_spectrogram_and_back(self):
         rates = mx.array([[0.05], [0.3], [1.1]])
@@ -77,8 +78,8 @@ class TestDemucs(Test):
             (mx.zeros((0, 2)), {}, "audio must have the shape"),
             (mx.full((9, 2), math.nan), {}, "must be finite"),
             (want["audio"], dict(overlap=1), "overlap must be"),
-            (want["audio"], dict(shifts=-1), "shifts 0 or more"),
-            (want["audio"], dict(shifts=1.5), "shifts 0 or more"),
+            (want["audio"], dict(shifts=-1), "shifts must be a whole number"),
+            (want["audio"], dict(shifts=1.5), "shifts must be a whole number"),
         ):
             with self.assertRaisesRegex(ValueError, pattern):
                 model.separate(audio, **options)
@@ -106,6 +107,19 @@ class TestDemucs(Test):
             (weights, kwargs(channels="many"), "does not load"),
             (weights, kwargs(channels=4), "does not load"),
             (weights, kwargs(depth=0), "does not load"),
+            (weights, kwargs(sources=["../x", "b", "c", "d"]), "sources must be"),
+            (weights, kwargs(sources=["b", "b", "c", "d"]), "sources must be"),
+            (weights, kwargs(segment=1e9), "segment must be 0.1 to 600"),
+            (weights, kwargs(samplerate=2**40), "samplerate must be"),
+            (weights, kwargs(t_layers=10**9), "t_layers must be"),
+            (weights, kwargs(growth=True), "growth must be"),
+            (weights, kwargs(freq_emb=math.nan), "freq_emb must be"),
+            (weights, about | {"kwargs": "[" * 10**5}, "does not load"),
+            (
+                weights | {"freq_emb.embedding.weight": mx.zeros((32, 8), mx.int8)},
+                about,
+                "must hold floats",
+            ),
             (some, about, "does not load: Missing 1 parameters"),
             (weights | {"more": mx.zeros(3)}, about, "does not load: Received 1"),
         ):
