@@ -1,12 +1,12 @@
 """HTDemucs: a song into drums, bass, other and vocals.
 
-The hybrid transformer of Rouard et al. (https://arxiv.org/abs/2211.08553). One
-branch works on the spectrogram, one on the waveform; between their encoders and
-decoders a transformer lets each attend the other, and the stems are the sum of what
-both give. Stands alone; the command line needs audio.py too.
+The hybrid transformer of Rouard et al. (https://arxiv.org/abs/2211.08553). One branch
+works on the spectrogram, the other on the waveform. Between their encoders and decoders
+a transformer lets each attend to the other. The stems are the sum of both outputs.
+Stands alone; audio.py is needed beside it to split a file from the command line.
 
     model = HTDemucs.from_pretrained("adefossez/HTDemucs")
-    audio = load_audio("song.mp3", model.sampling_rate, model.channels)
+    audio = load_audio("song.mp3", model.sampling_rate, model.channels)  # of audio.py
     drums, bass, other, vocals = model.separate(audio)
 
 or `python demucs.py song.mp3 --output-dir stems/ --stems vocals,drums`.
@@ -35,7 +35,7 @@ KERNEL, STRIDE = 8, 4  # of the convolutions on both branches
 
 @dataclass(frozen=True)
 class HTDemucsConfig:
-    """Sizes, by the names under which the published file gives them."""
+    """Sizes, named as in the published file; defaults: the published model's."""
 
     sources: tuple[str, ...] = ("drums", "bass", "other", "vocals")
     audio_channels: int = 2
@@ -57,7 +57,7 @@ class HTDemucsConfig:
 
     @classmethod
     def from_dict(cls, config: dict) -> "HTDemucsConfig":
-        """Take the known keys."""
+        """Take the keys that name a size; others are ignored."""
         names = {field.name for field in fields(cls)}
         values = {k: v for k, v in config.items() if k in names}
         return cls(**values | {"sources": tuple(config.get("sources", cls.sources))})
@@ -80,8 +80,8 @@ class Scale(nn.Module):
 
 
 def row_sums(x: mx.array) -> mx.array:
-    """The sum of each row of (B, ...), in two stages: added up one after another, as
-    on MLX's CPU, millions of numbers would lose three digits."""
+    """The sum of each row of (B, ...), in two stages: in one stage, millions of numbers
+    would lose three digits on MLX's CPU, which adds them one after another."""
     x = x.reshape(len(x), -1)
     whole = x.shape[1] // 1024 * 1024
     parts = x[:, :whole].reshape(len(x), -1, 1024).sum(axis=-1)
@@ -89,7 +89,7 @@ def row_sums(x: mx.array) -> mx.array:
 
 
 def center(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """x (B, ...) less each row's mean; the mean; the sum of the squares."""
+    """x (B, ...) minus each row's mean; the means; the sums of the squares."""
     shape = (len(x), *[1] * (x.ndim - 1))
     mean = (row_sums(x) / (x.size // len(x))).reshape(shape)
     x = x - mean
@@ -97,7 +97,7 @@ def center(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
 
 
 class Norm(nn.Module):
-    """Over all time and channels of each row of (B, T, C)."""
+    """Normalization over time and channels together, for each row of (B, T, C)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -111,7 +111,7 @@ class Norm(nn.Module):
 
 
 class Residuals(nn.Module):
-    """Dilated convolutions over time in few channels, each added to its input."""
+    """Residual branches of dilated convolutions over time, with fewer channels."""
 
     def __init__(self, channels: int, config: HTDemucsConfig):
         super().__init__()
@@ -130,7 +130,7 @@ class Residuals(nn.Module):
         ]
 
     def __call__(self, x: mx.array) -> mx.array:
-        """(B, L, W, C) -> same shape. Time is W, or L where W is 1 (the waveform)."""
+        """(B, L, W, C) -> same shape. Time is W, or in the waveform L, where W is 1."""
         B, L, W, C = x.shape
         y = x.reshape(B * L, W, C) if W > 1 else x.reshape(B, L, C)
         for layers in self.layers:
@@ -142,8 +142,8 @@ class Residuals(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Convolves with stride 4 along the first axis of (B, L, W, C): frequency in the
-    spectrogram, whose W is time, and time in the waveform, whose W is 1."""
+    """A convolution with stride 4 along the axis L of (B, L, W, C). L is frequency in
+    the spectrogram, where W is time; it is time in the waveform, where W is 1."""
 
     def __init__(self, ins: int, outs: int, config: HTDemucsConfig):
         super().__init__()
@@ -158,8 +158,8 @@ class Encoder(nn.Module):
 
 
 class Upsample(nn.Module):
-    """A transposed convolution along the first axis, with a kernel of two strides: a
-    product, of which each result's halves go to two neighbouring places."""
+    """A transposed convolution along the axis L. Its kernel is two strides long, so it
+    is one matrix product, whose results overlap their neighbours by half."""
 
     def __init__(self, ins: int, outs: int):
         super().__init__()
@@ -178,7 +178,7 @@ class Upsample(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Undoes an `Encoder`, with what that gave as `skip`."""
+    """The inverse of an `Encoder`, whose output is its `skip`."""
 
     def __init__(
         self, ins: int, outs: int, config: HTDemucsConfig, spectral: bool, last: bool
@@ -191,7 +191,7 @@ class Decoder(nn.Module):
         self._last = last
 
     def __call__(self, x: mx.array, skip: mx.array, length: int) -> mx.array:
-        """(B, L, W, C) -> (B, length, W, C'), the length that was encoded."""
+        """(B, L, W, C) -> (B, length, W, C'), the length before the encoder."""
         x = self.conv_tr(self.dconv(nn.glu(self.rewrite(x + skip))))
         x = x[:, KERNEL // 4 : KERNEL // 4 + length]
         return x if self._last else nn.gelu(x)
@@ -218,7 +218,7 @@ class Attention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attends itself, or the other branch (`cross`)."""
+    """A layer that attends to its own branch, or with `cross` to the other one."""
 
     def __init__(self, config: HTDemucsConfig, cross: bool):
         super().__init__()
@@ -234,7 +234,7 @@ class TransformerLayer(nn.Module):
         self.norm_out = Norm(D)
 
     def __call__(self, x: mx.array, other: mx.array) -> mx.array:
-        """(B, T, D), beside the other branch's (B, S, D), -> (B, T, D)."""
+        """x (B, T, D), with the other branch (B, S, D) -> (B, T, D)."""
         y = self.norm1(x)
         context = y if self.norm_context is None else self.norm_context(other)
         x = x + self.gamma_1(self.attn(y, context))
@@ -243,7 +243,7 @@ class TransformerLayer(nn.Module):
 
 
 class CrossTransformer(nn.Module):
-    """Layers for both branches; every second one attends the other branch."""
+    """Layers of both branches. Every second one attends to the other branch."""
 
     def __init__(self, config: HTDemucsConfig):
         super().__init__()
@@ -255,7 +255,7 @@ class CrossTransformer(nn.Module):
         self.layers_t = [TransformerLayer(config, i % 2 == 1) for i in kinds]
 
     def __call__(self, x: mx.array, xt: mx.array) -> tuple[mx.array, mx.array]:
-        """Spectrogram (B, F, T, D) and waveform (B, S, D), each of the same shape."""
+        """Spectrogram (B, F, T, D) and waveform (B, S, D) -> the same shapes."""
         B, F, T, D = x.shape
         places = plane_positions(F, T, D, self._max_period)
         x = (self.norm_in(x) + places).swapaxes(1, 2).reshape(B, T * F, D)
@@ -274,8 +274,8 @@ def positions(length: int, width: int, period: float) -> mx.array:
 
 
 def plane_positions(height: int, width: int, channels: int, period: float) -> mx.array:
-    """Sinusoids (height, width, channels): half of the channels tell the place along
-    the width, half along the height, sines and cosines in turn."""
+    """Sinusoids (height, width, channels). The first half of the channels is for the
+    place along the width, the second along the height; sines and cosines alternate."""
     half = channels // 2
     rates = mx.exp(mx.arange(0, half, 2) * (-math.log(period) / half))
 
@@ -289,13 +289,13 @@ def plane_positions(height: int, width: int, channels: int, period: float) -> mx
 
 
 def hann(size: int) -> mx.array:
-    """The window of `size` samples, periodic."""
+    """The periodic Hann window of `size` samples."""
     return 0.5 - 0.5 * mx.cos(mx.arange(size) * (2 * math.pi / size))
 
 
 def spectrogram(audio: mx.array, size: int) -> mx.array:
-    """(R, N) -> complex (R, size / 2, T): of T frames of `size` samples, a quarter
-    apart, as many as quarters begin in N; without the highest frequency."""
+    """Audio (R, N) -> complex (R, size / 2, T), in frames a quarter of `size` apart. T
+    is N / (size / 4), rounded up. The highest frequency is left out."""
     hop = size // 4
     R, N = audio.shape
     T, edge = math.ceil(N / hop), hop // 2 * 3
@@ -307,7 +307,7 @@ def spectrogram(audio: mx.array, size: int) -> mx.array:
 
 
 def waveform(spectrum: mx.array, length: int) -> mx.array:
-    """The (R, length) samples of which `spectrogram` made complex (R, size / 2, T)."""
+    """The inverse of `spectrogram`: complex (R, size / 2, T) -> (R, length)."""
     R, bins, T = spectrum.shape
     size, hop = 2 * bins, bins // 2
     spectrum = mx.pad(spectrum, ((0, 0), (0, 1), (0, 0))).swapaxes(1, 2)
@@ -316,24 +316,24 @@ def waveform(spectrum: mx.array, length: int) -> mx.array:
     pads = [((0, 0), (i, 3 - i), (0, 0)) for i in range(4)]
     audio = sum(mx.pad(quarters[:, :, i], pads[i]) for i in range(4)).reshape(R, -1)
     edge = hop // 2 * 3
-    return audio[:, edge : edge + length] / 1.5  # what four squared windows add up to
+    return audio[:, edge : edge + length] / 1.5  # the sum of four squared windows
 
 
 def reflect(x: mx.array, before: int, after: int) -> mx.array:
-    """(R, N), mirrored at both ends without repeating the last sample."""
+    """Pad (R, N) at both ends by its mirror image, without repeating the end."""
     start, end = x[:, 1 : before + 1][:, ::-1], x[:, -after - 1 : -1][:, ::-1]
     return mx.concatenate([start, x, end], axis=1)
 
 
 def normalize(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """x (B, ...) with mean 0 and deviation 1 in each row; the mean; the deviation."""
+    """x (B, ...) with mean 0 and deviation 1 in each row; the means; the deviations."""
     centered, mean, squares = center(x)
     deviation = mx.sqrt(squares / (x.size // len(x) - 1))
     return centered / (1e-5 + deviation), mean, deviation
 
 
 class HTDemucs(nn.Module):
-    """The published model of that name, and others of its kind."""
+    """The whole model. `sanitize` maps the published parameter names to ours."""
 
     def __init__(self, config: HTDemucsConfig):
         super().__init__()
@@ -359,16 +359,16 @@ class HTDemucs(nn.Module):
 
     @property
     def sampling_rate(self) -> int:
-        """Samples per second that it takes and gives."""
+        """Samples per second of input and output."""
         return self.config.samplerate
 
     @property
     def channels(self) -> int:
-        """Channels that it takes and gives: 2."""
+        """Channels of input and output: 2."""
         return self.config.audio_channels
 
     def __call__(self, audio: mx.array) -> mx.array:
-        """Stems (B, S, N, C) of audio (B, N, C), N being `config.segment_length`."""
+        """Audio (B, N, C) -> stems (B, S, N, C); N is `config.segment_length`."""
         B, N, C = audio.shape
         x = spectrogram(audio.swapaxes(1, 2).reshape(B * C, N), self.config.nfft)
         _, F, T = x.shape
@@ -383,24 +383,24 @@ class HTDemucs(nn.Module):
         return x.swapaxes(2, 3) + xt.swapaxes(1, 2)
 
     def unet(self, x: mx.array, xt: mx.array) -> tuple[mx.array, mx.array]:
-        """Spectrogram (B, F, T, 2 C) and waveform (B, N, 1, C) of the mix, both
-        normalized -> those of all stems, (B, F, T, 2 C S) and (B, N, 1, C S)."""
-        saved, lengths = [], []
+        """Normalized spectrogram (B, F, T, 2 C) and waveform (B, N, 1, C) of the mix ->
+        those of all stems, (B, F, T, 2 C S) and (B, N, 1, C S)."""
+        skips, lengths = [], []
         for i, (encode, encode_t) in enumerate(zip(self.encoder, self.tencoder)):
             lengths.append((x.shape[1], xt.shape[1]))
             x, xt = encode(x), encode_t(xt)
             if i == 0:
                 factor = self.config.freq_emb * self.config.emb_scale
                 x = x + factor * self.freq_emb.weight[:, None]
-            saved.append((x, xt))
+            skips.append((x, xt))
         x, xt = self.bottleneck(x, xt)
         for decode, decode_t in zip(self.decoder, self.tdecoder):
-            (skip, skip_t), (length, length_t) = saved.pop(), lengths.pop()
+            (skip, skip_t), (length, length_t) = skips.pop(), lengths.pop()
             x, xt = decode(x, skip, length), decode_t(xt, skip_t, length_t)
         return x, xt
 
     def bottleneck(self, x: mx.array, xt: mx.array) -> tuple[mx.array, mx.array]:
-        """Both branches through the transformer, shapes unchanged."""
+        """The transformer over both branches. Shapes stay as they are."""
         x, xt = self.channel_upsampler(x), self.channel_upsampler_t(xt[:, :, 0])
         x, xt = self.crosstransformer(x, xt)
         xt = self.channel_downsampler_t(xt)
@@ -409,12 +409,12 @@ class HTDemucs(nn.Module):
     def separate(
         self, audio: mx.array, shifts: int = 0, overlap: float = 0.25
     ) -> mx.array:
-        """Stems (S, N, C) of audio (N, C) at the model's rate, in the order of
+        """Audio (N, C) at the model's rate -> stems (S, N, C), in the order of
         `config.sources`: drums, bass, other, vocals.
 
-        The model hears pieces of 7.8 s, which overlap by `overlap` of their length.
-        With `shifts` the result is the mean of as many passes over the audio, moved by
-        up to half a second: a little better. Raises ValueError for another shape or NaN.
+        It works in pieces of 7.8 s that overlap by the part `overlap`. With `shifts` it
+        takes the mean of as many passes over audio shifted by up to 0.5 s: slower, and a
+        little better. Raises ValueError for another shape, NaN or impossible options.
         """
         for *_, stems in self.separate_steps(audio, shifts, overlap):
             pass
@@ -423,8 +423,8 @@ class HTDemucs(nn.Module):
     def separate_steps(
         self, audio: mx.array, shifts: int = 0, overlap: float = 0.25
     ) -> Iterator[tuple[int, int, mx.array | None]]:
-        """`separate`, a piece at a time: yields (done, pieces, stems), where the stems
-        are None until all pieces are done."""
+        """`separate`, a piece at a time. Yields (done, pieces, stems): the pieces that
+        are done, all pieces, and the stems, which are None until all are done."""
         audio = mx.array(audio)
         check_audio(audio, self.channels)
         if not 0 <= overlap <= 0.99:
@@ -432,28 +432,28 @@ class HTDemucs(nn.Module):
         if type(shifts) is not int or shifts < 0:
             raise ValueError(f"shifts must be a whole number from 0 on, got {shifts}.")
         N, most = len(audio), self.sampling_rate // 2 if shifts else 0
-        moves = np.random.default_rng(0).integers(0, most + 1, shifts or 1).tolist()
+        offsets = np.random.default_rng(0).integers(0, most + 1, shifts or 1).tolist()
         padded = mx.pad(audio, ((most, most), (0, 0)))
         stride = max(1, int((1 - overlap) * self.config.segment_length))
-        pieces = sum(math.ceil((N + most - move) / stride) for move in moves)
+        pieces = sum(math.ceil((N + most - offset) / stride) for offset in offsets)
         done, total = 0, 0
-        for move in moves:
-            moved = padded[move : N + most]
-            stems = mx.zeros((len(self.config.sources), *moved.shape))
-            weights = mx.zeros((len(moved), 1))
-            for start in range(0, len(moved), stride):
+        for offset in offsets:
+            shifted = padded[offset : N + most]
+            stems = mx.zeros((len(self.config.sources), *shifted.shape))
+            weights = mx.zeros((len(shifted), 1))
+            for start in range(0, len(shifted), stride):
                 yield done, pieces, None
-                self._add_piece(moved, start, stems, weights)
+                self._add_piece(shifted, start, stems, weights)
                 done += 1
-            total = total + (stems / weights)[:, most - move :]
+            total = total + (stems / weights)[:, most - offset :]
             mx.eval(total)
-        yield done, pieces, total / len(moves)
+        yield done, pieces, total / len(offsets)
 
     def _add_piece(
         self, audio: mx.array, start: int, stems: mx.array, weights: mx.array
     ) -> None:
-        """Add the stems of a piece to the sums, weighted most in its middle. A short
-        piece is heard in the middle of a whole segment."""
+        """Add the stems of a piece to the sums. It weighs most in its middle. A piece
+        shorter than a segment is padded on both sides by its surroundings, or zeros."""
         size = self.config.segment_length
         stop = min(start + size, len(audio))
         ramp = mx.minimum(mx.arange(size) + 1, size - mx.arange(size)) / (size // 2)
@@ -469,14 +469,14 @@ class HTDemucs(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path = REPO) -> "HTDemucs":
-        """Load a folder or a Hub repository with one .safetensors file, which holds
-        the sizes too, as demucs 4.1 writes it. Float32.
+        """Load a folder or a Hub repository with one .safetensors file, in float32. The
+        sizes stand in its header, as demucs 4.1 writes it.
 
-        Raises ValueError or OSError naming the file and what is wrong with it.
+        Raises OSError, or ValueError for a file that is damaged or another model's.
         """
         path = locate(path_or_repo)
         try:
-            with safe_open(path, "numpy") as file:  # which checks the header, too
+            with safe_open(path, "numpy") as file:  # checks the header, too
                 config = read_config(file.metadata() or {})
             weights = cls.sanitize(mx.load(str(path)))
             model = cls(config)
@@ -491,33 +491,33 @@ class HTDemucs(nn.Module):
     @staticmethod
     def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """The published names and layouts -> ours, in float32. Raises ValueError for
-        a tensor that does not hold floats."""
-        kept = {}
+        weights that are not floats."""
+        ours = {}
         for name, weight in weights.items():
             if not mx.issubdtype(weight.dtype, mx.floating):
                 raise ValueError(f"{name} must hold floats, but holds {weight.dtype}")
-            for pattern, ours in RENAMES:
-                name = re.sub(pattern, ours, name)
-            kept[name] = arrange(name, weight.astype(mx.float32))
-        return kept
+            for pattern, replacement in RENAMES:
+                name = re.sub(pattern, replacement, name)
+            ours[name] = arrange(name, weight.astype(mx.float32))
+        return ours
 
 
-RENAMES = (
+RENAMES = (  # published names -> ours
     (r"\.(self|cross)_attn\.", ".attn."),
     (r"in_proj_", "in_proj."),
     (r"freq_emb\.embedding\.", "freq_emb."),
-    (r"(layers(?:_t)?\.\d*[13579])\.norm2", r"\1.norm_context"),  # those that cross
+    (r"(layers(?:_t)?\.\d*[13579])\.norm2", r"\1.norm_context"),  # odd: cross
     (r"(layers(?:_t)?\.\d*[13579])\.norm3", r"\1.norm2"),
 )
 
 
 def arrange(name: str, weight: mx.array) -> mx.array:
-    """A published weight in the layout that our layers have."""
+    """A published weight in the layout of our layers."""
     if weight.ndim < 3:
         return weight
-    if ".dconv." in name:  # (C', C, k)
+    if ".dconv." in name:  # (C', C, k) -> (C', k, C)
         return weight.swapaxes(1, 2)
-    if weight.ndim == 3:  # of the waveform: as if it had a second axis
+    if weight.ndim == 3:  # of the waveform: a kernel with W = 1
         weight = weight[..., None]
     if ".conv_tr." in name:  # (C, C', 8, 1) -> (8 C', C)
         return weight[..., 0].transpose(2, 1, 0).flatten(0, 1)
@@ -527,7 +527,7 @@ def arrange(name: str, weight: mx.array) -> mx.array:
 
 
 def locate(path_or_repo: str | Path) -> Path:
-    """The one .safetensors file of a local folder, or of the Hub through its cache."""
+    """The one .safetensors file of a folder, or of the Hub's cache. Raises OSError."""
     repo, folder = str(path_or_repo), Path(path_or_repo)
     if not folder.is_dir():
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
@@ -561,13 +561,13 @@ def read_config(metadata: dict[str, str]) -> HTDemucsConfig:
 
 
 def fraction(value: dict) -> dict | Fraction:
-    """A fraction as the header has it -> Fraction; any other object as it is."""
+    """The Fraction that an object of the header stands for; other objects unchanged."""
     if value.get("_type") == "fraction":
         return Fraction(value.get("numerator"), value.get("denominator"))
     return value
 
 
-LIMITS = {  # sizes, with the least and largest value; others could take any memory
+LIMITS = {  # least and largest value of sizes; without them a file could fill memory
     "audio_channels channels growth dconv_comp t_heads": (1, 2**14),
     "nfft bottom_channels": (4, 2**20),
     "depth": (1, 8),
@@ -577,7 +577,7 @@ LIMITS = {  # sizes, with the least and largest value; others could take any mem
     "samplerate": (100, 768_000),
     "segment": (0.1, 600.0),
 }
-FIXED = {  # settings of the original of which only the published value is ported
+FIXED = {  # settings of which only the published value is ported
     "cac rewrite t_norm_in t_norm_first t_norm_out t_layer_scale t_gelu": True,
     "use_train_segment": True,
     "t_norm_in_group t_group_norm t_cross_first": False,
@@ -594,19 +594,19 @@ FIXED = {  # settings of the original of which only the published value is porte
 
 
 def check_fixed(settings: dict) -> None:
-    """Raise ValueError for another kind of Demucs."""
+    """Raise ValueError for settings of another kind of Demucs."""
     for names, value in FIXED.items():
         for name in names.split():
             got = settings.get(name, value)
-            if (got or None) != (value or None):  # an empty list is none
+            if (got or None) != (value or None):  # an empty list counts as None
                 raise ValueError(
-                    f"{name} must be {value!r}, got {got!r:.80}; other kinds of Demucs "
+                    f"{name} must be {value!r}, got {got!r:.80}. Other kinds of Demucs "
                     "are not ported."
                 )
 
 
 def check_sizes(config: HTDemucsConfig) -> None:
-    """Raise ValueError for sizes out of all bounds, or that do not go together."""
+    """Raise ValueError for sizes that are hostile, or do not fit together."""
     for names, (least, most) in LIMITS.items():
         for name in names.split():
             value = getattr(config, name)
@@ -630,6 +630,7 @@ def check_sizes(config: HTDemucsConfig) -> None:
 
 
 def check_audio(audio: mx.array, channels: int) -> None:
+    """Raise ValueError unless audio is finite samples (N, channels)."""
     if audio.ndim != 2 or audio.shape[1] != channels or len(audio) == 0:
         raise ValueError(
             f"audio must have the shape (N, {channels}), got {audio.shape}."
@@ -639,7 +640,7 @@ def check_audio(audio: mx.array, channels: int) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
+    """A parser that prints an error as one line."""
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
@@ -654,23 +655,23 @@ def run(args: argparse.Namespace) -> None:
     model = HTDemucs.from_pretrained(args.model)
     sources = model.config.sources
     names = [s.strip() for s in args.stems.split(",")] if args.stems else sources
-    if strangers := set(names) - set(sources):
+    if unknown := set(names) - set(sources):
         all_names = ", ".join(sources)
-        raise ValueError(f"--stems must be of {all_names}; got {min(strangers)!r}.")
+        raise ValueError(f"--stems must be of {all_names}; got {min(unknown)!r}.")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     paths = {name: args.output_dir / f"{name}.wav" for name in names}
     for path in paths.values():
         check_audio_path(path)
         if path.resolve() == Path(args.source).resolve():
-            raise ValueError(f"{path} must not be the song; choose an --output-dir.")
+            raise ValueError(f"{path} must not be the song: choose an --output-dir.")
     audio = load_audio(args.source, model.sampling_rate, model.channels)
     with tqdm(unit="piece") as bar:
         steps = model.separate_steps(audio, args.shifts, args.overlap)
         for done, bar.total, stems in steps:
             bar.update(done - bar.n)
     loudest = mx.abs(stems).max().item()
-    if loudest > 1:  # all alike, so that they add up to the song
-        print(f"All stems were scaled down by {loudest:.2f}.", file=sys.stderr)
+    if loudest > 1:  # all stems alike, so that they still add up to the song
+        print(f"All stems were divided by {loudest:.2f}.", file=sys.stderr)
         stems = stems / loudest
     for name, path in paths.items():
         save_audio(path, stems[sources.index(name)], model.sampling_rate)
@@ -682,11 +683,11 @@ def main() -> None:
     add = parser.add_argument
     add("source", help="sound file to read")
     add("--output-dir", type=Path, default=Path("stems"), help="(default: stems)")
-    add("--stems", help="which to write, such as vocals,drums (default: all)")
+    add("--stems", help="stems to write, such as vocals,drums (default: all)")
     add("--model", default=REPO, help="folder or Hub repository (default: %(default)s)")
     add("--shifts", type=int, default=0, help="passes to take the mean of (default: 0)")
     add("--overlap", type=float, default=0.25, help="of the pieces (default: 0.25)")
-    logging.set_verbosity_error()  # the Hub's retries; the end result is reported
+    logging.set_verbosity_error()  # hides the Hub's retries; a failure is still told
     try:
         run(parser.parse_args())
     except (OSError, RuntimeError, ValueError) as error:
