@@ -28,7 +28,8 @@ def load_audio(path: str | Path, sampling_rate: int, channels: int) -> mx.array:
 
     Mono is copied to every channel. For one channel all are averaged. A file with more
     channels than asked for gives its first ones. Raises FileNotFoundError, or
-    ValueError for a file that is no sound, is empty, holds NaN or has too few channels.
+    ValueError for a file that is no sound, is empty, holds NaN, has too few channels or
+    a rate that is not from 100 to 768000 Hz.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no sound file {path}.")
@@ -38,7 +39,7 @@ def load_audio(path: str | Path, sampling_rate: int, channels: int) -> mx.array:
         raise ValueError(f"{path} is not a readable sound file: {error}") from error
     if len(audio) == 0 or not np.isfinite(audio).all():
         raise ValueError(f"{path} must hold sound, but it is empty or holds NaN.")
-    if not 100 <= rate <= 768_000:  # of a header that nobody can be sure of
+    if not 100 <= rate <= 768_000:  # a damaged header may say anything
         raise ValueError(f"{path} must have a rate of 100 to 768000 Hz, got {rate}.")
     file_channels = audio.shape[1]
     if channels == 1:
