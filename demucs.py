@@ -413,7 +413,7 @@ class HTDemucs(nn.Module):
         `config.sources`: drums, bass, other, vocals.
 
         It works in pieces of 7.8 s that overlap by the part `overlap`. With `shifts` it
-        takes the mean of as many passes over audio shifted by up to 0.5 s: slower, and a
+        takes the mean of as many passes over audio shifted by up to 0.5 s: slower and a
         little better. Raises ValueError for another shape, NaN or impossible options.
         """
         for *_, stems in self.separate_steps(audio, shifts, overlap):
@@ -687,7 +687,7 @@ def main() -> None:
     add("--model", default=REPO, help="folder or Hub repository (default: %(default)s)")
     add("--shifts", type=int, default=0, help="passes to take the mean of (default: 0)")
     add("--overlap", type=float, default=0.25, help="of the pieces (default: 0.25)")
-    logging.set_verbosity_error()  # hides the Hub's retries; a failure is still told
+    logging.set_verbosity_error()  # hides the Hub's retries; failures are reported
     try:
         run(parser.parse_args())
     except (OSError, RuntimeError, ValueError) as error:

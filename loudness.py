@@ -1,4 +1,4 @@
-"""Loudness: measure it by ITU-R BS.1770-4, and bring a sound to a given one.
+"""Loudness by ITU-R BS.1770-4: measure that of a sound, and change it.
 
     python loudness.py take.wav
     python loudness.py take.wav --loudness -14 --output louder.wav

@@ -120,7 +120,10 @@ def load_codes(path: str | Path) -> tuple[mx.array, dict[str, Any]]:
     except (KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged or holds no codes: {error}") from error
     if codes.ndim != 3 or codes.shape[0] != 1 or codes.dtype != mx.uint16:
-        raise ValueError(f"{path} must hold codes (1, T, K), got {codes.shape}.")
+        raise ValueError(
+            f"{path} must hold codes (1, T, K) in uint16, got {codes.shape} in "
+            f"{str(codes.dtype).removeprefix('mlx.core.')}."
+        )
     return codes.astype(mx.uint32), from_comment(comment, path)
 
 

@@ -398,16 +398,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--data", type=Path, required=True, help="folder of clips with captions")
     add("--output", type=Path, default=Path("adapter.safetensors"))
     add("--rank", type=int, default=16, help="of the adapter (default: %(default)s)")
-    add(
-        "--crop", type=float, default=10.0, help="seconds a step (default: %(default)s)"
-    )
+    add("--crop", type=float, default=10.0, help="seconds a step (%(default)s)")
     add("--dtype", choices=["float16", "bfloat16", "float32"])
-    add(
-        "--q-bits",
-        type=int,
-        choices=[4, 8],
-        help="quantize the layers, not the adapter",
-    )
+    add("--q-bits", type=int, choices=[4, 8], help="quantize all but the adapter")
     for command, steps, batch, lr in ((tiny, 14_500, 24, 1e-3), (lora, 500, 1, 1e-4)):
         add = command.add_argument
         add("--steps", type=int, default=steps, help="(default: %(default)s)")
@@ -433,6 +426,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
     if args.command == "lora":
         return train_lora(args)
     args.output.mkdir(parents=True, exist_ok=True)

@@ -112,7 +112,8 @@ def spectra(audio: mx.array, size: int) -> mx.array:
 def stft_distance(output: mx.array, target: mx.array) -> mx.array:
     """Distance between the spectra of two sounds (B, N), averaged over STFT_SIZES.
 
-    Each is the L1 distance of the magnitudes plus half of that of their logarithms.
+    Each is the L1 distance of the magnitudes, relative to those of the target, plus
+    half of the L1 distance of their logarithms.
     """
     total = 0
     for size in STFT_SIZES:
