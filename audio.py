@@ -346,10 +346,14 @@ def main() -> None:
             raise FileNotFoundError(f"There is no sound file {args.source}.")
         info = soundfile.info(args.source)
         rate = args.sampling_rate or info.samplerate
+        if not 1000 <= rate <= 192_000:
+            raise ValueError(f"sampling_rate must be 1000 to 192000, got {rate}.")
         audio = load_audio(args.source, rate, args.channels or info.channels)
         save_audio(args.target, audio, rate)
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"audio.py: error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     print(f"{args.target}: {len(audio) / rate:.2f} s")
 
 

@@ -74,8 +74,9 @@ def read(name: str) -> Checkpoint:
 
         path, settings, weights, tokenizer, read_text = published.read(folder)
     else:
-        tokenizer = Tokenizer(folder / "spiece.model")
-        weights = read_weights(folder)
+        if not (folder / "spiece.model").is_file():
+            raise FileNotFoundError(f"{folder} must hold spiece.model, but lacks it.")
+        tokenizer, weights = Tokenizer(folder / "spiece.model"), read_weights(folder)
         read_text = lambda: text_encoder_of(read_weights(folder))  # noqa: E731
     try:
         config = read_config(settings)

@@ -16,6 +16,7 @@ or `python encodec.py in.wav out.wav --model 48khz --bandwidth 6`.
 import argparse
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -501,9 +502,14 @@ def check_number(name: str, value, low: float, high: float) -> None:
             raise ValueError(f"{name} must be from {low} to {high}, got {value!r:.80}.")
 
 
+def warn(message: Warning | str, *_) -> None:
+    print(f"encodec.py: warning: {message}", file=sys.stderr)
+
+
 def main() -> None:
     from audio import check_audio_path, load_audio, save_audio
 
+    warnings.showwarning = warn
     parser = argparse.ArgumentParser(description="Pass a sound file through EnCodec.")
     add = parser.add_argument
     add("source", help="sound file to read")

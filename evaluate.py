@@ -130,6 +130,7 @@ def measure(sound: np.ndarray) -> Measures | None:
     hertz = pitches(steady)
     level = 10 * np.log10(loud + 1e-7)
     falls = (level[4:] - level[:-4])[level[:-4] > level.max() - 10]
+    falls = falls if len(falls) else np.zeros(1)  # a sound that is loud at its end
     decays = np.quantile(falls, (0.25, 0.5, 0.75))  # dB over four hops
     timbre = np.append(timbre_features(steady, hertz), decays)
     return Measures(float(np.median(hertz)), onset_rate(sound), timbre, beat(sound))

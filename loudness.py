@@ -151,6 +151,8 @@ def main() -> None:
             save_audio(check_audio_path(args.output), louder, info.samplerate)
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"loudness.py: error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

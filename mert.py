@@ -325,6 +325,8 @@ def main() -> None:
         demo(MERT.from_pretrained(args.model), args.source)
     except (OSError, ValueError) as error:
         sys.exit(f"mert.py: error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

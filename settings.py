@@ -128,6 +128,8 @@ def load_codes(path: str | Path) -> tuple[mx.array, dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("usage: python settings.py FILE ...")
     try:
         for name in sys.argv[1:]:
             print(json.dumps(read_settings(name), indent=2))

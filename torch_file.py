@@ -308,6 +308,8 @@ def describe(tree: Any, name: str = "") -> None:
 
 
 def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit("usage: python torch_file.py FILE ...")
     try:
         for path in sys.argv[1:]:
             describe(load_torch(path))

@@ -111,16 +111,24 @@ class Training:
                 metadata = json.loads((file.metadata() or {})["training"])
             arrays = mx.load(str(self.path))
             mx.eval(arrays)
-        except (KeyError, RuntimeError, SafetensorError, ValueError) as error:
-            raise ValueError(f"{self.path} is damaged: {error}") from error
+            settings, random = dict(metadata["settings"]), metadata["random"]
+            done, passed = int(metadata["done"]), float(metadata["passed"])
+        except (
+            KeyError,
+            RuntimeError,
+            SafetensorError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise ValueError(f"{self.path} is damaged: {error!r}") from error
         for name, value in self.settings.items():
-            if metadata["settings"].get(name) != value:
+            if settings.get(name) != value:
                 raise ValueError(
-                    f"{name} must be as it was, {metadata['settings'].get(name)}, to "
-                    f"resume from {self.path}, got {value}."
+                    f"{name} must be as it was, {settings.get(name)}, to resume from "
+                    f"{self.path}, got {value}."
                 )
-        self.done, self.passed = metadata["done"], metadata["passed"]
-        self.random.bit_generator.state = metadata["random"]
+        self.done, self.passed = done, passed
+        self.random.bit_generator.state = random
         state = {k: arrays.pop(k) for k in list(arrays) if k.startswith("state/")}
         self.state.update({k.removeprefix("state/"): v for k, v in state.items()})
         arrays = tree_unflatten(list(arrays.items()))
