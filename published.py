@@ -73,14 +73,11 @@ def under(prefix: str, weights: Weights | nn.Module) -> Weights:
 def read_audiocraft(folder: Path) -> Published:
     path = folder / audiocraft.FILES[0]
     package = audiocraft.read_decoder(path)
-    place = find_t5(path, package.cfg)
+    local, place = find_t5(path, package.cfg)
     try:
         text_encoder, tokenizer = T5.from_pretrained(place)
     except OSError as error:
-        local = folder / place.name if isinstance(place, Path) else place.split("/")[-1]
-        raise OSError(
-            f"{folder} needs T5 in {Path(local).name}/ or from the Hub: {error}"
-        )
+        raise OSError(f"{folder} needs T5 in {local.name}/ or from the Hub: {error}")
     codec = Encodec.from_pretrained(folder)
     try:
         settings = {
@@ -99,19 +96,22 @@ def read_audiocraft(folder: Path) -> Published:
             weights |= under("conditioner", learned)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not load: {error}") from error
-    read_text = lambda: dict(  # noqa: E731
-        tree_flatten(T5.from_pretrained(place)[0].parameters())
-    )
-    return Published(path, settings, weights, tokenizer, read_text)
+
+    def read_text_encoder() -> Weights:
+        return dict(tree_flatten(T5.from_pretrained(place)[0].parameters()))
+
+    return Published(path, settings, weights, tokenizer, read_text_encoder)
 
 
-def find_t5(path: Path, cfg: dict[str, Any]) -> Path | str:
-    """The text encoder that `cfg` names: a folder beside the file, else the Hub id."""
+def find_t5(path: Path, cfg: dict[str, Any]) -> tuple[Path, Path | str]:
+    """Where the text encoder that `cfg` names may lie, a folder beside the file; and
+    that folder if it is there, else the Hub id."""
     name = cfg.get("conditioners.description.t5.name", "t5-base")
     if not isinstance(name, str) or not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):
         raise ValueError(f"{path} names a T5 that cannot be.")
     local = path.with_name(name.split("/")[-1])
-    return local if local.is_dir() else name if "/" in name else f"google-t5/{name}"
+    repo = name if "/" in name else f"google-t5/{name}"
+    return local, local if local.is_dir() else repo
 
 
 def read_conditioner(
