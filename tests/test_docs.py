@@ -231,6 +231,31 @@ class TestDocuments(Test):
                     if anchor:
                         self.assertIn(anchor, headings(target.read_text()))
 
+    def test_scripts_that_are_named_are_there(self):
+        folders = (ROOT, REFERENCE, ROOT / "tests")
+        there = {path.name for folder in folders for path in folder.glob("*.py")}
+        for document in DOCUMENTS:
+            named = {*re.findall(r"\w+\.py\b", (ROOT / document).read_text())}
+            with self.subTest(document=document):
+                self.assertEqual(named - there, set())
+
+    def test_comments_do_no_harm(self):
+        """A Mac's shell takes them for commands, unless it is told otherwise. So they
+        must have no quotes and nothing else that it reads."""
+        for document in DOCUMENTS:
+            for block in blocks((ROOT / document).read_text()):
+                if block.language == "shell":
+                    for line in block.text.splitlines():
+                        if "#" in line:
+                            self.assertRegex(line, r"^# [\w ,.:-]+$")
+
+    def test_readme_shows_what_is_printed(self):
+        text = (ROOT / "README.md").read_text()
+        shown = next(block.text for block in blocks(text) if block.language == "text")
+        printed = run(cheapen(COMMAND.search(text)[1]))
+        number = re.compile(r"\d[\d.]*")
+        self.assertEqual(number.sub("0", printed), number.sub("0", shown))
+
     def test_readme_is_short_and_names_every_script(self):
         text = (ROOT / "README.md").read_text()
         self.assertLessEqual(len(text.splitlines()), 160)
