@@ -54,7 +54,9 @@ def read_yaml(text: str) -> dict[str, Any]:
         value = scalar(value)
         if body.startswith("- "):
             name = ".".join(name for _, name in path)
-            values.setdefault(name, []).append(scalar(body[2:]))
+            if not isinstance(values.get(name), list):
+                values[name] = []
+            values[name].append(scalar(body[2:]))
         elif colon:
             path = [part for part in path if part[0] < indent] + [(indent, key)]
             if value.startswith(("|", ">")):

@@ -13,6 +13,7 @@ options.py and t5.py beside it.
 
 import json
 import math
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ def read(name: str) -> Checkpoint:
     """
     folder = locate(name)
     path = folder / "config.json"
-    settings = read_json(path) if path.is_file() else {}
+    settings = read_json(path) if path.exists() else {}
     if "decoder_dtype" not in settings:
         import published
 
@@ -106,19 +107,26 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
     """The tensors of a folder that `convert.py` wrote; T5 and codec in float32."""
     path = folder / "model.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} must hold {path.name}, but lacks it.")
-    try:
-        with safe_open(path, "numpy"):  # checks the header as mx.load does not
-            weights = mx.load(str(path))
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged, fetch it again: {error}") from error
-    melody = "decoder.melody_proj."  # as we wrote it once
-    weights = {k.replace(melody, "decoder.sound_proj."): w for k, w in weights.items()}
+        import published
+
+        found = published.read_weights(folder)  # in shards, say
+    else:
+        try:
+            with safe_open(path, "numpy"):  # checks the header as mx.load does not
+                found = mx.load(str(path))
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{path} is damaged, fetch it again: {error}") from error
+    melody, sound = "decoder.melody_proj.", "decoder.sound_proj."  # once, and now
+    weights = {name.replace(melody, sound): weight for name, weight in found.items()}
+    if len(weights) < len(found):
+        raise ValueError(f"{path}: {sound} is there twice, under two spellings")
     for name, weight in weights.items():
         packed = f"{name.removesuffix('.weight')}.scales" in weights
         quantized = packed and weight.dtype == mx.uint32
         if not (quantized or mx.issubdtype(weight.dtype, mx.floating)):
-            raise ValueError(f"{name} must hold floats, but holds {weight.dtype}")
+            raise ValueError(
+                f"{path}: {name} must hold floats, but holds {weight.dtype}"
+            )
         if not name.startswith("decoder."):
             weights[name] = weight.astype(mx.float32)
     return weights
@@ -139,7 +147,7 @@ def locate(name: str) -> Path:
     `./tiny`.
     """
     folder = TINY if name == "tiny" else Path(name)
-    if name and folder.is_dir():
+    if name and os.path.isdir(folder):  # unlike Path's, any name will do
         return folder
     if name == "tiny":
         raise FileNotFoundError(

@@ -86,7 +86,9 @@ def play(
     least = 1 / model.frame_rate
     if not isinstance(chunk, Real) or not least <= chunk < 1e6:
         raise ValueError(f"chunk must be at least 1/{model.frame_rate} s, got {chunk}.")
-    return pieces_of(model, take, int(chunk * model.frame_rate), steps or take)
+    return pieces_of(
+        model, take, int(chunk * model.frame_rate), take if steps is None else steps
+    )
 
 
 def pieces_of(

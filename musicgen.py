@@ -346,14 +346,14 @@ class Take:
 
     def _open(self, rows: list[int]) -> None:
         self._rows, self._start = rows, 0
-        self._past = mx.repeat(
-            self._prompt_codes, len(rows), axis=0
-        )  # of earlier windows
+        # of earlier windows
+        self._past = mx.repeat(self._prompt_codes, len(rows), axis=0)
         self._columns: list[mx.array] = []  # of this window, delayed
         self._width = 0  # how many columns
 
     def __iter__(self) -> Iterator["Take"]:
-        self.step, self._finished = 0, {}
+        self.step, self._finished, turn = 0, {}, object()
+        self._turn = turn  # another iteration starts the take anew
         sample = make_step_sampler(self._options)
         for rows in self._batches:
             self._open(rows)
@@ -365,7 +365,10 @@ class Take:
                 if self._prefixes:
                     sound = self._prefixes.window(rows, start, self._options.copies)
                 forward.rewind(sound)
-                yield from self._window(start, end, forward, sample, keys[start:])
+                for _ in self._window(start, end, forward, sample, keys[start:]):
+                    yield self
+                    if self._turn is not turn:
+                        raise RuntimeError("This take has been started anew since.")
             self._finished |= zip(rows, self._past)
 
     def _forward(self, rows: list[int]) -> Callable[[mx.array], mx.array]:
@@ -377,7 +380,7 @@ class Take:
             steps += self._prefixes.frames(rows[0]) + text.mask.shape[1]
         return self._model.make_forward(text, self._options.copies, steps)
 
-    def _window(self, start: int, end: int, forward, sample, keys) -> Iterator["Take"]:
+    def _window(self, start: int, end: int, forward, sample, keys) -> Iterator[None]:
         """The steps to frame `end`, after the frames from `start` on that there are."""
         prompt, config = self._past[:, start:], self._model.config.decoder
         delayed = delay(prompt, config.delays, end - start, config.vocab_size)
@@ -388,7 +391,7 @@ class Take:
             self._columns.append(tokens)
             self._width += 1
             self.step += 1
-            yield self
+            yield
         self._past, self._columns, self._width = self._batch_codes(), [], 0
         mx.eval(self._past)
 

@@ -272,6 +272,10 @@ def sanitize(weights: Weights) -> Weights:
         "audio_encoder": encodec_files.sanitize,
         "decoder": audiocraft.name_decoder,
     }
+    if any(name.startswith("conditioner.") for name in weights):
+        from style import StyleConditioner
+
+        parts["conditioner"] = StyleConditioner.sanitize
     grouped = {part: {} for part in parts}
     for name, weight in weights.items():
         part, _, rest = name.partition(".")

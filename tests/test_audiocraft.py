@@ -126,6 +126,7 @@ i: true
             (values["b.c"], values["f.g.h"], values["i"]), ("x", ".inf", "true")
         )
         self.assertEqual(audiocraft.read_yaml(""), {})
+        self.assertEqual(audiocraft.read_yaml("a: b\n- c"), {"a": ["c"]})
         looped = audiocraft.read_yaml("a: ${b}\nb: ${c}\nc: ${b}")
         self.assertEqual(looped, {"a": "", "b": "", "c": ""})
 

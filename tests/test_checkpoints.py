@@ -48,6 +48,23 @@ class TestCheckpoints(Test):
             path.write_text(json.dumps(config | {"quantization": wrong}))
             self.fails("config.json does not load: quantization must give", folder)
 
+    def test_shards(self):
+        folder = self.converted("mono-transformers")
+        weights = mx.load(str(folder / "model.safetensors"))
+        mx.eval(weights)
+        names = sorted(weights)
+        shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+        for shard, own in shards.items():
+            mx.save_safetensors(str(folder / shard), {k: weights[k] for k in own})
+        index = {name: shard for shard, own in shards.items() for name in own}
+        text = json.dumps({"weight_map": index})
+        (folder / "model.safetensors.index.json").write_text(text)
+        (folder / "model.safetensors").unlink()
+        options = dict(prompts="happy rock", duration=0.2, seed=0)
+        codes = MusicGen.from_pretrained(folder).generate_codes(**options)
+        whole = MusicGen.from_pretrained(REFERENCE / "mono-transformers")
+        self.assertTrue(mx.array_equal(codes, whole.generate_codes(**options)))
+
     def test_quantized_already(self):
         folder = self.folder / "q8"
         source = str(REFERENCE / "mono-transformers")
@@ -79,7 +96,7 @@ class TestCheckpoints(Test):
             (lambda w: w.update({name: w[name][:3]}), f"shape.*{name}"),
             (
                 lambda w: w.update({name: w[name].astype(mx.uint32)}),
-                f"{name} must hold floats",
+                f"model.safetensors: {name} must hold floats",
             ),
             (
                 lambda w: w.update({"text_encoder.shared.weight": mx.array([1])}),

@@ -183,6 +183,10 @@ class TestMelodyModels(Test):
         mx.save_safetensors(str(path / "model.safetensors"), weights)
         model = MusicGen.from_pretrained(path)
         self.assertEqual(model.config, exact("melody-transformers").config)
+        twice = {k.replace("melody_proj", "sound_proj"): w for k, w in weights.items()}
+        mx.save_safetensors(str(path / "model.safetensors"), weights | twice)
+        with self.assertRaisesRegex(ValueError, "safetensors: .*sound_proj.*twice"):
+            MusicGen.from_pretrained(path)
 
     def test_batch_of_with_and_without(self):
         prompts = EXPECTED["mono-transformers"]["prompts"][:2]

@@ -94,6 +94,19 @@ class TestSteps(Test):
             break
         self.assertEqual((take.step, take.codes.shape), (1, (1, 0, 8)))
 
+    def test_one_iteration_at_a_time(self):
+        take = self.load().steps("drums", duration=0.2, seed=0)
+        first = iter(take)
+        next(first)
+        again = iter(take)
+        next(again)
+        with self.assertRaisesRegex(RuntimeError, "started anew"):
+            next(first)
+        for _ in again:
+            pass
+        whole = self.load().generate_codes("drums", duration=0.2, seed=0)
+        self.assertSame(take.codes, whole)
+
     def test_steps_are_counted_over_batches_and_windows(self):
         model = self.load()
         # 15 frames, then 9 new ones, then 16 - 9 of the rest; delays take 3 steps more

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import sounds
 from common import EXPECTED, REFERENCE, Test, exact, expected, last
+from mlx.utils import tree_flatten
 
 import audiocraft
 import convert
@@ -188,6 +189,17 @@ class TestStyle(Test):
         self.assertSame(
             again.generate_codes("a", **options), model.generate_codes("a", **options)
         )
+
+    def test_folder_that_does_not_say_its_dtype(self):
+        path = self.folder / "out"
+        convert.convert(self.path, path, mx.float32)
+        config = json.loads((path / "config.json").read_text())
+        del config["decoder_dtype"]
+        (path / "config.json").write_text(json.dumps(config))
+        model = MusicGen.from_pretrained(path)
+        want = tree_flatten(MusicGen.from_pretrained(self.path).parameters())
+        for (name, got), (_, right) in zip(tree_flatten(model.parameters()), want):
+            self.assertTrue(mx.array_equal(got, right), name)
 
     def test_settings_of_the_checkpoint(self):
         def load(cfg: dict, name: str = self.name) -> StyleConfig:
