@@ -239,6 +239,7 @@ class MusicGen(nn.Module):
         try:
             model = cls(files.config, files.tokenizer)
             model.load_weights(list(files.weights.items()))
+            files.weights.clear()  # so that what is cast or quantized goes
         except (TypeError, ValueError) as error:
             raise ValueError(f"{files.path.parent} does not load: {error}") from error
         model.name, model.revision = str(path_or_repo), files.revision
@@ -346,8 +347,7 @@ class Take:
 
     def _open(self, rows: list[int]) -> None:
         self._rows, self._start = rows, 0
-        # of earlier windows
-        self._past = mx.repeat(self._prompt_codes, len(rows), axis=0)
+        self._past = mx.repeat(self._prompt_codes, len(rows), axis=0)  # windows before
         self._columns: list[mx.array] = []  # of this window, delayed
         self._width = 0  # how many columns
 

@@ -4,12 +4,14 @@ import json
 import shutil
 import struct
 from contextlib import chdir
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import mlx.core as mx
 import sounds
 from common import REFERENCE, Test, exact
+from mlx.utils import tree_flatten
 
 import checkpoints
 import convert
@@ -64,6 +66,22 @@ class TestCheckpoints(Test):
         codes = MusicGen.from_pretrained(folder).generate_codes(**options)
         whole = MusicGen.from_pretrained(REFERENCE / "mono-transformers")
         self.assertTrue(mx.array_equal(codes, whole.generate_codes(**options)))
+
+    def test_each_weight_is_in_memory_once(self):
+        small = exact("mono-transformers")
+        sizes = dict(hidden_size=256, num_hidden_layers=8, ffn_dim=1024)
+        decoder = replace(small.config.decoder, **sizes)
+        model = MusicGen(replace(small.config, decoder=decoder), small.tokenizer)
+        model.decoder.set_dtype(mx.float16)
+        convert.save(model, self.folder)
+        del model
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        model = MusicGen.from_pretrained(self.folder, mx.float16)
+        peak = mx.get_peak_memory() - before
+        weights = tree_flatten(model.parameters())
+        size = sum(weight.nbytes for _, weight in weights)
+        self.assertLess(peak, 1.2 * size)
 
     def test_quantized_already(self):
         folder = self.folder / "q8"
