@@ -3,7 +3,7 @@
 The twin of `Encodec.decode_chunk` and `Encodec.encode`, with the same samples and
 codes. A sample of the 32 kHz codec depends on the 3 3/4 frames around its own, so
 pieces can be decoded one after another, each with a few frames of its neighbours, in
-little memory. Needs encodec.py beside it.
+little memory. Needs encodec.py and parallel.py beside it.
 
     stream = DecodingStream(codec)
     for codes in pieces:  # (B, T, K), T of any size
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from encodec import LSTM, Encodec, EncodecConfig, by_channel, trim_right
+from parallel import parallel_streams
 
 if TYPE_CHECKING:
     from musicgen import MusicGen, Take
@@ -254,18 +255,3 @@ def upsampling_reach(config: EncodecConfig) -> tuple[int, int]:
         after += step * sum(right for _, right in reaches)
     left, right = convolution_reach(config, config.last_kernel_size)
     return before + left, after + right
-
-
-@functools.cache
-def second_stream(device: str) -> mx.Stream:
-    return mx.new_stream(mx.default_device())
-
-
-def parallel_streams() -> list[mx.Stream]:
-    """Streams for work that can be done side by side: on the CPU two, for each is a
-    thread, and the plain BLAS of MLX's Linux wheel keeps to the thread that calls it;
-    on a GPU the default one."""
-    device = mx.default_device()
-    streams = [mx.default_stream(device)]
-    # by name: devices that are equal are different keys of a cache
-    return streams + ([second_stream(str(device))] if device == mx.cpu else [])

@@ -5,14 +5,13 @@ step: all between two self-attentions is compiled, so that Python does not build
 graph anew in every step; rows without a text skip the cross-attention; on the CPU the
 rows are two lanes, computed side by side; on an NVIDIA GPU products of few rows are
 taken as columns. And what concerns a machine: a decoder quantized or shared among
-processes, and what its memory holds. Needs decoder.py beside it; lora.py is needed for
-an adapter.
+processes, and what its memory holds. Needs decoder.py and parallel.py beside it; lora.py
+is needed for an adapter.
 
     forward = Engine(decoder, text, copies=2, steps=403)
     logits = forward(tokens)  # (B, S, K) -> (R, 1, K, V)
 """
 
-import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ import mlx.nn as nn
 from mlx.nn.layers.distributed import shard_linear
 
 from decoder import Condition, Decoder, KVCache, Layer, TextKV, attend, join_heads
+from parallel import parallel_streams
 
 if TYPE_CHECKING:
     from musicgen import MusicGen
@@ -250,21 +250,6 @@ def project(
     else:
         return mx.addmm(residual, x, layer.weight.T)
     return y if residual is None else residual + y
-
-
-@functools.cache
-def second_stream(device: str) -> mx.Stream:
-    return mx.new_stream(mx.default_device())
-
-
-def parallel_streams() -> list[mx.Stream]:
-    """Streams for work that can be done side by side: on the CPU two, for each is a
-    thread, and the plain BLAS of MLX's Linux wheel keeps to the thread that calls it;
-    on a GPU the default one."""
-    device = mx.default_device()
-    streams = [mx.default_stream(device)]
-    # by name: devices that are equal are different keys of a cache
-    return streams + ([second_stream(str(device))] if device == mx.cpu else [])
 
 
 def store_columns(decoder: Decoder) -> None:

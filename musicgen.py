@@ -5,9 +5,9 @@ The single-stage language model over EnCodec codes of Copet et al.
 every frame of 20 ms, the k-th codebook a little later than the first. From the whole to
 its parts: `MusicGen`, which ties text encoder, decoder and codec together; the take
 that it makes; the loop (`generate_step`), guidance and sampling; the delay pattern.
-Needs decoder.py, t5.py, encodec.py, options.py and checkpoints.py beside it. Where both
-lie beside it, engine.py and encodec_stream.py make it faster. To begin with a sound,
-prompt.py is needed; to follow one, conditioning.py.
+Needs decoder.py, t5.py, encodec.py, options.py and checkpoints.py beside it. Where they
+lie beside it, engine.py, encodec_stream.py and parallel.py make it faster. To begin
+with a sound, prompt.py is needed; to follow one, conditioning.py.
 
     model = MusicGen.from_pretrained("stereo-small")
     audio = model.generate(["happy rock", "calm piano"], duration=8.0, seed=0)
@@ -28,7 +28,7 @@ from encodec import Encodec, by_channel
 from options import Options, check_batch_size, check_dtype, check_prompts, row_seeds
 from t5 import T5, Tokenizer
 
-TWINS = ("engine.py", "encodec_stream.py")  # what makes it faster
+TWINS = ("engine.py", "encodec_stream.py", "parallel.py")  # what makes it faster
 
 
 class MusicGen(nn.Module):

@@ -202,6 +202,11 @@ def try_options(options):
     assert options.row_seeds(3, 2) == [3, 4]
 
 
+def try_parallel(parallel):
+    (x,) = {mx.ones(3, stream=s).sum().item() for s in parallel.parallel_streams()}
+    assert x == 3
+
+
 def try_prompt(prompt):
     sizes = dict(decoder=Namespace(num_codebooks=4, vocab_size=8))
     sizes |= dict(audio_encoder=Namespace(hop_length=640))

@@ -20,7 +20,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 # Every import points to an earlier layer, from people at the end to leaves.
 LAYERS = """
-    options settings hub audio torch_file t5 decoder test
+    options settings hub audio torch_file t5 decoder parallel test
     audiocraft loudness stream synth training lora demucs mert
     encodec_files engine melody
     encodec
