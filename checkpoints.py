@@ -6,9 +6,9 @@
 A folder that `convert.py` wrote is read here: `config.json`, `model.safetensors` and
 `spiece.model`. Published ones, audiocraft's and transformers', are read by
 published.py, and fetched by hub.py; models that follow a sound are configured by
-conditioning.py, those that are quantized by engine.py. No model is built; the weights
-have our names, and each is checked when it is loaded. Needs decoder.py, encodec.py,
-options.py and t5.py beside it.
+conditioning.py, those that are quantized by engine.py. No MusicGen is built; the
+weights have our names, and each is checked when it is loaded. Needs decoder.py,
+encodec.py, options.py and t5.py beside it.
 """
 
 import json

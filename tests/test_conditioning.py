@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import sounds
-from common import EXPECTED, REFERENCE, ROOT, Test, exact
+from common import EXPECTED, ROOT, Test, exact
 from test_torch_file import tensor_pickle, zip_file
 
 import audiocraft

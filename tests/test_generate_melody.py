@@ -10,7 +10,6 @@ import sounds
 from common import REFERENCE, FollowingTest, exact
 
 import demucs
-import jobs
 import melody
 import settings
 from audio import load_audio, save_audio

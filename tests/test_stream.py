@@ -18,7 +18,6 @@ from common import REFERENCE, ROOT, ScriptTest, slow
 import audio
 import jobs
 import settings
-import stream
 from musicgen import MusicGen
 
 
