@@ -150,11 +150,13 @@ class Lane:
 
 
 def prepare_text(decoder: Decoder, text: Condition) -> list[TextKV | None]:
-    """The text's keys and values in each layer, None where no row has a text. Where all
-    of the second half have none, as null rows, they are left out."""
+    """The text's keys and values in each layer. Where all rows of the second half have
+    no text, as null rows, they are left out.
+
+    A lane of nothing but null rows attends zeros all the same: two lanes that keep step
+    read each matrix from memory once (the step of `small` takes 0.77 of the time).
+    """
     R = len(text.mask)
-    if not text.mask.any().item():
-        return [None] * len(decoder.layers)
     has_null = R % 2 == 0 and not text.mask[R // 2 :].any().item()
     text = type(text)(*(x[: R // 2] for x in text)) if has_null else text
     all_attended = (text.mask | ~text.mask.any(axis=1, keepdims=True)).all().item()

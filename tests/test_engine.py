@@ -101,6 +101,20 @@ class TestEngine(Test):
         full = Condition(text.states, mx.ones_like(text.mask))
         self.assertIsNone(engine.prepare_text(decoder, full)[0].mask)
 
+    def test_lanes_do_the_same_work(self):
+        """So that both take a matrix from memory at one time, and it is read once."""
+        import benchmark
+
+        decoder, text, tokens = random_decoder()
+        null = Condition(*map(mx.zeros_like, text))
+        lanes = Engine(decoder, stack_rows([text, null]), 2, 9)._lanes
+        counts = []
+        for lane in lanes:
+            mx.eval(lane.lower(tokens[:, :1]))  # the first call compiles
+            counts.append(benchmark.count_operations(lane.lower(tokens[:, :1])[0]))
+        self.assertEqual(len(counts), 2)
+        self.assertEqual(*counts)
+
 
 def operations_per_step(layers: int) -> int:
     """Operations, views aside, in the graph of one step of a decoder.
