@@ -12,7 +12,7 @@ each; P frames of a prefix, L tokens of a text; D hidden size, H heads of width 
     logits = decoder(tokens, text_kv, cache)  # (R, S, K) -> (R, S, K, V)
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -283,41 +283,31 @@ FIXED = {"activation_function": "gelu", "scale_embedding": False}
 
 def read_config(settings: dict, prefix_width: int) -> DecoderConfig:
     """Take the keys that are known. Raises ValueError for a size missing or absurd."""
-    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "ffn_dim")
-    for name in (*sizes, "num_codebooks"):
-        if name not in settings:
-            raise ValueError(f"The decoder's config must have '{name}'.")
     for name, value in FIXED.items():
         if settings.get(name, value) != value:
             raise ValueError(f"{name} must be {value!r}, got {settings[name]!r:.80}.")
-    names = [field.name for field in fields(DecoderConfig)]
-    sizes = {name: settings[name] for name in names if name in settings}
-    sizes["prefix_width"] = prefix_width
-    if isinstance(width := settings["hidden_size"], int):
-        sizes.setdefault("num_attention_heads", width // 64)
+    width, sizes = settings.get("hidden_size"), {"audio_channels": 1}
+    if isinstance(width, int):
+        sizes["num_attention_heads"] = width // 64
+    sizes |= {name: settings[name] for name in LIMITS if name in settings}
     for name, (low, high) in LIMITS.items():
-        size = sizes.get(name, getattr(DecoderConfig, name))
+        size = sizes.get(name)
         if type(size) is not int or not low <= size <= high:
             raise ValueError(f"{name} must be from {low} to {high}, got {size!r:.80}.")
-    heads = sizes["num_attention_heads"]
-    if width % (2 * heads):
+    if width % (2 * sizes["num_attention_heads"]):
         raise ValueError(
             "num_attention_heads must split hidden_size into even widths, got "
-            f"{heads} for {width}."
+            f"{sizes['num_attention_heads']} for {width}."
         )
-    return DecoderConfig(**sizes | {"delays": read_delays(sizes)})
-
-
-def read_delays(sizes: dict) -> tuple[int, ...]:
-    """The delay of each codebook. Raises ValueError for numbers that cannot be."""
-    K, C = sizes["num_codebooks"], sizes.get("audio_channels", 1)
-    delays = sizes.get("delays")
-    delays = DELAYS.get((K, C)) if delays is None else delays
+    K, delays = sizes["num_codebooks"], settings.get("delays")
     if delays is None:
-        raise ValueError(
-            f"delays must be given for {K} codebooks and {C} channels; known without "
-            f"are {list(DELAYS)}."
-        )
+        delays = DELAYS.get((K, sizes["audio_channels"]))
+    check_delays(delays, K)
+    return DecoderConfig(**sizes, delays=tuple(delays), prefix_width=prefix_width)
+
+
+def check_delays(delays: list[int], K: int) -> None:
+    """Raise ValueError unless there is one for each of K codebooks, the least 0."""
     numbers = isinstance(delays, list | tuple) and all(
         type(delay) is int and 0 <= delay <= 100 for delay in delays
     )
@@ -326,4 +316,3 @@ def read_delays(sizes: dict) -> tuple[int, ...]:
             f"delays must give {K} numbers of steps, the least 0 and none above 100, "
             f"got {delays!r:.80}."
         )
-    return tuple(delays)

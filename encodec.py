@@ -3,8 +3,8 @@
 The neural codec of Défossez et al. (https://arxiv.org/abs/2210.13438), encoder and
 decoder, in its three published sizes: 24 kHz mono (causal), 32 kHz mono (the one that
 MusicGen speaks) and 48 kHz stereo (normalised, in overlapping chunks). Stands alone;
-encodec_files.py is needed beside it to load published weights, audio.py to pass a sound
-file through it from the command line.
+encodec_files.py is needed beside it to load published weights, and audio.py to pass a
+sound file through it from the command line.
 
     model = Encodec.from_pretrained("32khz")
     chunks = model.encode(audio)  # (B, N, C) at model.sampling_rate
@@ -13,10 +13,7 @@ file through it from the command line.
 or `python encodec.py in.wav out.wav --model 48khz --bandwidth 6`.
 """
 
-import argparse
 import math
-import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -502,34 +499,10 @@ def check_number(name: str, value, low: float, high: float) -> None:
             raise ValueError(f"{name} must be from {low} to {high}, got {value!r:.80}.")
 
 
-def warn(message: Warning | str, *_) -> None:
-    print(f"encodec.py: warning: {message}", file=sys.stderr)
-
-
 def main() -> None:
-    from audio import check_audio_path, load_audio, save_audio
+    import encodec_files
 
-    warnings.showwarning = warn
-    parser = argparse.ArgumentParser(description="Pass a sound file through EnCodec.")
-    add = parser.add_argument
-    add("source", help="sound file to read")
-    add("target", help="sound file to write")
-    add("--model", default="32khz", help="24khz, 32khz, 48khz, a Hub id or a folder")
-    add("--bandwidth", type=float, help="kbit/s (default: the model's smallest)")
-    args = parser.parse_args()
-    try:
-        check_audio_path(args.target)
-        model = Encodec.from_pretrained(args.model)
-        audio = load_audio(args.source, model.sampling_rate, model.channels)
-        chunks = model.encode(audio[None], args.bandwidth)
-        decoded = model.decode(chunks)[0, : len(audio)]
-        save_audio(args.target, decoded, model.sampling_rate)
-    except (OSError, ValueError) as error:
-        sys.exit(f"encodec.py: error: {' '.join(str(error).split())}")
-    frames, K = sum(chunk.codes.shape[1] for chunk in chunks), chunks[0].codes.shape[2]
-    print(
-        f"{args.target}: {len(audio) / model.sampling_rate:.2f} s, {frames} x {K} codes"
-    )
+    encodec_files.main(Encodec)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,17 @@
 
 transformers' form is `config.json` and `model.safetensors`, audiocraft's one
 `compression_state_dict.bin`, for which audiocraft.py and torch_file.py are needed
-beside this file; else it stands alone.
+beside this file; else it stands alone. What `python encodec.py` does is here, too, and
+needs audio.py.
 
     path, settings, weights = read("32khz")  # or a Hub id, or a folder
 """
 
+import argparse
 import json
 import re
+import sys
+import warnings
 from pathlib import Path
 
 import mlx.core as mx
@@ -197,3 +201,37 @@ def merge_lstm(weights: Weights) -> Weights:
         ours = {"weight_ih": "Wx", "weight_hh": "Wh", "bias_ih": "bias"}[kind]
         add(merged, f"{stem}.{layer}.{ours}", weight)
     return merged
+
+
+# Sound files through the codec: what `python encodec.py in.wav out.wav` does.
+
+
+def main(codec: type) -> None:
+    """Read a sound file, code it, and write what the codes give. `codec`: the class."""
+    from audio import check_audio_path, load_audio, save_audio
+
+    warnings.showwarning = warn
+    parser = argparse.ArgumentParser(description="Pass a sound file through EnCodec.")
+    add = parser.add_argument
+    add("source", help="sound file to read")
+    add("target", help="sound file to write")
+    add("--model", default="32khz", help="24khz, 32khz, 48khz, a Hub id or a folder")
+    add("--bandwidth", type=float, help="kbit/s (default: the model's smallest)")
+    args = parser.parse_args()
+    try:
+        check_audio_path(args.target)
+        model = codec.from_pretrained(args.model)
+        audio = load_audio(args.source, model.sampling_rate, model.channels)
+        chunks = model.encode(audio[None], args.bandwidth)
+        decoded = model.decode(chunks)[0, : len(audio)]
+        save_audio(args.target, decoded, model.sampling_rate)
+    except (OSError, ValueError) as error:
+        sys.exit(f"encodec.py: error: {' '.join(str(error).split())}")
+    frames, K = sum(chunk.codes.shape[1] for chunk in chunks), chunks[0].codes.shape[2]
+    print(
+        f"{args.target}: {len(audio) / model.sampling_rate:.2f} s, {frames} x {K} codes"
+    )
+
+
+def warn(message: Warning | str, *_) -> None:
+    print(f"encodec.py: warning: {message}", file=sys.stderr)

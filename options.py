@@ -62,32 +62,26 @@ class Options:
             number = getattr(self, name)
             if not (number is None and name in STYLE_OPTIONS or is_number(number)):
                 raise ValueError(f"{name} must be a number, got {number!r}.")
-        least, stride, start = 1 / frame_rate, self.extend_stride, self.style_start
+        frame, stride = f"1/{frame_rate}", self.extend_stride
+        slides = isinstance(stride, Real) and 1 / frame_rate <= stride < max_duration
+        several = is_whole(self.top_k) and 1 <= self.top_k <= 2048
+        whole = isinstance(self.style_quantizers, Integral | None)
+        longest = f"less than the longest window of {max_duration:g} seconds"
+        greedy = "for greedy decoding use temp=0"
         for name, holds, rule in (
-            ("duration", self.duration >= least, f"at least a frame, 1/{frame_rate} s"),
+            (
+                "duration",
+                self.duration >= 1 / frame_rate,
+                f"at least a frame, {frame} s",
+            ),
             # dividing by less overflows
             ("temp", self.temp == 0 or self.temp >= 1e-3, "0 (greedy) or 0.001 up"),
-            (
-                "top_k",
-                is_whole(self.top_k) and 1 <= self.top_k <= 2048,
-                "between 1 and 2048 (all); for greedy decoding use temp=0",
-            ),
+            ("top_k", several, f"between 1 and 2048 (all); {greedy}"),
             ("top_p", 0 <= self.top_p <= 1, "between 0 (off) and 1"),
             ("negative_prompt", isinstance(self.negative_prompt, str), "a text"),
-            (
-                "extend_stride",
-                stride is None
-                or isinstance(stride, Real)
-                and least <= stride < max_duration,
-                f"from 1/{frame_rate} to less than the longest window of "
-                f"{max_duration:g} seconds",
-            ),
-            ("style_start", start is None or start >= 0, "0 s or more"),
-            (
-                "style_quantizers",
-                isinstance(self.style_quantizers, Integral | None),
-                "whole",
-            ),
+            ("extend_stride", stride is None or slides, f"from {frame} to {longest}"),
+            ("style_start", (self.style_start or 0) >= 0, "0 s or more"),
+            ("style_quantizers", whole, "whole"),
         ):
             if not holds:
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}.")

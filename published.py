@@ -3,7 +3,7 @@ names.
 
 audiocraft's layout is two `.bin` files beside T5 and, where the codec is only named,
 the codec; transformers' a `config.json` with all weights. Needs audiocraft.py,
-torch_file.py, encodec.py, encodec_files.py and t5.py beside it. The files of what a
+torch_file.py, encodec_files.py, t5.py and t5_files.py beside it. The files of what a
 model follows are needed beside it, too: melody.py, or style.py and mert.py.
 
     path, settings, weights, tokenizer, read_text_encoder = read(Path("musicgen-small"))
@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 
 import audiocraft
 import encodec_files
-from encodec import Encodec
-from t5 import T5, Tokenizer
+import t5_files
+from t5 import Tokenizer
 
 T5_REPO = "google-t5/t5-base"
 WEIGHTS = (
@@ -75,20 +75,21 @@ def read_audiocraft(folder: Path) -> Published:
     package = audiocraft.read_decoder(path)
     local, place = find_t5(path, package.cfg)
     try:
-        text_encoder, tokenizer = T5.from_pretrained(place)
+        t5, text_weights, spiece = t5_files.read(place)
     except OSError as error:
         raise OSError(f"{folder} needs T5 in {local.name}/ or from the Hub: {error}")
-    codec = Encodec.from_pretrained(folder)
+    _, codec, codec_weights = encodec_files.read(folder)
     try:
         settings = {
             "model_type": "musicgen",
             "decoder": package.config,
-            "text_encoder": asdict(text_encoder.config),
-            "audio_encoder": asdict(codec.config),
+            "text_encoder": t5,
+            "audio_encoder": codec,
             "max_duration": float(package.cfg.get("dataset.segment_duration", 30)),
         }
         weights = under("decoder", package.decoder)
-        weights |= under("text_encoder", text_encoder) | under("audio_encoder", codec)
+        weights |= under("text_encoder", text_weights)
+        weights |= under("audio_encoder", codec_weights)
         has_sound = package.config["prefix_width"] > 0
         audiocraft.check_conditions(package.cfg, has_sound)
         if has_sound:
@@ -98,9 +99,9 @@ def read_audiocraft(folder: Path) -> Published:
         raise ValueError(f"{path} does not load: {error}") from error
 
     def read_text_encoder() -> Weights:
-        return dict(tree_flatten(T5.from_pretrained(place)[0].parameters()))
+        return t5_files.read(place)[1]
 
-    return Published(path, settings, weights, tokenizer, read_text_encoder)
+    return Published(path, settings, weights, Tokenizer(spiece), read_text_encoder)
 
 
 def find_t5(path: Path, cfg: dict[str, Any]) -> tuple[Path, Path | str]:
@@ -177,7 +178,7 @@ def read_transformers(folder: Path) -> Published:
             for name, weight in read_weights(folder).items()
             if name.startswith(prefix)
         }
-        return T5.sanitize(weights)
+        return t5_files.sanitize(weights)
 
     return Published(path, settings, weights, tokenizer, read_text_encoder)
 
@@ -268,7 +269,7 @@ def read_file(path: Path) -> Weights:
 def sanitize(weights: Weights) -> Weights:
     """Names and layouts of a whole model, transformers' -> ours."""
     parts = {
-        "text_encoder": T5.sanitize,
+        "text_encoder": t5_files.sanitize,
         "audio_encoder": encodec_files.sanitize,
         "decoder": audiocraft.name_decoder,
     }

@@ -2,13 +2,13 @@
 
 The encoder half of T5 (Raffel et al., https://arxiv.org/abs/1910.10683) in
 float32, with relu or gated feed-forward, and a tokenizer that needs only the
-published `spiece.model`. Stands alone:
+published `spiece.model`. Stands alone; t5_files.py is needed beside it to load
+published weights.
 
     model, tokenizer = T5.from_pretrained("google-t5/t5-base")
     states, mask = model.encode([tokenizer.encode("happy rock")])
 """
 
-import json
 import math
 import re
 import sys
@@ -19,11 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import sentencepiece
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError, safe_open
 
-FILES = ("config.json", "model.safetensors", "spiece.model")
 LIMITS = {  # least and largest value of each size
     "vocab_size": (1, 2**20),
     "d_model": (1, 2**14),
@@ -272,23 +268,6 @@ class T5(nn.Module):
         mask = mx.arange(L) < lengths[:, None]
         return self(padded, mask), mask
 
-    @staticmethod
-    def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Keep the encoder of a whole T5, in float32 (float16 overflows).
-
-        Raises ValueError for a tensor that does not hold floats.
-        """
-        kept = {
-            name: weight
-            for name, weight in weights.items()
-            if not name.startswith(("decoder.", "lm_head."))
-            and name != "encoder.embed_tokens.weight"  # the same as shared
-        }
-        for name, weight in kept.items():
-            if not mx.issubdtype(weight.dtype, mx.floating):
-                raise ValueError(f"{name} must hold floats, but holds {weight.dtype}")
-        return {name: weight.astype(mx.float32) for name, weight in kept.items()}
-
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path) -> "tuple[T5, Tokenizer]":
         """Load `config.json`, `model.safetensors` and `spiece.model`.
@@ -296,49 +275,19 @@ class T5(nn.Module):
         From a local folder or a Hub id such as "google-t5/t5-base". Raises
         ValueError or OSError naming the file and what is wrong with it.
         """
-        config, weights, spiece = locate(path_or_repo)
+        from t5_files import read
+
+        settings, weights, spiece = read(path_or_repo)
         tokenizer = Tokenizer(spiece)
         try:
-            config = T5Config.from_dict(read_config(config))
+            config = T5Config.from_dict(settings)
             tokenizer.check(config)
-            with safe_open(weights, "numpy"):  # checks the header as mx.load does not
-                weights = cls.sanitize(mx.load(str(weights)))
             model = cls(config)
             model.load_weights(list(weights.items()))
             mx.eval(model.parameters())
-        except (RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"T5 in {spiece.parent} does not load: {error}") from error
         return model, tokenizer
-
-
-def read_config(path: Path) -> dict:
-    """The settings in a `config.json`. Raises ValueError when it holds none."""
-    try:
-        config = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path.name} must hold an object, got {config!r:.40}")
-    return config
-
-
-def locate(path_or_repo: str | Path) -> list[Path]:
-    """The three FILES: in a local folder, or from the Hub through its cache."""
-    folder = Path(path_or_repo)
-    if not folder.is_dir():
-        try:
-            return [Path(hf_hub_download(str(path_or_repo), name)) for name in FILES]
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            raise OSError(
-                f"'{path_or_repo}' is no local folder, and the Hub did not give it: "
-                f"{error}. To work offline, name a folder with {', '.join(FILES)}."
-            ) from error
-    for name in FILES:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} must hold {', '.join(FILES)}, but {name} is missing."
-            )
-    return [folder / name for name in FILES]
 
 
 def demo(model: T5, tokenizer: Tokenizer, texts: list[str]) -> None:

@@ -258,6 +258,11 @@ def try_t5(t5):
     assert model.encode([ids])[0].shape == (1, len(ids), 12)
 
 
+def try_t5_files(t5_files):
+    settings, weights, spiece = t5_files.read(REFERENCE / "t5-gated")
+    assert settings["d_model"] and weights and spiece.is_file()
+
+
 def try_torch_file(torch_file):
     path = REFERENCE / "mono-audiocraft" / "state_dict.bin"
     assert "best_state" in torch_file.load_torch(path)

@@ -198,7 +198,7 @@ class TestCheckpoints(Test):
         ):
             lacking = {k: v for k, v in config[part].items() if k != key}
             path.write_text(json.dumps(config | {part: lacking}))
-            self.fails(f"{path} does not load: .* must have '?{key}", folder)
+            self.fails(f"{path} does not load: .*(have '?{key}|{key} must be)", folder)
             path.write_text(json.dumps({k: v for k, v in config.items() if k != part}))
             self.fails(f"{path} does not load: It must have '{part}'", folder)
 
@@ -217,7 +217,7 @@ class TestCheckpoints(Test):
             ({"delays": [0, 1, 2]}, "delays must give"),
             ({"delays": "0123"}, "delays must give"),
             ({"delays": []}, "delays must give"),
-            ({"num_codebooks": 5}, "delays must be given for 5 codebooks"),
+            ({"num_codebooks": 5}, "delays must give 5 numbers .* got None"),
             ({"num_codebooks": 10**6}, "num_codebooks must be"),
             ({"audio_channels": 3}, "audio_channels must be"),
             ({"scale_embedding": True}, "scale_embedding must be False"),

@@ -14,7 +14,7 @@ import checkpoints
 import convert
 import encodec_files
 import hub
-import t5
+import t5_files
 from musicgen import MusicGen
 
 
@@ -80,13 +80,13 @@ class TestHub(Test):
             return shutil.copy(folders[repo] / name, cache / repo / name)
 
         with patch("hub.hf_hub_download", download):
-            with patch("t5.hf_hub_download", download):
+            with patch("t5_files.hf_hub_download", download):
                 with patch("encodec_files.hf_hub_download", download):
                     MusicGen.from_pretrained("stereo-small")
         names = {
             "facebook/musicgen-stereo-small": hub.AUDIOCRAFT_FILES,
             "facebook/encodec_32khz": encodec_files.FILES,
-            "google-t5/t5-base": t5.FILES,
+            "google-t5/t5-base": t5_files.FILES,
         }
         wanted = [(repo, name) for repo, files in names.items() for name in files]
         self.assertEqual(sorted(fetched), sorted(wanted))

@@ -40,7 +40,7 @@ class TestTiny(Test):
 
     @slow(30)
     def test_prompts_are_followed(self):
-        audio = self.model.generate(self.texts, duration=3.0, seed=0)
+        audio = self.model.generate(self.texts[:28], duration=3.0, seed=0)
         self.assertFollowed(audio, 0.9, "register drums")
         self.assertFollowed(audio, 0.75, "tempo timbre")
         others = self.clips[1:] + self.clips[:1]  # that these measures can fail
@@ -52,7 +52,7 @@ class TestTiny(Test):
         for bits in (8, 4):
             with self.subTest(bits=bits):
                 model = MusicGen.from_pretrained("tiny", mx.float32, q_bits=bits)
-                audio = model.generate(self.texts[:20], duration=3.0, seed=0)
+                audio = model.generate(self.texts[:12], duration=3.0, seed=0)
                 self.assertFollowed(audio, 0.85, "register drums")
                 self.assertFollowed(audio, 0.75, "tempo timbre")
 
@@ -71,7 +71,7 @@ class TestTiny(Test):
     @slow(30)
     def test_long_audio_stays(self):
         """Past the 8 s that it was trained on."""
-        codes = self.model.generate_codes(self.texts[:6], duration=14.0, seed=0)
+        codes = self.model.generate_codes(self.texts[:6], duration=11.0, seed=0)
         late = self.model.decode(codes[:, -250:])[:, -4 * synth.RATE :]
         self.assertFollowed(late, 0.75, "register drums timbre tempo")
 

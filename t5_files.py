@@ -1,0 +1,80 @@
+"""T5's published files -> settings, weights by our names, and a tokenizer's file.
+
+They are `config.json`, `model.safetensors` and `spiece.model`, in a local folder or on
+the Hub. Stands alone.
+
+    settings, weights, spiece = read("google-t5/t5-base")
+"""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
+
+FILES = ("config.json", "model.safetensors", "spiece.model")
+
+Weights = dict[str, mx.array]
+
+
+def read(path_or_repo: str | Path) -> tuple[dict, Weights, Path]:
+    """A T5's settings, its encoder's weights in float32, and where its tokenizer lies.
+
+    Raises ValueError or OSError naming the file and what is wrong with it.
+    """
+    config, path, spiece = locate(path_or_repo)
+    try:
+        settings = read_config(config)
+        with safe_open(path, "numpy"):  # checks the header as mx.load does not
+            return settings, sanitize(mx.load(str(path))), spiece
+    except (RuntimeError, SafetensorError, ValueError) as error:
+        raise ValueError(f"T5 in {path.parent} does not load: {error}") from error
+
+
+def locate(path_or_repo: str | Path) -> list[Path]:
+    """The three FILES: in a local folder, or from the Hub through its cache."""
+    folder = Path(path_or_repo)
+    if not folder.is_dir():
+        try:
+            return [Path(hf_hub_download(str(path_or_repo), name)) for name in FILES]
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise OSError(
+                f"'{path_or_repo}' is no local folder, and the Hub did not give it: "
+                f"{error}. To work offline, name a folder with {', '.join(FILES)}."
+            ) from error
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} must hold {', '.join(FILES)}, but {name} is missing."
+            )
+    return [folder / name for name in FILES]
+
+
+def read_config(path: Path) -> dict:
+    """The settings in a `config.json`. Raises ValueError when it holds none."""
+    try:
+        config = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path.name} must hold an object, got {config!r:.40}")
+    return config
+
+
+def sanitize(weights: Weights) -> Weights:
+    """Keep the encoder of a whole T5, in float32 (float16 overflows).
+
+    Raises ValueError for a tensor that does not hold floats.
+    """
+    kept = {
+        name: weight
+        for name, weight in weights.items()
+        if not name.startswith(("decoder.", "lm_head."))
+        and name != "encoder.embed_tokens.weight"  # the same as shared
+    }
+    for name, weight in kept.items():
+        if not mx.issubdtype(weight.dtype, mx.floating):
+            raise ValueError(f"{name} must hold floats, but holds {weight.dtype}")
+    return {name: weight.astype(mx.float32) for name, weight in kept.items()}
