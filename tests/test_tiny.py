@@ -52,7 +52,7 @@ class TestTiny(Test):
         for bits in (8, 4):
             with self.subTest(bits=bits):
                 model = MusicGen.from_pretrained("tiny", mx.float32, q_bits=bits)
-                audio = model.generate(self.texts[:12], duration=3.0, seed=0)
+                audio = model.generate(self.texts[:16], duration=3.0, seed=0)
                 self.assertFollowed(audio, 0.85, "register drums")
                 self.assertFollowed(audio, 0.75, "tempo timbre")
 
