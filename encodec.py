@@ -3,8 +3,8 @@
 The neural codec of Défossez et al. (https://arxiv.org/abs/2210.13438), encoder and
 decoder, in its three published sizes: 24 kHz mono (causal), 32 kHz mono (the one that
 MusicGen speaks) and 48 kHz stereo (normalised, in overlapping chunks). Stands alone;
-encodec_files.py is needed beside it to load published weights, and audio.py to pass a
-sound file through it from the command line.
+encodec_files.py and limits.py are needed beside it to load published weights, and
+audio.py to pass a sound file through it from the command line.
 
     model = Encodec.from_pretrained("32khz")
     chunks = model.encode(audio)  # (B, N, C) at model.sampling_rate
@@ -397,11 +397,12 @@ class Encodec(nn.Module):
         file and what is wrong with it.
         """
         from encodec_files import read
+        from limits import check_codec
 
         path, settings, weights = read(path_or_repo)
         try:
             config = EncodecConfig.from_dict(settings)
-            check_config(config)
+            check_codec(config)
             model = cls(config)
             model.load_weights(list(weights.items()))
             mx.eval(model.parameters())
@@ -436,67 +437,6 @@ def overlap_add(pieces: list[mx.array], stride: int) -> mx.array:
         audio[:, place] += weight[:N] * piece
         weights[place] += weight[:N]
     return audio / weights
-
-
-# Checking a config, which may come from a stranger.
-
-LIMITS = {  # least and largest value, or number in a list: hostile ones lie beyond
-    **dict.fromkeys(("hidden_size", "num_filters", "compress"), (1, 2**14)),
-    **dict.fromkeys(("kernel_size", "last_kernel_size"), (1, 2**10)),
-    **dict.fromkeys(("residual_kernel_size", "upsampling_ratios"), (1, 2**10)),
-    **dict.fromkeys(("num_residual_layers", "num_lstm_layers"), (0, 64)),
-    **dict.fromkeys(("audio_channels", "dilation_growth_rate"), (1, 64)),
-    "sampling_rate": (1, 2**20),
-    "codebook_size": (2, 2**16),
-    "target_bandwidths": (1e-3, 1e5),
-    "chunk_length_s": (1e-3, 1e5),
-    "overlap": (0.0, 0.99),
-    "trim_right_ratio": (0.0, 1.0),
-}
-CHOICES = {
-    **dict.fromkeys(("normalize", "use_causal_conv"), (False, True)),
-    "use_conv_shortcut": (False, True),
-    "norm_type": ("weight_norm", "time_group_norm"),
-    "pad_mode": ("reflect", "constant"),
-}
-
-
-def check_config(config: EncodecConfig) -> None:
-    """Raise ValueError for a setting that is not ported, or that is hostile."""
-    for name in ("upsampling_ratios", "target_bandwidths"):
-        numbers = getattr(config, name)
-        if not isinstance(numbers, tuple) or not 1 <= len(numbers) <= 8:
-            raise ValueError(f"{name} must be a list of 1 to 8, got {numbers!r:.80}.")
-    for name, limits in LIMITS.items():
-        check_number(name, getattr(config, name), *limits)
-    for name, choices in CHOICES.items():
-        if (value := getattr(config, name)) not in choices:
-            raise ValueError(f"{name} must be one of {choices}, got {value!r:.80}.")
-    if config.compress > config.num_filters:
-        raise ValueError(
-            f"compress must be at most num_filters, {config.num_filters}, got "
-            f"{config.compress}."
-        )
-    if (count := config.num_codebooks()) > 128:
-        raise ValueError(
-            f"target_bandwidths must be those of at most 128 codebooks, got {count}."
-        )
-    seconds = config.chunk_length_s
-    if seconds is not None and seconds * config.sampling_rate < 1:
-        raise ValueError(f"chunk_length_s must be at least a sample, got {seconds}.")
-
-
-def check_number(name: str, value, low: float, high: float) -> None:
-    """Raise ValueError unless `value`, or each number in it, lies in the limits.
-
-    Integer limits ask for integers. Two settings may be None.
-    """
-    kinds = (int,) if type(low) is int else (int, float)
-    optional = name in ("chunk_length_s", "overlap")
-    for number in value if isinstance(value, tuple) else (value,):
-        fits = type(number) in kinds and low <= number <= high
-        if not (fits or number is None and optional):
-            raise ValueError(f"{name} must be from {low} to {high}, got {value!r:.80}.")
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import sys
 import traceback
 from argparse import Namespace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
 
 import mlx.core as mx
@@ -158,6 +158,14 @@ def try_jobs(jobs):
         assert [take.total for take in batch] == [8] * 8
         assert [result.error for result in batch.save()] == [None, None]
     assert Path("a-2.wav").is_file()
+
+
+def try_limits(limits):
+    limits.check_numbers(SimpleNamespace(a=3, b=None), dict(a=(1, 3), b=(1, 2)), "b")
+    try:
+        limits.check_numbers(SimpleNamespace(a=4), dict(a=(1, 3)))
+    except ValueError as error:
+        assert str(error) == "a must be from 1 to 3, got 4."
 
 
 def try_lora(lora):

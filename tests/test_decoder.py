@@ -100,15 +100,6 @@ class TestDecoder(Test):
         self.assertEqual(stereo.delays, (0, 0, 1, 1, 2, 2, 3, 3))
         self.assertEqual(read(delays=[0, 2, 2, 9]).delays, (0, 2, 2, 9))
         for change, pattern in (
-            (dict(vocab_size=0), "vocab_size must be from 1"),
-            (dict(hidden_size="128"), "hidden_size must be"),
-            (dict(num_hidden_layers=10**6), "num_hidden_layers must be"),
-            (dict(num_attention_heads=3), "num_attention_heads must split"),
-            (dict(num_codebooks=5), "delays must give 5 .* got None"),
-            (dict(delays=[1, 2, 3, 4]), "delays must give 4"),
-            (dict(delays=[0, 1]), "delays must give 4"),
-            (dict(delays="0123"), "delays must give 4"),
-            (dict(delays=[0, 1, 2, 10**9]), "delays must give 4"),
             (dict(activation_function="relu"), "activation_function must be 'gelu'"),
             (dict(scale_embedding=True), "scale_embedding must be False"),
         ):
@@ -116,6 +107,7 @@ class TestDecoder(Test):
                 with self.assertRaisesRegex(ValueError, pattern):
                     read(**change)
         for name in sizes:
-            with self.assertRaisesRegex(ValueError, f"{name} must be .* got None"):
+            with self.assertRaisesRegex(ValueError, f"config must have {name}"):
                 rest = {k: v for k, v in sizes.items() if k != name}
-                decoder_script.read_config(rest | dict(num_codebooks=4), 0)
+                rest |= dict(num_codebooks=4, num_attention_heads=2)
+                decoder_script.read_config(rest, 0)

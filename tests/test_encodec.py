@@ -12,6 +12,7 @@ import soundfile
 from common import EXPECTED, REFERENCE, Test, expected, last
 
 import encodec
+import limits
 from audio import save_audio
 from encodec import Encodec, EncodecConfig
 
@@ -142,7 +143,7 @@ class TestEncodec(Test):
         self.assertSame(codec.decode(chunks), usual.decode(chunks))
         sizes = dict(num_filters=2, hidden_size=8, codebook_size=16, num_lstm_layers=1)
         sizes |= dict(upsampling_ratios=(80,), kernel_size=101, target_bandwidths=(6,))
-        encodec.check_config(config := EncodecConfig(**sizes))
+        limits.check_codec(config := EncodecConfig(**sizes))
         codec = Encodec(config)
         again = codec.decode(codec.encode(audio))
         self.assertEqual(again.shape, (1, 3040, 1))

@@ -20,7 +20,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 # Every import points to an earlier layer, from people at the end to leaves.
 LAYERS = """
-    options settings hub audio torch_file t5_files decoder parallel test
+    options limits settings hub audio torch_file t5_files decoder parallel test
     audiocraft t5 loudness stream synth training lora demucs mert
     encodec_files engine melody
     encodec
@@ -34,7 +34,7 @@ LAYERS = """
 """
 
 TEXT_TO_MUSIC = ("musicgen", "decoder", "t5", "encodec", "options", "checkpoints")
-LINES = 2116  # of these at most
+LINES = 2000  # of these at most
 FILE, FUNCTION, CLASS, TEST_FILE, README = 700, 50, 250, 600, 160  # lines
 
 
