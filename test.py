@@ -11,6 +11,7 @@ original implementations compute.
 import argparse
 import io
 import os
+import signal
 import sys
 import tempfile
 import unittest
@@ -67,6 +68,11 @@ def is_asked(test: str, names: list[str]) -> bool:
     return any(whole + files) or not names
 
 
+def stop(*_) -> None:
+    """At SIGTERM, as at Ctrl-C: the processes end, too, and their files go."""
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME")
@@ -79,6 +85,8 @@ def main() -> None:
     folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     setup = get_context("spawn"), own_folder, (folder.name,)
     pool = ProcessPoolExecutor(os.cpu_count(), *setup)
+    signal.signal(signal.SIGTERM, stop)
+    print(f"{len(tests)} tests in {os.cpu_count()} processes", flush=True)
     try:
         jobs = {pool.submit(run, name): name for name in tests}
         for job in as_completed(jobs):
@@ -89,11 +97,15 @@ def main() -> None:
             counts[outcome] += 1
             if told or args.verbose:
                 print(f"{outcome} {jobs[job]} ({cpu:.1f} s) {told}", flush=True)
+    except KeyboardInterrupt:
+        for process in pool._processes.values():
+            process.kill()
+        print(f"stopped after {sum(counts.values())} of {len(tests)} tests")
     finally:
         pool.shutdown(cancel_futures=True)
         folder.cleanup()
     print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
-    sys.exit(counts["failed"] > 0 or not tests)
+    sys.exit(counts["failed"] > 0 or sum(counts.values()) < len(tests) or not tests)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 from textwrap import dedent
@@ -192,7 +193,32 @@ class TestAlone(Test):
         """
         (folder / "tests" / "test_x.py").write_text(dedent(passing))
         printed = self.run_in(folder, "test.py")
-        self.assertEqual(printed, "1 passed, 0 failed, 0 skipped\n")
+        first, last = printed.splitlines()
+        self.assertRegex(first, r"^1 tests in \d+ processes$")
+        self.assertEqual(last, "1 passed, 0 failed, 0 skipped")
+
+    def test_the_runner_of_tests_ends_when_asked(self):
+        folder = self.folder_of("test")
+        (folder / "tests").mkdir()
+        waiting = """
+            import time
+            import unittest
+            from pathlib import Path
+
+            class TestX(unittest.TestCase):
+                def test_x(self):
+                    Path("began").touch()
+                    time.sleep(60)
+        """
+        (folder / "tests" / "test_x.py").write_text(dedent(waiting))
+        command = [sys.executable, "test.py"]
+        runner = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE)
+        while not (folder / "began").exists():
+            time.sleep(0.05)
+        runner.terminate()
+        printed, _ = runner.communicate(timeout=20)
+        self.assertIn(b"stopped after 0 of 1 tests", printed)
+        self.assertEqual(runner.returncode, 1)
 
     def test_text_to_music_in_six_files(self):
         """With a copy of `tiny`, or of any folder that `convert.py` wrote."""
