@@ -215,6 +215,20 @@ def try_parallel(parallel):
     assert x == 3
 
 
+def try_play(play):
+    with patch.dict(os.environ, PATH=""):
+        try:
+            play.play_file("a.wav")
+        except OSError as error:
+            assert "Install ffmpeg" in str(error)
+
+
+def try_progress(progress):
+    with progress.Progress(stream=io.StringIO()) as shows:
+        shows.begin("take", 2.0)
+        shows.to(1.0)
+
+
 def try_prompt(prompt):
     sizes = dict(decoder=Namespace(num_codebooks=4, vocab_size=8))
     sizes |= dict(audio_encoder=Namespace(hop_length=640))

@@ -21,8 +21,8 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 # Every import points to an earlier layer, from people at the end to leaves.
 LAYERS = """
-    options limits settings hub audio torch_file t5_files decoder parallel test
-    audiocraft t5 loudness stream synth training lora demucs mert
+    options limits settings hub audio torch_file t5_files decoder parallel progress test
+    audiocraft t5 loudness play stream synth training lora demucs mert
     encodec_files engine melody
     encodec
     encodec_stream style train_codec

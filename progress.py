@@ -1,0 +1,90 @@
+"""Progress: what goes on, in one line at the end of a terminal.
+
+    with Progress() as progress:
+        progress.stage("loading small")
+        progress.begin("take 1 of 2", total=30.0)  # seconds of audio
+        progress.to(0.5)
+
+Where stderr is no terminal nothing moves: what takes more than a minute says so, once a
+minute. A line that cannot be written is nobody's error. Stands alone.
+"""
+
+import sys
+import time
+from contextlib import suppress
+from typing import Any, TextIO
+
+from huggingface_hub.utils import tqdm
+
+STAGE = "{desc}"
+COUNT = "{desc}: {percentage:3.0f}% {bar} {n:.1f} of {total:.1f} {unit}, {remaining}"
+MINUTE = 60.0  # seconds between two lines where there is no terminal
+
+
+class Progress:
+    """A line that says what is done now, and how far it is."""
+
+    def __init__(self, shown: bool = True, stream: TextIO | None = None):
+        self._file = Steady(sys.stderr if stream is None else stream)
+        self._shown, self._moves = shown, shown and self._file.isatty()
+        form = dict(bar_format=STAGE, leave=False, dynamic_ncols=True, miniters=0)
+        self._bar = tqdm(file=self._file, disable=not self._moves, **form)
+        self._text, self._unit, self._last = "", "s", time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    def stage(self, text: str) -> None:
+        """Say what is done from now on, such as "loading small"."""
+        self._text = text
+        self._bar.bar_format = STAGE
+        self._bar.set_description_str(text)
+        self._say(text)
+
+    def begin(self, text: str, total: float, unit: str = "s") -> None:
+        """Count from 0 to `total` from now on."""
+        self._text, self._unit = text, unit
+        if self._moves:
+            self._bar.bar_format, self._bar.unit = COUNT, unit
+            self._bar.set_description_str(text, refresh=False)
+            self._bar.reset(total)
+
+    def to(self, amount: float) -> None:
+        """So much of the total is done."""
+        if self._moves:
+            self._bar.update(amount - self._bar.n)
+        self._say(f"{self._text}: {amount:.1f} {self._unit}")
+
+    def _say(self, text: str) -> None:
+        """A line a minute, where there is no terminal."""
+        now = time.monotonic()
+        if self._shown and not self._moves and now - self._last >= MINUTE:
+            self._last = now
+            print(text, file=self._file, flush=True)
+
+
+class Steady:
+    """A stream, or none, that takes all and never fails."""
+
+    def __init__(self, stream: TextIO | None):
+        self._stream = stream
+
+    def isatty(self) -> bool:
+        with suppress(AttributeError, OSError, ValueError):
+            return self._stream.isatty()
+        return False
+
+    def write(self, text: str) -> int:
+        with suppress(AttributeError, OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(AttributeError, OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -1,0 +1,77 @@
+"""One line that says what goes on."""
+
+import io
+from unittest.mock import patch
+
+from common import Test
+
+import progress
+from progress import Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+    def lines(self) -> list[str]:
+        return [line.strip() for line in self.getvalue().split("\r") if line.strip()]
+
+
+class Broken(Terminal):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError("nobody reads")
+
+    def flush(self) -> None:
+        raise BrokenPipeError("nobody reads")
+
+
+def use(stream, shown: bool = True) -> None:
+    with Progress(shown, stream) as shows:
+        shows.stage("loading small")
+        shows.begin("take 1 of 2", 30.0)
+        shows.to(0.5)
+        shows.to(30.0)
+        shows.stage("decoding")
+
+
+class TestProgress(Test):
+    def test_terminal(self):
+        terminal = Terminal()
+        use(terminal)
+        lines = terminal.lines()
+        self.assertEqual(lines[0], "loading small")
+        self.assertRegex(lines[1], r"^take 1 of 2:   0% .* 0.0 of 30.0 s, \?$")
+        self.assertEqual(lines[-1], "decoding")
+        self.assertTrue(terminal.getvalue().endswith("\r"))  # and nothing is left
+
+    def test_no_terminal(self):
+        stream = io.StringIO()
+        use(stream)
+        self.assertEqual(stream.getvalue(), "")
+        with patch.object(progress, "MINUTE", 0.0):
+            use(stream)
+        want = "loading small,take 1 of 2: 0.5 s,take 1 of 2: 30.0 s,decoding,"
+        self.assertEqual(stream.getvalue().replace("\n", ","), want)
+
+    def test_once_a_minute(self):
+        stream = io.StringIO()
+        with patch("progress.time.monotonic", side_effect=[0, 59, 60, 61, 121]):
+            with Progress(stream=stream) as shows:
+                for seconds in range(4):
+                    shows.to(seconds)
+        self.assertEqual(stream.getvalue(), ": 1.0 s\n: 3.0 s\n")
+
+    def test_what_is_not_shown(self):
+        for stream in (Terminal(), io.StringIO()):
+            with patch.object(progress, "MINUTE", 0.0):
+                use(stream, shown=False)
+            self.assertEqual(stream.getvalue(), "")
+
+    def test_streams_that_cannot_be_written(self):
+        closed = io.StringIO()
+        closed.close()
+        for stream in (Broken(), closed):
+            with patch.object(progress, "MINUTE", 0.0):
+                use(stream)
+        with patch("sys.stderr", None):
+            use(None)
