@@ -56,6 +56,11 @@ class MusicGen(nn.Module):
         self._adapter: dict[str, Any] = {}  # its file and scale, if there is one
         self.read_text_encoder: Callable[[], dict] | None = None  # after it was freed
 
+    def __repr__(self) -> str:
+        return (
+            f"MusicGen({self.name!r}, {self.decoder.dtype}, {self.channels} channels)"
+        )
+
     @property
     def sampling_rate(self) -> int:
         """Samples per second."""
@@ -91,7 +96,10 @@ class MusicGen(nn.Module):
     ) -> mx.array:
         """Music for each prompt: (B, N, C) float32 samples in about -1 to 1.
 
-        Takes the options of `steps`. `drop_prompt` leaves out what `audio_prompt` gave.
+        Takes the options of `steps`: seed, audio_prompt, codes_prompt, melody, separate,
+        style, condition, batch_size; and of `Options`: temp=1.0, top_k=250, top_p=0.0,
+        guidance_coef=3.0, negative_prompt="", extend_stride, guidance_beta, style_start,
+        style_length, style_quantizers. `drop_prompt` leaves out what `audio_prompt` gave.
         """
         audio = self.decode(self.generate_codes(prompts, duration, **options))
         prompt, hop = options.get("audio_prompt"), self.config.audio_encoder.hop_length

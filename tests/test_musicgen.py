@@ -1,5 +1,7 @@
 """Codes and sounds of prompts, whole and as a stream."""
 
+import dataclasses
+import inspect
 import itertools
 import math
 from unittest.mock import patch
@@ -115,6 +117,21 @@ class TestGenerate(Test):
             codes = model.generate_codes("drums", duration=0.1, temp=0)
             want = single.generate_codes("drums", duration=0.1, temp=0)
             self.assertSame(codes[:, 0], want[:, 0])
+
+    def test_is_told_in_one_line(self):
+        model = MusicGen.from_pretrained(REFERENCE / "stereo-audiocraft")
+        self.assertRegex(
+            repr(model), r"^MusicGen\('.*stereo-audiocraft', .*float32, 2 channels\)$"
+        )
+
+    def test_help_names_every_option(self):
+        said = MusicGen.generate.__doc__
+        for name in inspect.signature(MusicGen.steps).parameters:
+            if name not in ("self", "prompts", "duration", "options"):
+                self.assertIn(f"{name}", said)
+        for field in dataclasses.fields(Options)[1:]:
+            value = "" if field.default is None else f"={field.default!r}"
+            self.assertIn(f"{field.name}{value}".replace("''", '""'), said)
 
     def test_long_prompt_is_cut_with_a_warning(self):
         model = exact("mono-transformers")
