@@ -4,17 +4,27 @@
     save_audio("out.flac", audio, 32000)
 
 or `python audio.py in.mp3 out.flac --sampling-rate 32000 --channels 2`. It reads what
-soundfile reads: wav, flac, ogg, mp3 and more. Stands alone.
+soundfile reads: wav, flac, ogg, opus, mp3 and more. All else, such as m4a and webm,
+goes through macOS's afconvert or through ffmpeg, where one of them is there. Needs
+resample.py beside it.
 """
 
 import argparse
+import functools
 import hashlib
 import math
 import os
+import secrets
+import shlex
+import shutil
 import struct
+import subprocess
 import sys
 import tempfile
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,98 +32,302 @@ import mlx.core as mx
 import numpy as np
 import soundfile
 
+from resample import filter_width, resample, true_peak
 
-def load_audio(path: str | Path, sampling_rate: int, channels: int) -> mx.array:
+RATES = (100, 768_000)  # Hz of a file: a damaged header may say anything
+MOST = 2**29  # samples of all channels to hold at once: 2 GB, 100 minutes in stereo
+BLOCK = 2**20  # samples of all channels to read at once
+SEEKABLE = ("WAV", "WAVEX", "RF64", "W64", "FLAC", "AIFF", "AU", "CAF")  # to a sample
+
+
+def load_audio(
+    path: str | Path,
+    sampling_rate: int,
+    channels: int,
+    start: int = 0,
+    count: int | None = None,
+) -> mx.array:
     """Read a sound file as samples (N, channels), float32, at `sampling_rate` Hz.
 
     Mono is copied to every channel. For one channel all are averaged. A file with more
-    channels than asked for gives its first ones. Raises FileNotFoundError, or
-    ValueError for a file that is no sound, is empty, holds NaN, has too few channels or
-    a rate that is not from 100 to 768000 Hz.
+    channels than asked for gives its first ones. `start` and `count` choose a part, in
+    samples at `sampling_rate`; no more of the file is read than it needs.
+
+    Raises FileNotFoundError, or ValueError for a file that is no sound, is empty, ends
+    before `start`, holds NaN, is longer than memory should hold, has too few channels
+    or a rate that is not from 100 to 768000 Hz.
+    """
+    return mx.array(read_sound(path, sampling_rate, channels, start, count)[0])
+
+
+def read_sound(
+    path: str | Path,
+    sampling_rate: int | None = None,
+    channels: int | None = None,
+    start: int = 0,
+    count: int | None = None,
+) -> tuple[np.ndarray, int]:
+    """Samples as of `load_audio`, and their rate. None: the file's own."""
+    with open_sound(path) as file:
+        source, target = file.samplerate, sampling_rate or file.samplerate
+        channels = channels or file.channels
+        if 1 < file.channels < channels:
+            raise ValueError(
+                f"{path} has {file.channels} channels, but {channels} are needed."
+            )
+        first, skip, last = part_of(start, count, source, target)
+        most = MOST // (max(1, math.ceil(target / source)) * channels)
+        blocks, size = [np.empty((0, channels), np.float32)], 0
+        for block in read_blocks(file, first, last):
+            blocks.append(to_channels(block, channels))
+            size += len(block)
+            if size > most:
+                raise ValueError(
+                    f"{path} is longer than the {most / source / 60:.0f} minutes that "
+                    "memory should hold: cut it, or take a part."
+                )
+        audio = np.concatenate(blocks)
+        if not np.isfinite(audio).all() or (size == 0 and start == 0):
+            raise ValueError(f"{path} must hold sound, but it is empty or holds NaN.")
+        audio = resample(audio, source, target)[skip:]
+        if len(audio) == 0:
+            raise ValueError(f"{path} ends before {start / target:g} s.")
+        return audio[:count], target
+
+
+def part_of(
+    start: int, count: int | None, source: int, target: int
+) -> tuple[int, int, int | None]:
+    """Where to begin to read for `count` samples from `start` on at `target` Hz, how
+    many samples there to leave out after resampling, and where to end.
+
+    Reading begins at a whole period of both rates, so that the filter's phases stay.
+    """
+    source, target, width = filter_width(source, target)
+    periods = max(start * source // target - width, 0) // source
+    end = None if count is None else (start + count) * source // target + width + 2
+    return periods * source, start - periods * target, end
+
+
+def to_channels(audio: np.ndarray, channels: int) -> np.ndarray:
+    """(N, C) -> (N, channels): the mean, copies of mono, or the first ones."""
+    if channels == 1:
+        return audio.mean(axis=1, keepdims=True)
+    if audio.shape[1] == 1:
+        return np.repeat(audio, channels, axis=1)
+    return audio[:, :channels]
+
+
+def count_samples(path: str | Path, sampling_rate: int) -> int:
+    """How many samples `load_audio` gives at `sampling_rate` Hz of the whole file, that
+    are really there. Raises as that."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no sound file {path}.")
+    changed = os.stat(path)
+    count, rate = count_frames(str(path), changed.st_mtime_ns, changed.st_size)
+    return count * sampling_rate // rate
+
+
+@functools.lru_cache(maxsize=64)
+def count_frames(path: str, *version: int) -> tuple[int, int]:
+    """Samples of a channel in a `version` of a file, and their rate. Where the last one
+    of those that its header promises is not there, they are counted."""
+    with open_sound(path) as file:
+        last = file.frames - 1
+        if file.format in SEEKABLE and 0 <= last < 2**40:
+            try:
+                file.seek(last)
+                if len(file.read(1)) == 1:
+                    return last + 1, file.samplerate
+            except soundfile.LibsndfileError:
+                pass
+    with open_sound(path) as file:
+        return sum(len(block) for block in read_blocks(file)), file.samplerate
+
+
+def read_blocks(
+    file: soundfile.SoundFile, first: int = 0, last: int | None = None
+) -> Iterator[np.ndarray]:
+    """Samples (N, C) of an open file, in float32, up to the end that it really has."""
+    place = 0
+    if first and file.format in SEEKABLE:
+        place = file.seek(min(first, file.frames))
+    size = max(BLOCK // file.channels, 1)
+    while last is None or place < last:
+        wanted = size if last is None else min(size, last - place)
+        block = file.read(wanted, dtype="float32", always_2d=True)
+        place += len(block)
+        if place > first:
+            yield block[max(len(block) - (place - first), 0) :]
+        if len(block) < wanted:
+            return
+
+
+@contextmanager
+def open_sound(path: str | Path) -> Iterator[soundfile.SoundFile]:
+    """A sound file, by its content and whatever its name, to be read in blocks.
+
+    Nothing is allocated by what its header promises. Raises as `load_audio`.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no sound file {path}.")
     try:
-        audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context(by_content(path))
+            except soundfile.LibsndfileError as error:
+                folder = stack.enter_context(tempfile.TemporaryDirectory())
+                wav = to_wav(path, Path(folder) / "sound.wav", error)
+                file = stack.enter_context(by_content(wav))
+            low, high = RATES
+            if not low <= file.samplerate <= high:
+                raise ValueError(
+                    f"{path} must have a rate of {low} to {high} Hz, got "
+                    f"{file.samplerate}."
+                )
+            yield file
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{path} is not a readable sound file: {error}") from error
-    if len(audio) == 0 or not np.isfinite(audio).all():
-        raise ValueError(f"{path} must hold sound, but it is empty or holds NaN.")
-    if not 100 <= rate <= 768_000:  # a damaged header may say anything
-        raise ValueError(f"{path} must have a rate of 100 to 768000 Hz, got {rate}.")
-    file_channels = audio.shape[1]
-    if channels == 1:
-        audio = audio.mean(axis=1, keepdims=True)
-    elif file_channels == 1:
-        audio = np.repeat(audio, channels, axis=1)
-    elif file_channels < channels:
-        raise ValueError(
-            f"{path} has {file_channels} channels, but {channels} are needed."
-        )
-    return mx.array(resample(audio[:, :channels], rate, sampling_rate))
+    except MemoryError as error:
+        raise ValueError(f"{path} is more than memory can hold: cut it.") from error
 
 
-def resample(audio: np.ndarray, source: int, target: int) -> np.ndarray:
-    """(N, C) at `source` Hz -> (floor(N * target / source), C) at `target` Hz.
+@contextmanager
+def by_content(path: str | Path) -> Iterator[soundfile.SoundFile]:
+    """A sound file, opened without its name, whose extension soundfile would trust.
 
-    The filter is that of julius, which audiocraft uses
-    (https://github.com/adefossez/julius): a sinc with 24 zero crossings and a squared
-    cosine as its window, cut off at 0.945 of the lower Nyquist frequency. Beyond the
-    ends the first and the last sample go on.
+    Raises soundfile's error for what it does not know.
     """
-    if source == target:
-        return audio
-    zeros, rolloff = 24, 0.945
-    divisor = math.gcd(source, target)
-    source, target = source // divisor, target // divisor
-    rate = min(source, target) * rolloff
-    width = math.ceil(zeros * source / rate)
-    taps = np.arange(-width, width + 2)
-
-    phase = (np.arange(target) * source % target) / target  # of a sample, 0 to 1
-    time = (taps - phase[:, None]) * rate / source
-    time = np.clip(time, -zeros, zeros)
-    kernels = np.sinc(time) * np.cos(np.pi * time / zeros / 2) ** 2
-    kernels = (kernels / kernels.sum(axis=1, keepdims=True)).astype(np.float32)
-
-    output = np.empty((len(audio) * target // source, audio.shape[1]), np.float32)
-    for start in range(0, len(output), 65536):  # to bound the memory of the windows
-        places = np.arange(start, min(start + 65536, len(output)))
-        window = (places * source // target)[:, None] + taps
-        window = audio[np.clip(window, 0, len(audio) - 1)]
-        output[places] = np.einsum("nt,ntc->nc", kernels[places % target], window)
-    return output
+    with open(path, "rb") as raw:
+        with Forward(raw.fileno(), closefd=False) as file:
+            yield file
 
 
-def check_samples(name: str, audio: Any, channels: int = 8) -> mx.array:
+class Forward(soundfile.SoundFile):
+    """Read from front to back. SoundFile itself seeks after every read, which fails at
+    the end of a file whose header promises more."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+# Other programs
+
+TOOLS = {  # to wav and to AAC
+    "afconvert": (
+        "afconvert -f WAVE -d LEF32 {source} {target}",
+        "afconvert -f m4af -d aac -b 192000 {source} {target}",
+    ),
+    "ffmpeg": (
+        "ffmpeg -nostdin -v error -y -protocol_whitelist file -i {source} -vn "
+        "-c:a pcm_f32le {target}",
+        "ffmpeg -nostdin -v error -y -i {source} -metadata comment={comment} -c:a aac "
+        "-b:a 192k {target}",
+    ),
+}
+
+
+def run_tools(which: int, **values: str | Path) -> tuple[str, str]:
+    """The first program of TOOLS that does it, or "", and what the last one said."""
+    said = ""
+    for name, commands in TOOLS.items():
+        if shutil.which(name):
+            words = [word.format(**values) for word in shlex.split(commands[which])]
+            options = dict(stdin=subprocess.DEVNULL, capture_output=True)
+            done = subprocess.run(words, **options)
+            if done.returncode == 0 and Path(values["target"]).is_file():
+                return name, ""
+            lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+            said = f"{name}: {lines[-1] if lines else done.returncode}"
+    return "", said
+
+
+def to_wav(path: str | Path, target: Path, error: Exception) -> Path:
+    """Write what libsndfile cannot read, which was `error`, as a wav file, or raise
+    ValueError."""
+    source = Path(path).absolute()  # so that no name is taken for a flag
+    tool, said = run_tools(0, source=source, target=target)
+    if tool:
+        return target
+    reason = said or getattr(error, "error_string", str(error))
+    if not said:
+        wav = Path(path).with_name(f"{Path(path).stem}-converted.wav")
+        command = (
+            "afconvert -f WAVE -d LEI16" if sys.platform == "darwin" else "ffmpeg -i"
+        )
+        reason += f" If a player plays it, run: {command} {quoted(path)} {quoted(wav)}"
+    raise ValueError(f"{path} is not a readable sound file: {reason}") from error
+
+
+def quoted(path: str | Path) -> str:
+    """A path as a shell takes it."""
+    return shlex.quote(str(path))
+
+
+def check_samples(
+    name: str,
+    audio: Any,
+    sampling_rate: int,
+    channels: int = 8,
+    file_channels: int = 1,
+    count: int | None = None,
+) -> mx.array:
     """A caller's sound as samples (N, C) in float32, C at most `channels`.
 
-    `audio` is an array of MLX or numpy, and `name` is its name in messages. Raises
-    ValueError for anything else, another shape, no samples, NaN and infinity.
+    `audio` is samples (N, C) or (N,) at `sampling_rate` Hz, as `to_floats` takes them,
+    or the path of a sound file, of which `file_channels` channels are made. `name` is
+    its name in messages. The first `count` samples are enough. Raises ValueError for
+    anything else, another shape, no samples, NaN and infinity, and as `load_audio`.
     """
     if isinstance(audio, str | Path):
-        raise ValueError(
-            f"{name} must be samples (N, C), got {str(audio)!r}. Read the file with "
-            "load_audio first."
-        )
-    try:
-        audio = mx.array(audio).astype(mx.float32)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{name} must be samples (N, C), got {type(audio).__name__}. Give an array."
-        ) from error
+        return load_audio(audio, sampling_rate, file_channels, 0, count)
+    audio = to_floats(name, audio)
+    audio = audio[:, None] if audio.ndim == 1 else audio
     if audio.ndim != 2 or len(audio) == 0 or not 1 <= audio.shape[1] <= channels:
         raise ValueError(
             f"{name} must have the shape (N, C), with N > 0 samples of 1 to {channels} "
-            f"channels, got {audio.shape}. Mono is audio[:, None]; where channels come "
-            "first, give audio.T."
+            f"channels, got {audio.shape}. Where channels come first, give audio.T."
         )
     if not mx.isfinite(audio).all().item():
         raise ValueError(
             f"{name} must be finite, but it holds NaN or infinity. Look at where the "
             "samples come from."
         )
-    return audio
+    return audio[:count]
+
+
+INTEGERS = {"uint8": 8, "int8": 8, "int16": 16, "int32": 32}  # bits
+
+
+def to_floats(name: str, audio: Any) -> mx.array:
+    """An array of MLX or numpy, or what numpy makes one of, in float32.
+
+    Floats of any type stay as they are. Integers are brought from their type's range to
+    -1 to 1, as sound files hold them: int16 is divided by 32768, and uint8 is silent at
+    128. Raises ValueError for all else, such as int64, whose range is no sound's.
+    """
+    try:
+        array = audio if isinstance(audio, mx.array) else np.asarray(audio)
+    except ValueError as error:  # rows of different lengths
+        raise ValueError(f"{name} must be samples (N, C): {error}") from error
+    if isinstance(array, mx.array):
+        kind = str(array.dtype).removeprefix("mlx.core.")
+        floating = mx.issubdtype(array.dtype, mx.floating)
+    else:
+        kind = array.dtype.name
+        floating = np.issubdtype(array.dtype, np.floating)
+    if kind in INTEGERS:
+        half = 2.0 ** (INTEGERS[kind] - 1)
+        shift = half if kind == "uint8" else 0
+        return mx.array((np.asarray(array).astype(np.float64) - shift) / half)
+    if floating:
+        if not isinstance(array, mx.array):
+            array = mx.array(array.astype(np.float32))  # of float128 and byte orders
+        return array.astype(mx.float32)
+    raise ValueError(
+        f"{name} must be samples (N, C) in floats from -1 to 1, or in integers of 8, 16 "
+        f"or 32 bits, got {type(audio).__name__} of {kind}."
+    )
 
 
 SUBTYPES = {  # of soundfile, by extension; the first is the default
@@ -121,7 +335,11 @@ SUBTYPES = {  # of soundfile, by extension; the first is the default
     ".flac": ("PCM_16", "PCM_24"),
     ".ogg": ("VORBIS",),
     ".mp3": ("MPEG_LAYER_III",),
+    ".m4a": ("AAC",),  # which other programs write
 }
+LOSSY = (".ogg", ".mp3", ".m4a")
+BITRATES = (8, 320)  # kbit/s of mp3
+OVER = 1.0005  # 0.004 dB above full scale: rounding
 
 
 def save_audio(
@@ -130,21 +348,24 @@ def save_audio(
     sampling_rate: int,
     comment: str = "",
     subtype: str | None = None,
+    bitrate: int | None = None,
 ) -> None:
-    """Write float samples (N, C) or (N,); the extension names the format.
+    """Write samples (N, C) or (N,), as `to_floats` takes them.
 
-    The formats are wav, flac, ogg and mp3. wav and flac have 16 bits, with dither, or
-    the `subtype` "PCM_24", and wav "FLOAT", too. `comment` is text inside the file.
+    The extension names the format: wav, flac, ogg or mp3, and m4a where afconvert or
+    ffmpeg is there. wav and flac have 16 bits, with dither, or the `subtype` "PCM_24",
+    and wav "FLOAT", too. `bitrate` is that of an mp3, in kbit/s; None: it varies.
+    `comment` is text inside the file.
 
-    Samples beyond 1 would clip. Then the whole sound is scaled down to a peak of 1,
-    with a warning, but not in FLOAT. The file appears under its name only when it is
-    whole. Raises ValueError for another shape, NaN, a rate that is not from 1000 to
-    192000 Hz, an unknown extension or subtype, and OSError where nothing can be
-    written.
+    Where the sound would clip, as its true peak tells, the whole is scaled down, with a
+    warning, but not in FLOAT. ogg, mp3 and m4a are heard again for that, since encoding
+    raises peaks. The file appears under its name only when it is whole. Raises
+    ValueError for another shape, NaN, a rate that is not from 1000 to 192000 Hz, an
+    unknown extension, subtype or bit rate, and OSError where nothing can be written.
     """
-    path = check_audio_path(path, subtype)
+    path = check_audio_path(path, subtype, bitrate)
     subtype = choose_subtype(path, subtype)
-    audio = np.asarray(audio, dtype=np.float32)
+    audio = np.array(to_floats(f"The audio for {path}", audio))
     audio = audio[:, None] if audio.ndim == 1 else audio
     if audio.ndim != 2 or not 1 <= audio.shape[1] <= 8:
         raise ValueError(
@@ -155,37 +376,91 @@ def save_audio(
         raise ValueError(
             f"sampling_rate must be from 1000 to 192000 Hz, got {sampling_rate}."
         )
-    peak = np.abs(audio).max(initial=0)
-    if not np.isfinite(peak):
+    if not np.isfinite(audio).all():
         raise ValueError(f"The audio for {path} must be finite, but it holds NaN.")
-    if peak > 1 and subtype != "FLOAT":
-        warnings.warn(f"{path} was scaled down: its peak of {peak:.2f} would clip.")
-        audio = audio / peak
-    if path.suffix.lower() == ".wav" and len(comment) > 50_000:
+    if path.suffix.lower() in (".wav", ".m4a") and len(comment) > 50_000:
         warnings.warn(
             f"{path} takes no comment as long as its settings: it is without them."
         )
-    target = path.resolve()  # where a link points to, so that the link stays
-    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
-    part = target.with_name(f".{digest}.part{target.suffix}")
+        comment = ""
+    peak = 1.0 if subtype == "FLOAT" else true_peak(audio)
+    audio = scaled_down(path, audio, peak, "its peaks would clip")
     try:
-        write_samples(part, audio, sampling_rate, comment, subtype)
-        part.replace(target)
+        with whole_file(path) as part:
+            write_samples(part, audio, sampling_rate, comment, subtype, bitrate)
+            if path.suffix.lower() not in LOSSY:
+                return
+            raised = 1.0
+            for _ in range(4):
+                if (peak := peak_of_file(part)) <= OVER:
+                    break
+                raised *= peak / 0.999
+                quiet = audio / raised
+                write_samples(part, quiet, sampling_rate, comment, subtype, bitrate)
+            scaled_down(path, audio, raised, f"as {path.suffix} its peaks would clip")
     except (OSError, soundfile.LibsndfileError) as error:
         raise OSError(f"{path} could not be written: {error}") from error
+
+
+def scaled_down(path: Path, audio: np.ndarray, peak: float, why: str) -> np.ndarray:
+    """The samples divided by a peak above 1, with a warning that says why."""
+    if peak <= OVER:
+        return audio
+    warnings.warn(f"{path} was scaled down by {20 * math.log10(peak):.2g} dB: {why}.")
+    return audio / peak
+
+
+def peak_of_file(path: Path) -> float:
+    """The true peak of a sound file that was just written."""
+    with open_sound(path) as file:
+        blocks = list(read_blocks(file))
+    return true_peak(np.concatenate(blocks)) if blocks else 0.0
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A path to write to, which then takes the place of `path`, or is deleted.
+
+    It lies in the same folder, and its name is like no other's, so that several may
+    write one file; the last one wins. What a killed process left there is deleted after
+    a day.
+    """
+    target = Path(path).resolve()  # where a link points to, so that the link stays
+    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
+    ending = f".part{target.suffix}"
+    for old in target.parent.glob(f".{digest}.*{ending}"):
+        try:
+            if time.time() - old.stat().st_mtime > 86_400:
+                old.unlink()
+        except OSError:
+            pass  # it is gone, or another's
+    part = target.with_name(f".{digest}.{secrets.token_hex(8)}{ending}")
+    try:
+        yield part
+        part.replace(target)
     finally:
         part.unlink(missing_ok=True)
 
 
 def write_samples(
-    path: Path, audio: np.ndarray, sampling_rate: int, comment: str, subtype: str
+    path: Path,
+    audio: np.ndarray,
+    sampling_rate: int,
+    comment: str,
+    subtype: str,
+    bitrate: int | None = None,
 ) -> None:
     """Write samples (N, C), which must be valid.
 
     Raises soundfile's errors, and OSError where the disk is full, which not every
     format reports.
     """
+    if subtype == "AAC":
+        write_aac(path, audio, sampling_rate, comment)
+        return
     options = dict(channels=audio.shape[1], subtype=subtype)
+    if bitrate:
+        options |= constant_bitrate(bitrate, sampling_rate)
     random = np.random.default_rng(0)  # the same samples give the same file
     with soundfile.SoundFile(path, "w", sampling_rate, **options) as file:
         if comment:
@@ -196,6 +471,27 @@ def write_samples(
             file.write(to_int16(block, random) if subtype == "PCM_16" else block)
     if soundfile.info(path).frames < len(audio):
         raise OSError("the disk is full")
+
+
+def constant_bitrate(bitrate: int, sampling_rate: int) -> dict[str, Any]:
+    """soundfile's options of an mp3 with so many kbit/s. libsndfile counts them from 1
+    down to 0, between the lowest and the highest rate of the format."""
+    low = 32 if sampling_rate >= 32_000 else 8
+    high = 320 if low == 32 else 160 if sampling_rate >= 16_000 else 64
+    level = (high - min(max(bitrate, low), high)) / (high - low)
+    return dict(compression_level=min(level, 0.9999), bitrate_mode="CONSTANT")
+
+
+def write_aac(path: Path, audio: np.ndarray, sampling_rate: int, comment: str) -> None:
+    """Write samples (N, C) as m4a by another program, or raise OSError."""
+    with tempfile.TemporaryDirectory() as folder:
+        wav = Path(folder) / "sound.wav"
+        write_samples(wav, audio, sampling_rate, "", "FLOAT")
+        tool, said = run_tools(1, source=wav, target=path, comment=comment)
+    if not tool:
+        raise OSError(said)
+    if tool == "afconvert" and comment:
+        warnings.warn("afconvert writes no comment: the .m4a is without its settings.")
 
 
 def to_int16(audio: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -221,6 +517,11 @@ def choose_subtype(path: str | Path, subtype: str | None = None) -> str:
         raise ValueError(
             f"{path} must end in one of {', '.join(SUBTYPES)}, got '{suffix}'."
         )
+    if subtypes == ("AAC",) and not any(map(shutil.which, TOOLS)):
+        raise ValueError(
+            f"{path} needs {' or '.join(TOOLS)}, and neither is there: write another "
+            "format, or install ffmpeg."
+        )
     if subtype is not None and subtype not in subtypes:
         raise ValueError(
             f"subtype of a {suffix} must be {' or '.join(subtypes)}, got {subtype!r}."
@@ -228,15 +529,29 @@ def choose_subtype(path: str | Path, subtype: str | None = None) -> str:
     return subtype or subtypes[0]
 
 
-def check_audio_path(path: str | Path, subtype: str | None = None) -> Path:
+def check_audio_path(
+    path: str | Path, subtype: str | None = None, bitrate: int | None = None
+) -> Path:
     """The path, if `save_audio` can write there.
 
-    Raises OSError where no file can be written, ValueError for an unknown extension or
-    subtype.
+    Raises OSError where no file can be written, ValueError for an unknown extension,
+    subtype or bit rate.
     """
     choose_subtype(path, subtype)
+    check_bitrate(path, bitrate)
     check_writable(path)
     return Path(path)
+
+
+def check_bitrate(path: str | Path, bitrate: int | None) -> None:
+    """Raise ValueError unless it is None, or kbit/s of a file that is an mp3."""
+    low, high = BITRATES
+    if bitrate is not None and not (type(bitrate) is int and low <= bitrate <= high):
+        raise ValueError(
+            f"mp3_bitrate must be from {low} to {high} kbit/s, got {bitrate!r}."
+        )
+    if bitrate is not None and Path(path).suffix.lower() != ".mp3":
+        raise ValueError(f"mp3_bitrate must go with an .mp3, got {path}.")
 
 
 def check_writable(path: str | Path) -> None:
@@ -340,16 +655,15 @@ def main() -> None:
     parser.add_argument("target", help="sound file to write")
     parser.add_argument("--sampling-rate", type=int, help="Hz (default: the source's)")
     parser.add_argument("--channels", type=int, help="(default: the source's)")
+    parser.add_argument("--mp3-bitrate", type=int, help="kbit/s (default: it varies)")
     args = parser.parse_args()
     try:
-        if not Path(args.source).is_file():
-            raise FileNotFoundError(f"There is no sound file {args.source}.")
-        info = soundfile.info(args.source)
-        rate = args.sampling_rate or info.samplerate
-        if not 1000 <= rate <= 192_000:
+        check_audio_path(args.target, bitrate=args.mp3_bitrate)
+        rate = args.sampling_rate
+        if rate is not None and not 1000 <= rate <= 192_000:
             raise ValueError(f"sampling_rate must be 1000 to 192000, got {rate}.")
-        audio = load_audio(args.source, rate, args.channels or info.channels)
-        save_audio(args.target, audio, rate)
+        audio, rate = read_sound(args.source, rate, args.channels)
+        save_audio(args.target, audio, rate, bitrate=args.mp3_bitrate)
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"audio.py: error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:

@@ -36,6 +36,7 @@ decoder.py and options.py beside it.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.nn as nn
@@ -148,9 +149,10 @@ def one_each(name: str, values: Any, count: int) -> list:
 
 
 def each_once(sounds: list, request: Callable[[Any], Any]) -> list:
-    """A request for each sound; rows that share a sound share it."""
-    requests = {id(x): None if x is None else request(x) for x in sounds}
-    return [requests[id(x)] for x in sounds]
+    """A request for each sound; rows that share a sound, or a file, share it."""
+    keys = [str(x) if isinstance(x, str | Path) else id(x) for x in sounds]
+    requests = {k: None if x is None else request(x) for k, x in zip(keys, sounds)}
+    return [requests[k] for k in keys]
 
 
 def check_follows(model: "MusicGen", kind: str) -> None:

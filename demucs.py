@@ -630,11 +630,11 @@ def check_sizes(config: HTDemucsConfig) -> None:
 
 
 def check_audio(audio: mx.array, channels: int) -> None:
-    """Raise ValueError unless audio is finite samples (N, channels)."""
-    if audio.ndim != 2 or audio.shape[1] != channels or len(audio) == 0:
-        raise ValueError(
-            f"audio must have the shape (N, {channels}), got {audio.shape}."
-        )
+    """Raise ValueError unless audio is finite samples (N, channels) in floats."""
+    floats = mx.issubdtype(audio.dtype, mx.floating)  # integers would be noise
+    if not floats or audio.ndim != 2 or audio.shape[1] != channels or not len(audio):
+        wanted = f"audio must have the shape (N, {channels}), in floats"
+        raise ValueError(f"{wanted}, got {audio.shape} in {audio.dtype}.")
     if not mx.isfinite(audio).all().item():
         raise ValueError("audio must be finite, but it holds NaN or infinity.")
 

@@ -24,7 +24,7 @@ from huggingface_hub.utils import logging, tqdm
 import jobs
 import settings
 import stream
-from audio import check_writable, choose_subtype, save_audio
+from audio import check_bitrate, check_writable, choose_subtype, save_audio
 from encodec_stream import play as play_take
 from hub import MODELS, check_name, local
 from jobs import Job, Result, Sounds, Start
@@ -41,7 +41,7 @@ HELP = {
     "(default: %(default)s)",
     "extend_stride": "seconds by which the window of long audio slides (default: 18; "
     "tiny: 4.8)",
-    "output": "file to write: .wav, .flac, .ogg or .mp3; numbered where there are "
+    "output": "file to write: .wav, .flac, .ogg, .mp3 or .m4a; numbered where there are "
     "several (default: out.wav; of a file, its name)",
     "stream": "write samples as they come; the output is a .wav, or - for a pipe",
     "chunk": "seconds of sound written at a time (default: %(default)s)",
@@ -73,9 +73,11 @@ HELP = {
     "(default: 3)",
     "guidance_beta": "weight of the prompt beside the style, such as 5 (default: they "
     "count alike)",
-    "loudness": "LUFS to bring the output to, such as -14 (default: as it comes)",
-    "peak": "dB of full scale to bring the output's peak to (default: as it comes)",
+    "loudness": "LUFS to bring the output to, such as -14; a limiter keeps its true peak "
+    "at -1 dB or less (default: as it comes)",
+    "peak": "dB of full scale to bring the output's true peak to (default: as it comes)",
     "subtype": "pcm_16 with dither (default), pcm_24 (wav, flac) or float (wav)",
+    "mp3_bitrate": "kbit/s of an .mp3, 8 to 320 (default: it varies)",
     "save_codes": "file to keep the codes in: .safetensors",
     "resume": "file of codes to go on from, to a longer --duration",
     "redecode": "file of codes to make the sound of again, without generating",
@@ -135,6 +137,7 @@ def make_parser() -> Parser:
     parser.add("loudness", type=float)
     parser.add("peak", type=float)
     parser.add("subtype", type=str.upper)
+    parser.add("mp3_bitrate", type=int)
     parser.add("save_codes", type=Path)
     parser.add("resume", type=Path)
     parser.add("redecode", type=Path)
@@ -183,6 +186,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         check_stream(args)
     else:
         choose_subtype(args.output, args.subtype)
+        check_bitrate(args.output, args.mp3_bitrate)
     if args.seed is not None:
         row_seeds(args.seed, rows=1)
     values = vars(args) | {"prompt": "", "seed": args.seed or 0}
@@ -193,7 +197,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 OF_MODEL = ("model", "dtype", "q_bits", "adapter", "adapter_scale")
 RECALLED = {*jobs.ALL_KEYS, *OF_MODEL} - {"output"}
-KEPT = {"output", *jobs.LEVELS, "subtype"}  # flags beside --redecode
+KEPT = {"output", *jobs.LEVELS, "subtype", "mp3_bitrate"}  # flags beside --redecode
 REPLACES = {  # flags, and the settings of a file that they put out of force
     "prompt": {"prompt"},
     "prompts": {"prompt"},
@@ -205,8 +209,8 @@ REPLACES = {  # flags, and the settings of a file that they put out of force
     "adapter": {"adapter_scale"},
     "loudness": {"peak"},
     "peak": {"loudness"},
-    "stream": {"loudness", "peak", "subtype", "drop_prompt"},
-    "output": {"subtype"},
+    "stream": {"loudness", "peak", "subtype", "mp3_bitrate", "drop_prompt"},
+    "output": {"subtype", "mp3_bitrate"},
 }
 
 
@@ -277,6 +281,8 @@ def check_stream(args: argparse.Namespace) -> None:
         raise ValueError(f"--stream writes .wav or -, got --output {args.output}")
     if args.loudness is not None or args.peak is not None:
         raise ValueError("--loudness and --peak need the whole, so not --stream")
+    if args.mp3_bitrate is not None:
+        raise ValueError("--mp3-bitrate goes with an .mp3, so not --stream")
     if args.subtype not in (None, "PCM_16"):
         raise ValueError(f"--stream writes pcm_16, not --subtype {args.subtype}")
     if not 0.02 <= args.chunk < 1e6:

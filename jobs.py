@@ -29,11 +29,11 @@ import mlx.core as mx
 import numpy as np
 
 import settings
-from audio import check_audio_path, load_audio, save_audio
+from audio import check_audio_path, count_samples, load_audio, save_audio
 from loudness import to_loudness, to_peak
 from musicgen import MusicGen, Take
 from options import STYLE_OPTIONS, Options, row_seeds
-from prompt import prompt_frames
+from prompt import check_length, prompt_frames
 
 SHORTEST = 0.4  # seconds over which loudness is measured
 BATCH_OF_FILE = 8  # lines at once, so that an interruption loses little
@@ -71,6 +71,7 @@ class Job:
     loudness: float | None = None  # LUFS
     peak: float | None = None  # dB of full scale
     subtype: str | None = None  # of the file's samples; None: the format's own
+    mp3_bitrate: int | None = None  # kbit/s
     line: int | None = None  # in the file of prompts
 
     def check(self, writes: bool = True, reads: bool = True) -> None:
@@ -85,7 +86,7 @@ class Job:
         self.options.check(max_duration=math.inf)
         check_level(self.loudness, self.peak)
         if writes:
-            check_audio_path(self.output, self.subtype)
+            check_audio_path(self.output, self.subtype, self.mp3_bitrate)
         if self.loudness is not None and self.options.duration < SHORTEST:
             raise ValueError(
                 f"loudness is measured over {SHORTEST} s; the duration must be as "
@@ -138,7 +139,7 @@ def check_level(loudness: float | None, peak: float | None) -> None:
 
 OPTIONS = tuple(field.name for field in fields(Options))
 LEVELS = ("loudness", "peak")
-KEYS = ("prompt", "seed", "output", *OPTIONS, *LEVELS, "subtype")
+KEYS = ("prompt", "seed", "output", *OPTIONS, *LEVELS, "subtype", "mp3_bitrate")
 AUDIO_KEYS = ("audio_prompt", "prompt_start", "prompt_length", "drop_prompt")
 MELODY_KEYS = ("melody", "melody_start", "no_separate")
 STYLE_KEYS = ("style", *STYLE_OPTIONS)
@@ -212,7 +213,8 @@ def make_job(
     levels = [values.get(key) for key in LEVELS]
     first = (values["prompt"], values["seed"], output)
     subtype = values.get("subtype") and str(values["subtype"]).upper()
-    return Job(*first, options, sound, melody, style, *levels, subtype, line)
+    written = (subtype, values.get("mp3_bitrate"))
+    return Job(*first, options, sound, melody, style, *levels, *written, line)
 
 
 def numbered(output: str, index: int, count: int) -> str:
@@ -326,12 +328,11 @@ def batches(jobs: list[Job], size: Callable[[Job], int]) -> Iterator[list[Job]]:
 
 
 class Sounds:
-    """The sounds that jobs ask for, as a model takes them; each is read once."""
+    """The sounds that jobs ask for, as a model takes them."""
 
     def __init__(self, model: MusicGen):
         self._model = model
         self._melody = functools.lru_cache(maxsize=32)(self._read_melody)
-        self._style = functools.lru_cache(maxsize=2)(self._read_style)
 
     def audio_prompt(self, job: Job) -> mx.array | None:
         """Samples (N, C) of the job's audio prompt, if there is one. Raises ValueError
@@ -339,18 +340,18 @@ class Sounds:
         if job.audio_prompt is None:
             return None
         path, start, length, _ = job.audio_prompt
-        rate = self._model.sampling_rate
-        audio, first = load_audio(path, rate, self._model.channels), int(start * rate)
-        if not 0 <= first < len(audio):
-            raise ValueError(
-                f"prompt_start must be from 0 to less than the {len(audio) / rate:g} s "
-                f"of {path}, got {start:g}."
-            )
-        if length is None:
-            return audio[first:]
-        if not 1 <= int(length * rate):
+        model, rate = self._model, self._model.sampling_rate
+        first = find_start("prompt_start", path, start, rate)
+        if length is not None and not 1 <= int(length * rate):
             raise ValueError(f"prompt_length must be above 0 s, got {length:g}.")
-        return audio[first : first + int(length * rate)]
+        count = None if length is None else int(length * rate)
+        most = int(job.options.duration * rate) + 1
+        audio = load_audio(path, rate, model.channels, first, min(count or most, most))
+        if len(audio) == most:
+            frames = int(job.options.duration * model.frame_rate)
+            there = count_samples(path, rate) - first
+            check_length(model, min(count or there, there), frames)
+        return audio
 
     def melody(self, job: Job) -> mx.array | None:
         """Samples (N, 1) that hold the job's melody, without drums and bass if that is
@@ -362,22 +363,11 @@ class Sounds:
         from melody import MelodyRequest
 
         check_follows(self._model, "melody")
-        rate = self._model.sampling_rate
-        audio, first = load_audio(melody.path, rate, 1), int(melody.start * rate)
-        if first >= len(audio):
-            raise ValueError(
-                f"melody_start must be less than the {len(audio) / rate:g} s of "
-                f"{melody.path}, got {melody.start:g}."
-            )
-        request = MelodyRequest(audio[first:], melody.separate)
-        return self._model.conditioner.prepare(request, 0, duration)
-
-    def style(self, job: Job) -> mx.array | None:
-        """Samples (N, 1) in whose manner the job is to play, if there are any."""
-        return job.style and self._style(job.style)
-
-    def _read_style(self, path: str) -> mx.array:
-        return load_audio(path, self._model.sampling_rate, 1)
+        conditioner, rate = self._model.conditioner, self._model.sampling_rate
+        first = find_start("melody_start", melody.path, melody.start, rate)
+        needed = int(conditioner.needed(duration) * rate)
+        audio = load_audio(melody.path, rate, 1, first, needed)
+        return conditioner.prepare(MelodyRequest(audio, melody.separate), 0, duration)
 
     def style_start(self, job: Job) -> float | None:
         """The second at which the excerpt of the job's style begins, given or drawn.
@@ -389,8 +379,21 @@ class Sounds:
 
         check_follows(self._model, "style")
         excerpt = (job.options.style_start, job.options.style_length)
-        request = StyleRequest(self.style(job), *excerpt)
+        request = StyleRequest(job.style, *excerpt)
         return self._model.conditioner.excerpt(request, job.seed)[0]
+
+
+def find_start(name: str, path: str, start: float, sampling_rate: int) -> int:
+    """The sample at a second of a sound file. Raises ValueError, which has the `name`
+    of the setting, where the file has ended."""
+    first = int(start * sampling_rate)
+    count = count_samples(path, sampling_rate) if first else 1
+    if not 0 <= first < count:
+        raise ValueError(
+            f"{name} must be less than the {count / sampling_rate:g} s of {path}, got "
+            f"{start:g}."
+        )
+    return first
 
 
 class Start(NamedTuple):
@@ -545,7 +548,7 @@ def make_take(
         codes_prompt=start and start.codes,
         melody=sounds_or_none(jobs, sounds.melody),
         separate=False,  # done already
-        style=sounds_or_none(jobs, sounds.style),
+        style=sounds_or_none(jobs, lambda job: job.style),
         batch_size=len(jobs),
         **asdict(jobs[0].options),
     )
@@ -578,7 +581,8 @@ def decode(model: MusicGen, job: Job, codes: mx.array, prompt_frames: int) -> mx
 def save(model: MusicGen, job: Job, samples: mx.array, record: dict[str, Any]) -> None:
     """Write the job's sound, with its settings in the comment."""
     rate, comment = model.sampling_rate, settings.to_comment(record)
-    save_audio(job.output, job.level(samples, rate), rate, comment, job.subtype)
+    written = (comment, job.subtype, job.mp3_bitrate)
+    save_audio(job.output, job.level(samples, rate), rate, *written)
 
 
 def take_settings(
@@ -588,7 +592,7 @@ def take_settings(
     record = asdict(job.options)
     record |= dict(model=model.name, revision=model.revision, seed=job.seed)
     record |= dict(prompt=job.prompt, loudness=job.loudness, peak=job.peak)
-    record |= dict(subtype=job.subtype)
+    record |= dict(subtype=job.subtype, mp3_bitrate=job.mp3_bitrate)
     if job.audio_prompt:
         record |= dict(zip(AUDIO_KEYS, job.audio_prompt), prompt_frames=prompt_frames)
     if job.melody:

@@ -4,7 +4,8 @@
     python loudness.py take.wav --loudness -14 --output louder.wav
 
 The measure is the integrated loudness in LUFS. Streaming services bring music to one
-level of it, usually -14. Needs audio.py beside it.
+level of it, usually -14. A limiter keeps peaks from standing in the way. Needs audio.py
+and resample.py beside it.
 """
 
 import argparse
@@ -13,13 +14,18 @@ import sys
 import warnings
 
 import numpy as np
-import soundfile
 
-from audio import check_audio_path, load_audio, save_audio
+from audio import check_audio_path, read_sound, save_audio
+from resample import peaks_between, true_peak
 
 ABSOLUTE_GATE = -70.0  # LUFS: quieter blocks are silence
 RELATIVE_GATE = -10.0  # LU below the mean: quieter blocks are pauses
 BLOCK = 0.4  # seconds; blocks start a quarter of that apart
+CEILING = -1.0  # dB of full scale: the highest true peak of what is brought to a level
+LOOK_AHEAD = 0.004  # seconds before a peak in which the limiter closes
+RECOVERY = 40.0  # dB a second by which it opens again
+STEP = 3.0  # dB by which it is driven on at once
+WORTH = 0.2  # dB of loudness for each dB of gain: for less it is not driven on
 
 
 def biquad(
@@ -107,31 +113,85 @@ def decibels(power: float) -> float:
 
 
 def to_loudness(audio: np.ndarray, rate: int, loudness: float) -> np.ndarray:
-    """Scale samples (N, C) to `loudness` LUFS.
+    """Bring samples (N, C) to `loudness` LUFS.
 
-    Where they would clip they are scaled to a peak of 1 instead, with a warning.
-    Silence stays as it is, with a warning. Raises ValueError as `integrated_loudness`.
+    They are scaled. Where peaks stand in the way, which must stay below CEILING, a
+    limiter lowers these, and a warning tells by how much, and what was reached. Silence
+    stays as it is, with a warning. Raises ValueError as `integrated_loudness`.
     """
     source = integrated_loudness(audio, rate)
     if source == -math.inf:
         warnings.warn("The sound is silent and stays so.")
         return audio
-    gain = 10 ** ((loudness - source) / 20)
-    peak = np.abs(audio).max()
-    if gain * peak > 1:
-        gain = 1 / peak
-        most = source + 20 * math.log10(gain)
-        warnings.warn(
-            f"{loudness:g} LUFS would clip. The sound has {most:.1f} LUFS, with a peak "
-            "of 1."
-        )
-    return audio * gain
+    gain = from_decibels(loudness - source)
+    if gain * true_peak(audio) <= from_decibels(CEILING):
+        return audio * gain
+    louder, lowered = limit(audio * gain, rate)
+    reached, rise = integrated_loudness(louder, rate), 1.0
+    for _ in range(30):  # the gain makes up for what the limiter took
+        if abs(loudness - reached) < 0.02:
+            break
+        more = max(min((loudness - reached) / rise, STEP), -STEP)
+        gain *= from_decibels(more)
+        harder = limit(audio * gain, rate)
+        found = integrated_loudness(harder[0], rate)
+        rise = (found - reached) / more
+        if rise < WORTH:
+            break
+        (louder, lowered), reached = harder, found
+    missed = "" if abs(loudness - reached) < 0.1 else f", and {reached:.1f} was reached"
+    warnings.warn(
+        f"For {loudness:g} LUFS a limiter lowered peaks by up to {lowered:.1f} dB"
+        f"{missed}."
+    )
+    return louder
+
+
+def from_decibels(decibels: float) -> float:
+    """The factor of an amplitude."""
+    return 10 ** (decibels / 20)
+
+
+def limit(audio: np.ndarray, rate: int) -> tuple[np.ndarray, float]:
+    """Samples (N, C) with no true peak above CEILING, and the most dB that were taken.
+
+    All channels are lowered alike. A peak is lowered from LOOK_AHEAD before it on, and
+    the sound comes back by RECOVERY after it.
+    """
+    ceiling, lowered = from_decibels(CEILING), np.ones(len(audio))
+    for _ in range(10):  # the lowered sound may have new peaks between its samples
+        peaks = peaks_between(audio * lowered[:, None])
+        if peaks.max(initial=0) <= ceiling * 1.0001:
+            break
+        before = np.concatenate([peaks[:1], peaks[:-1]])  # beside a sample, too
+        needed = ceiling * 0.9999 / np.maximum(np.maximum(peaks, before), ceiling)
+        lowered = lowered * smooth(needed, rate)
+    lowered = lowered * min(1, ceiling / max(true_peak(audio * lowered[:, None]), 1e-9))
+    return audio * lowered[:, None], -20 * math.log10(lowered.min(initial=1))
+
+
+def smooth(factors: np.ndarray, rate: int) -> np.ndarray:
+    """A curve (N,) nowhere above `factors` (N,), which are at most 1.
+
+    It holds the least of what is near, comes back by so many dB a second, and is a mean
+    over all that is near.
+    """
+    reach = max(round(LOOK_AHEAD * rate), 1)
+    decibels = np.pad(20 * np.log10(factors), 2 * reach)
+    least, span = decibels, 1  # of each place the least of so many from it on
+    while span < 2 * reach + 1:
+        step = min(span, 2 * reach + 1 - span)
+        least, span = np.minimum(least[:-step], least[step:]), span + step
+    slope = RECOVERY / rate * np.arange(len(least))
+    least = np.minimum.accumulate(least - slope) + slope
+    window = np.hanning(2 * reach + 3)[1:-1]
+    return 10 ** (np.convolve(least, window / window.sum(), "valid") / 20)
 
 
 def to_peak(audio: np.ndarray, peak: float) -> np.ndarray:
-    """Scale samples (N, C) to a peak in dB of full scale. Silence stays silent."""
-    highest = np.abs(audio).max(initial=0)
-    return audio * (10 ** (peak / 20) / highest) if highest > 0 else audio
+    """Scale samples (N, C) to a true peak in dB of full scale. Silence stays silent."""
+    highest = true_peak(audio)
+    return audio * (from_decibels(peak) / highest) if highest > 0 else audio
 
 
 def main() -> None:
@@ -143,12 +203,13 @@ def main() -> None:
     if (args.loudness is None) != (args.output is None):
         parser.error("--loudness and --output must be given together")
     try:
-        info = soundfile.info(args.source)
-        audio = np.array(load_audio(args.source, info.samplerate, info.channels))
-        print(f"{args.source}: {integrated_loudness(audio, info.samplerate):.1f} LUFS")
         if args.output:
-            louder = to_loudness(audio, info.samplerate, args.loudness)
-            save_audio(check_audio_path(args.output), louder, info.samplerate)
+            check_audio_path(args.output)
+        audio, rate = read_sound(args.source)
+        print(f"{args.source}: {integrated_loudness(audio, rate):.1f} LUFS")
+        if args.output:
+            louder = to_loudness(audio, rate, args.loudness)
+            save_audio(args.output, louder, rate)
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"loudness.py: error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:

@@ -72,7 +72,8 @@ class MelodyConfig:
 class MelodyRequest(NamedTuple):
     """A melody to follow."""
 
-    audio: mx.array  # (N, C) at the model's sampling rate; repeated where too short
+    audio: mx.array | str | Path  # (N, C) at the model's sampling rate, or a file;
+    # repeated where it is too short
     separate: bool = True  # take drums and bass away first, with Demucs
 
 
@@ -112,8 +113,8 @@ class MelodyConditioner(nn.Module):
         if not isinstance(request, MelodyRequest):
             raise ValueError(f"condition must be a MelodyRequest, got {request!r:.80}.")
         rate, shortest = self.sampling_rate, self.config.n_fft / RATE
-        audio = check_samples("melody", request.audio)
-        audio = audio[: int(self.needed(duration) * rate)]
+        needed = int(self.needed(duration) * rate)
+        audio = check_samples("melody", request.audio, rate, count=needed)
         audio = check_melody(audio, rate, shortest).mean(axis=1, keepdims=True)
         if request.separate:
             return isolate_melody(audio, rate, published_demucs())
@@ -153,14 +154,15 @@ class MelodyConditioner(nn.Module):
         return one_hot(notes) if self.config.argmax else notes
 
 
-def extract_chroma(audio: mx.array, sampling_rate: int) -> mx.array:
-    """The strongest note of each frame of samples (N, C): one-hot (T, 12) from C on.
+def extract_chroma(audio: mx.array | str | Path, sampling_rate: int) -> mx.array:
+    """The strongest note of each frame of samples (N, C), or of a file, which is read
+    at the rate: one-hot (T, 12) from C on.
 
     T = 1 + N // 4096 at 32 kHz. Raises ValueError for another shape, NaN, silence,
     or less than a frame.
     """
     config = MelodyConfig()
-    audio = check_samples("melody", audio)
+    audio = check_samples("melody", audio, sampling_rate)
     audio = check_melody(audio, sampling_rate, config.n_fft / RATE)
     return chroma(audio, sampling_rate, config)
 

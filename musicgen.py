@@ -102,9 +102,10 @@ class MusicGen(nn.Module):
         style_length, style_quantizers. `drop_prompt` leaves out what `audio_prompt` gave.
         """
         audio = self.decode(self.generate_codes(prompts, duration, **options))
-        prompt, hop = options.get("audio_prompt"), self.config.audio_encoder.hop_length
-        if drop_prompt and prompt is not None:
-            audio = audio[:, -(-len(prompt) // hop) * hop :]  # in whole frames
+        if drop_prompt and options.get("audio_prompt") is not None:
+            from prompt import without_prompt
+
+            return without_prompt(self, audio, options["audio_prompt"])
         return audio
 
     def generate_codes(
@@ -137,11 +138,11 @@ class MusicGen(nn.Module):
         duration: float = 8.0,
         *,
         seed: int | list[int] | None = None,
-        audio_prompt: mx.array | None = None,
+        audio_prompt: mx.array | str | Path | None = None,
         codes_prompt: mx.array | None = None,
-        melody: mx.array | list[mx.array | None] | None = None,
+        melody: Any = None,
         separate: bool = True,
-        style: mx.array | list[mx.array | None] | None = None,
+        style: Any = None,
         condition: Any = None,
         batch_size: int | None = None,
         **options,
@@ -153,14 +154,13 @@ class MusicGen(nn.Module):
             duration: seconds. Beyond the longest window, a window slides.
             seed: row i draws from seed + i, or from the i-th of a list; a row's
                 codes depend on its own prompt and seed only. None: any.
-            audio_prompt: sound (N, C) at `sampling_rate` for the takes to start with.
+            audio_prompt: sound (N, C) at `sampling_rate`, or its file, to start with.
             codes_prompt: codes (1, T, K) to start with, such as those of a take that
                 was stopped; it then ends as if it never had been.
-            melody: sound (N, C) at `sampling_rate` whose tune a melody model follows,
-                or one or None for each prompt. Repeated where it is too short.
+            melody: such a sound, or file, whose tune a melody model follows, or one or
+                None for each prompt. Repeated where it is too short.
             separate: take drums and bass away from it first, with Demucs.
-            style: sound (N, C) in whose manner a style model plays, or one or None for
-                each prompt.
+            style: likewise, in whose manner a style model plays.
             condition: a request to the model's conditioner in place of `melody` and
                 `style`, or one or None for each prompt.
             batch_size: rows to run at once; None: as many as memory holds.

@@ -1,17 +1,19 @@
 """What a take starts with: the codes of a sound, or codes that were kept.
 
     codes = encode_prompt(model, audio, frames=400)  # (N, C) -> (1, T, K)
+    codes = encode_prompt(model, "song.mp3", frames=13000)
 
 Needs audio.py beside it, and a MusicGen: encodec_stream.py, too, unless that is plain.
 """
 
 import math
 import warnings
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from audio import check_samples
+from audio import check_samples, count_samples
 
 if TYPE_CHECKING:
     from musicgen import MusicGen
@@ -19,11 +21,11 @@ if TYPE_CHECKING:
 
 def start_with(
     model: "MusicGen",
-    audio: mx.array | None,
+    audio: Any,
     codes: mx.array | None,
     duration: float,
 ) -> mx.array:
-    """Codes (1, T, K) of a sound (N, C), or those that are given.
+    """Codes (1, T, K) of a sound (N, C) or its file, or those that are given.
 
     Raises ValueError for both, and for as much as the take of `duration` seconds.
     """
@@ -35,20 +37,20 @@ def start_with(
     return encode_prompt(model, audio, frames)
 
 
-def encode_prompt(model: "MusicGen", audio: mx.array, frames: int) -> mx.array:
-    """Codes (1, T, K) of a sound (N, C), mono or stereo, at the model's rate.
+def encode_prompt(model: "MusicGen", audio: Any, frames: int) -> mx.array:
+    """Codes (1, T, K) of a sound: of samples (N, C) or (N,), mono or stereo, at the
+    model's rate, or of a file.
 
-    Raises ValueError for another shape, NaN, or `frames` frames or more.
+    Raises ValueError for another shape, NaN, or `frames` frames or more, and as
+    `audio.load_audio` for a file.
     """
     K, C = model.config.decoder.num_codebooks, model.channels
-    audio = check_samples("audio_prompt", audio, channels=2)
-    hop, rate = model.config.audio_encoder.hop_length, model.sampling_rate
-    if len(audio) > (frames - 1) * hop:
-        raise ValueError(
-            f"The audio prompt is {len(audio) / rate:g} s long, but the duration is "
-            f"{frames * hop / rate:g} s, which must be a frame of {hop / rate:g} s more: "
-            "give a longer duration or a shorter prompt."
-        )
+    rate, most = model.sampling_rate, max(frames - 1, 0)
+    most *= model.config.audio_encoder.hop_length
+    sound = check_samples("audio_prompt", audio, rate, 2, C, most + 1)
+    if len(sound) > most:
+        check_length(model, length_of(model, audio), frames)
+    audio = sound
     if mx.abs(audio).max() < 1e-4:
         warnings.warn("The audio prompt is silent; the music may be, too.")
     audio = audio.mean(axis=1, keepdims=True) if C == 1 else audio
@@ -57,10 +59,34 @@ def encode_prompt(model: "MusicGen", audio: mx.array, frames: int) -> mx.array:
     return codes.transpose(1, 2, 0).reshape(1, -1, K).astype(mx.uint32)
 
 
-def prompt_frames(model: "MusicGen", audio: mx.array | None) -> int:
-    """Frames that a sound (N, C) takes; none for None."""
+def length_of(model: "MusicGen", audio: Any) -> int:
+    """Samples of a sound, (N, C) or (N,), or of a file at the model's rate."""
+    if isinstance(audio, str | Path):
+        return count_samples(audio, model.sampling_rate)
+    return len(audio)
+
+
+def check_length(model: "MusicGen", samples: int, frames: int) -> None:
+    """Raise ValueError for so many samples of a sound as take `frames` or more."""
+    hop, rate = model.config.audio_encoder.hop_length, model.sampling_rate
+    if samples > (frames - 1) * hop:
+        raise ValueError(
+            f"The audio prompt is {samples / rate:g} s long, but the duration is "
+            f"{frames * hop / rate:g} s, which must be a frame of {hop / rate:g} s more: "
+            "give a longer duration or a shorter prompt."
+        )
+
+
+def prompt_frames(model: "MusicGen", audio: Any) -> int:
+    """Frames that a sound (N, C), or its file, takes; none for None."""
     hop = model.config.audio_encoder.hop_length
-    return 0 if audio is None else math.ceil(len(audio) / hop)
+    return 0 if audio is None else math.ceil(length_of(model, audio) / hop)
+
+
+def without_prompt(model: "MusicGen", made: mx.array, audio: Any) -> mx.array:
+    """What was made, (B, N, C), after the whole frames of its audio prompt."""
+    hop = model.config.audio_encoder.hop_length
+    return made[:, prompt_frames(model, audio) * hop :]
 
 
 def encode(model: "MusicGen", audio: mx.array, num_codebooks: int) -> mx.array:

@@ -17,6 +17,7 @@ import soundfile
 from safetensors import SafetensorError, safe_open
 
 VERSION = 1  # of the settings' format
+LONGEST = 2**20  # bytes of a comment that are read
 
 
 def to_comment(settings: dict[str, Any]) -> str:
@@ -53,8 +54,10 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return load_codes(path)[1]
     try:
-        with soundfile.SoundFile(path) as file:
-            comment = file.comment or wav_comment(path)
+        with open(path, "rb", buffering=0) as raw:  # by its content, not by its name
+            with soundfile.SoundFile(raw.fileno(), closefd=False) as file:
+                comment = file.comment
+        comment = comment or wav_comment(path)
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{path} is not a readable sound file: {error}") from error
     return from_comment(comment, path)
@@ -65,17 +68,20 @@ def wav_comment(path: Path) -> str:
 
     It lies in an ICMT chunk within a LIST chunk of the kind INFO.
     """
-    content = path.read_bytes()
-    place, parent = 12, b""
-    while content[:4] == b"RIFF" and place + 8 <= len(content):
-        name, size = struct.unpack_from("<4sI", content, place)
-        if name == b"LIST" and content[place + 8 : place + 12] == b"INFO":
-            place, parent = place + 12, b"INFO"
-            continue
-        if name == b"ICMT" and parent == b"INFO":
-            comment = content[place + 8 : place + 8 + size]
-            return comment.rstrip(b"\0").decode("utf-8", "replace")
-        place += 8 + size + size % 2  # chunks begin at even places
+    with open(path, "rb") as file:
+        if file.read(12)[:4] != b"RIFF":
+            return ""
+        place, parent = 12, b""
+        while len(header := file.read(8)) == 8:
+            name, size = struct.unpack("<4sI", header)
+            if name == b"LIST" and file.read(4) == b"INFO":
+                place, parent = place + 12, b"INFO"
+                continue
+            if name == b"ICMT" and parent == b"INFO":
+                comment = file.read(min(size, LONGEST)).rstrip(b"\0")
+                return comment.decode("utf-8", "replace")
+            place += 8 + size + size % 2  # chunks begin at even places
+            file.seek(place)
     return ""
 
 

@@ -14,13 +14,14 @@ audio.py. With a style model that is loaded:
 import math
 import re
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from audio import check_samples, resample
+from audio import check_samples, count_samples, load_audio, resample
 from encodec import Encodec, nearest
 from mert import MERT, EncoderLayer, MERTConfig
 
@@ -66,7 +67,7 @@ class StyleConfig:
 class StyleRequest(NamedTuple):
     """A manner to play in. None: as the model has it."""
 
-    audio: mx.array  # (N, C) at the model's sampling rate
+    audio: mx.array | str | Path  # (N, C) at the model's sampling rate, or a file
     start: float | None = None  # second at which the excerpt begins; None: by the seed
     length: float | None = None  # seconds of the excerpt
     quantizers: int | None = None  # that are used; fewer leave more freedom
@@ -174,10 +175,16 @@ class StyleConditioner(nn.Module):
         Raises ValueError for another shape or NaN, a length out of range, an excerpt
         that does not lie in the sound, and silence in it.
         """
-        audio, rate = check_samples("style", request.audio), self._codec.sampling_rate
+        audio, rate = request.audio, self._codec.sampling_rate
         size = int(self._length(request.length) * rate)
-        first = find_start(len(audio), size, rate, seed, request.start)
-        excerpt = audio[first : first + size].mean(axis=1, keepdims=True)
+        if isinstance(audio, str | Path):
+            samples = count_samples(audio, rate)
+            first = find_start(samples, size, rate, seed, request.start)
+            excerpt = load_audio(audio, rate, 1, first, size)
+        else:
+            audio = check_samples("style", audio, rate)
+            first = find_start(len(audio), size, rate, seed, request.start)
+            excerpt = audio[first : first + size].mean(axis=1, keepdims=True)
         if mx.abs(excerpt).max().item() < 1e-4:
             raise ValueError(
                 f"The excerpt of style, from {first / rate:g} s on, must not be silent. "

@@ -215,29 +215,54 @@ def save_model(model: MusicGen, folder: Path) -> None:
 # Adapters
 
 
-SOUNDS = {".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif"}
+SOUNDS = {  # that need a caption; another file is a clip where it has one
+    *(".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".m4a", ".aac"),
+    *(".mp4", ".webm", ".caf", ".au", ".wma"),
+}
 
 
 def find_clips(folder: Path) -> list[tuple[Path, str]]:
     """Sound files of a folder, and their captions.
 
     `captions.jsonl` names them in lines with "file" and "caption". Without it each
-    sound file has its caption in a .txt of the same name. Raises FileNotFoundError
-    where there is no folder, ValueError where a caption is missing or cannot be read.
+    sound file has its caption in a .txt of the same name. What is no clip is named on
+    stderr. Raises FileNotFoundError where there is no folder, ValueError where a
+    caption is missing or cannot be read.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
     lines = folder / "captions.jsonl"
     if lines.is_file():
-        return [read_caption(lines, *line) for line in read_text(lines)]
-    paths = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
-    clips = []
-    for path in (p for p in paths if p.suffix.lower() in SOUNDS):
+        clips = [read_caption(lines, *line) for line in read_text(lines)]
+        named = {path.resolve() for path, _ in clips}
+        for path in visible(folder):
+            if path.suffix.lower() in SOUNDS and path.resolve() not in named:
+                skip(f"{path} is not named in {lines.name}.")
+        return clips
+    clips, used = [], set()
+    for path in (p for p in visible(folder) if p.suffix.lower() != ".txt"):
         text = path.with_suffix(".txt")
-        if not text.is_file() or not read_text(text):
+        if path.is_file() and text.is_file() and read_text(text):
+            clips.append((path, " ".join(line for _, line in read_text(text))))
+            used.add(text)
+        elif path.is_file() and path.suffix.lower() in SOUNDS:
             raise ValueError(f"{path} needs a caption in {text.name}.")
-        clips.append((path, " ".join(line for _, line in read_text(text))))
+        else:
+            skip(f"{path} is a folder." if path.is_dir() else f"{path} has no caption.")
+    for path in visible(folder):
+        if path.suffix.lower() == ".txt" and path not in used:
+            skip(f"{path} is the caption of no sound file.")
     return clips
+
+
+def visible(folder: Path) -> list[Path]:
+    """All that a folder holds, less what is hidden."""
+    return [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
+
+
+def skip(reason: str) -> None:
+    """Tell what is left out."""
+    print(f"train.py: skipped: {reason}", file=sys.stderr)
 
 
 def read_text(path: Path) -> list[tuple[int, str]]:
@@ -306,7 +331,10 @@ def digest(model: MusicGen, path: Path) -> str:
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no sound file {path}.")
-    sha = hashlib.sha256(path.read_bytes())
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):  # a clip may be larger than memory
+            sha.update(block)
     sha.update(repr((model.config.audio_encoder, model.channels)).encode())
     sha.update(np.array(model.audio_encoder.quantizer.layers[0].codebook.embed))
     return sha.hexdigest()[:24]
@@ -324,7 +352,7 @@ def load_clips(model: MusicGen, folder: Path) -> tuple[list[str], list[mx.array]
             codes.append(clip_codes(model, path))
             texts.append(text)
         except (OSError, ValueError) as error:
-            print(f"train.py: skipped: {error}", file=sys.stderr)
+            skip(str(error))
     if not codes:
         raise ValueError(f"{folder} must hold a sound file that can be read.")
     return texts, codes

@@ -247,6 +247,11 @@ def try_published(published):
         assert tokenizer.encode("a") and read_text_encoder()
 
 
+def try_resample(resample):
+    assert resample.resample(NOISE, 32000, 16000).shape == (16000, 1)
+    assert resample.true_peak(NOISE) >= abs(NOISE).max()
+
+
 def try_settings(settings):
     settings.save_codes("a.safetensors", mx.ones((1, 3, 4), mx.uint16), {"seed": 3})
     assert settings.load_codes("a.safetensors")[1]["seed"] == 3

@@ -4,6 +4,8 @@ import io
 import math
 import os
 import struct
+import threading
+import time
 import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -23,10 +25,17 @@ from audio import (
     save_audio,
     to_int16,
     wav_header,
+    whole_file,
 )
+from resample import true_peak
 
 
 class TestAudioFiles(Test):
+    def noise(self, samples: int, channels: int = 1) -> np.ndarray:
+        """(samples, channels), in about -0.5 to 0.5."""
+        noise = np.random.default_rng(0).normal(size=(samples, channels))
+        return (0.1 * noise).astype(np.float32)
+
     def test_resample(self):
         signals = mx.load(str(REFERENCE / "resample.safetensors"))
         rates = [name[: -len("_input")] for name in signals if name.endswith("_input")]
@@ -127,7 +136,7 @@ class TestAudioFiles(Test):
             ("x.wav", "PCM_24", 1 / 2**23),
             ("x.flac", "PCM_24", 1 / 2**23),
         ):
-            path, peak = self.folder / name, np.abs(audio).max()
+            path, peak = self.folder / name, true_peak(audio)
             with self.assertWarnsRegex(UserWarning, "scaled down"):
                 save_audio(path, audio, 32000, "told", subtype)
             self.assertEqual(soundfile.info(path).subtype, subtype)
@@ -143,16 +152,121 @@ class TestAudioFiles(Test):
 
     def test_never_clips_silently(self):
         path = self.folder / "loud.wav"
-        with self.assertWarnsRegex(UserWarning, "scaled down: its peak of 4.00"):
-            save_audio(path, mx.array([1.0, -4.0, 2.0]), 32000)
-        self.assertClose(
-            load_audio(path, 32000, 1)[:, 0], mx.array([0.25, -1, 0.5]), 1e-4
-        )
+        loud = np.array([1.0, 4.0, 3.5, 2.0])
+        peak = true_peak(loud[:, None])  # between the samples
+        self.assertGreater(peak, 4.1)
+        with self.assertWarnsRegex(
+            UserWarning, "scaled down by 1[23] dB: its peaks would"
+        ):
+            save_audio(path, loud, 32000)
+        found = load_audio(path, 32000, 1)[:, 0]
+        self.assertClose(found, mx.array(loud / peak), 1e-4)
+        fits = 0.999 * loud / peak
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            save_audio(self.folder / "LOUD.WAV", mx.array([0.9, -1.0]), 32000)
+            save_audio(self.folder / "LOUD.WAV", fits, 32000)
         audio = load_audio(self.folder / "LOUD.WAV", 32000, 1)
-        self.assertClose(audio[:, 0], mx.array([0.9, -1.0]), 1e-4)
+        self.assertClose(audio[:, 0], mx.array(fits), 1e-4)
+
+    def test_encoding_raises_peaks(self):
+        """mp3 and ogg are heard again, and lowered until they do not clip."""
+        noise = np.sign(self.noise(64000, 2)) * np.abs(self.noise(64000, 2)) ** 0.2
+        noise /= true_peak(noise) * 1.0001
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            save_audio(self.folder / "x.wav", noise, 32000)
+        for name in ("x.mp3", "x.ogg"):
+            path = self.folder / name
+            audio_script.write_samples(
+                path, noise, 32000, "", audio_script.choose_subtype(path)
+            )
+            over = 20 * math.log10(true_peak(soundfile.read(path)[0]))
+            self.assertGreater(over, 0.1)
+            told = rf"{name} was scaled down by [\d.]+ dB: as .{name[2:]} its peaks"
+            with self.assertWarnsRegex(UserWarning, told):
+                save_audio(path, noise, 32000, "kept")
+            found = true_peak(soundfile.read(path)[0])
+            self.assertLessEqual(found, 1.0005)
+            self.assertGreater(found, 0.9)
+            self.assertEqual(soundfile.SoundFile(path).comment, "kept")
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                save_audio(path, noise / 2, 32000)
+
+    def test_bit_rates(self):
+        path, noise = self.folder / "x.mp3", self.noise(32000 * 4, 2)
+        for rate, bitrate, got in (
+            (32000, 320, 320),
+            (32000, 192, 192),
+            (32000, 128, 128),
+            (32000, 8, 32),  # the lowest there
+            (16000, 64, 64),
+            (8000, 320, 64),  # the highest there
+        ):
+            save_audio(path, noise, rate, bitrate=bitrate)
+            seconds = len(noise) / rate
+            found = path.stat().st_size * 8 / 1000 / seconds
+            self.assertAlmostEqual(found / got, 1, delta=0.05)
+        for name, bitrate, pattern in (
+            ("x.mp3", 7, "from 8 to 320 kbit/s, got 7"),
+            ("x.mp3", 321, "from 8 to 320 kbit/s, got 321"),
+            ("x.mp3", "128", "from 8 to 320 kbit/s, got '128'"),
+            ("x.wav", 128, "must go with an .mp3, got .*x.wav"),
+        ):
+            with self.assertRaisesRegex(ValueError, f"mp3_bitrate must .*{pattern}"):
+                save_audio(self.folder / name, noise, 32000, bitrate=bitrate)
+
+    def test_two_writers_of_one_file(self):
+        """The last one wins, and in between there is always a whole file."""
+        path, wrong = self.folder / "x.wav", []
+        takes = [np.full(20_000, level) for level in (0.25, 0.5)]
+
+        def write(take):
+            try:
+                for _ in range(30):
+                    save_audio(path, take, 32000, subtype="FLOAT")
+            except Exception as error:
+                wrong.append(error)
+
+        threads = [threading.Thread(target=write, args=[take]) for take in takes]
+        save_audio(path, takes[0], 32000, subtype="FLOAT")
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            found = soundfile.read(path)[0]
+            if not any(np.array_equal(found, take) for take in takes):
+                wrong.append(len(found))
+        for thread in threads:
+            thread.join()
+        self.assertEqual(wrong, [])
+        self.assertEqual([*self.folder.iterdir()], [path])
+
+    def test_what_killed_writers_left_goes_after_a_day(self):
+        path = self.folder / "x.wav"
+        names = []
+        for name in ("x.wav", "x.wav", "y.wav"):
+            with whole_file(self.folder / name) as part:
+                part.touch()
+            names.append(part)
+        young, old, other = names
+        self.assertNotEqual(young, old)
+        (self.folder / "y.wav").unlink()
+        for part, age in ((young, 3600), (old, 90_000), (other, 90_000)):
+            part.write_bytes(b"half")
+            os.utime(part, (time.time() - age,) * 2)
+        save_audio(path, self.noise(9), 32000)
+        self.assertEqual({*self.folder.iterdir()}, {path, young, other})
+        with self.assertRaises(KeyError):
+            with whole_file(path) as part:
+                part.write_bytes(b"half")
+                raise KeyError
+        self.assertFalse(part.exists())
+        self.assertEqual(soundfile.info(path).frames, 9)
+        link = self.folder / "link.wav"
+        link.symlink_to(path)
+        with whole_file(link) as part:
+            part.write_bytes(b"whole")
+        self.assertEqual((link.is_symlink(), path.read_bytes()), (True, b"whole"))
 
     def test_bad_files(self):
         text = self.folder / "text.wav"
@@ -170,15 +284,25 @@ class TestAudioFiles(Test):
 
     def test_samples(self):
         """What a caller gives as a sound, of MLX or numpy, mono or stereo."""
-        for sound in (np.zeros((3, 2)), mx.zeros((3, 1), mx.float16)):
-            found = check_samples("melody", sound)
-            self.assertEqual((found.shape, found.dtype), (sound.shape, mx.float32))
+        kinds = [np.float16, np.float32, np.float64, np.longdouble, ">f4", "<f8"]
+        given = [np.array([[0.5, -0.25]] * 3).astype(kind) for kind in kinds]
+        given += [mx.array(given[0]).astype(t) for t in (mx.float16, mx.bfloat16)]
+        given += [given[0].tolist()]
+        for sound in given:
+            found = check_samples("melody", sound, 32000)
+            self.assertEqual(found.dtype, mx.float32)
+            self.assertSame(found, [[0.5, -0.25]] * 3)
+            mono = [row[0] for row in sound] if isinstance(sound, list) else sound[:, 0]
+            self.assertSame(check_samples("melody", mono, 32000), [[0.5]] * 3)
         for sound, pattern in (
-            ("a.wav", "got 'a.wav'. Read the file with load_audio"),
-            (Path("a.wav"), "got 'a.wav'. Read the file with load_audio"),
             (None, "must be samples .*, got NoneType"),
             ([["x"]], "must be samples .*, got list"),
-            (mx.zeros(9), r"must have the shape \(N, C\).*got \(9,\)"),
+            ([[0.5], [0.5, 0.5]], r"must be samples \(N, C\)"),
+            (np.zeros((9, 1), np.int64), "got ndarray of int64"),
+            (np.zeros((9, 1), np.uint16), "got ndarray of uint16"),
+            (np.zeros((9, 1), bool), "got ndarray of bool"),
+            (mx.zeros((9, 1), mx.complex64), "got array of complex64"),
+            (mx.zeros(()), r"must have the shape \(N, C\).*got \(\)"),
             (mx.zeros((0, 1)), r"must have the shape \(N, C\).*got \(0, 1\)"),
             (mx.zeros((9, 3)), r"1 to 2 channels, got \(9, 3\)"),
             (mx.zeros((1, 9, 1)), r"must have the shape \(N, C\).*got \(1, 9, 1\)"),
@@ -186,7 +310,42 @@ class TestAudioFiles(Test):
             (np.array([[0.0], [-math.inf]]), "must be finite"),
         ):
             with self.assertRaisesRegex(ValueError, f"^melody .*{pattern}"):
-                check_samples("melody", sound, channels=2)
+                check_samples("melody", sound, 32000, channels=2)
+
+    def test_integers_are_scaled_by_their_type(self):
+        """As libsndfile does, so that a file's integers sound as the file does."""
+        for kind, ends in (
+            (np.uint8, (0, 255)),
+            (np.int8, (-128, 127)),
+            (np.int16, (-(2**15), 2**15 - 1)),
+            (np.int32, (-(2**31), 2**31 - 1)),
+        ):
+            half = np.array(1 << (np.iinfo(kind).bits - 1), np.int64)
+            rest = half if kind == np.uint8 else 0
+            middle = (rest + half // 2, rest)
+            sound = np.array([*ends, *middle]).astype(kind)
+            want = mx.array([-1, float(1 - 1 / half), 0.5, 0])[:, None]
+            for given in (
+                sound,
+                mx.array(sound),
+                sound.astype(sound.dtype.newbyteorder()),
+            ):
+                self.assertClose(check_samples("x", given, 32000), want, 1e-7)
+            save_audio(self.folder / "x.wav", sound[2:], 32000, subtype="FLOAT")
+            found = load_audio(self.folder / "x.wav", 32000, 1)
+            self.assertClose(found, want[2:], 1e-7)
+
+    def test_a_file_in_place_of_samples(self):
+        path, sound = self.folder / "x.flac", self.noise(9000, 2)
+        soundfile.write(path, sound, 44100, subtype="PCM_24")
+        for given in (path, str(path)):
+            for channels in (1, 2):
+                found = check_samples("melody", given, 32000, 8, channels)
+                self.assertSame(found, load_audio(path, 32000, channels))
+                part = check_samples("melody", given, 32000, 8, channels, count=500)
+                self.assertClose(part, found[:500], 1e-6)
+        with self.assertRaisesRegex(FileNotFoundError, "no sound file none.wav"):
+            check_samples("melody", "none.wav", 32000)
 
     def test_script(self):
         source, target = self.folder / "in.wav", self.folder / "out.flac"

@@ -21,10 +21,10 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 # Every import points to an earlier layer, from people at the end to leaves.
 LAYERS = """
-    options limits settings hub audio torch_file t5_files decoder parallel progress test
-    audiocraft t5 loudness play stream synth training lora demucs mert
-    encodec_files engine melody
-    encodec
+    options limits settings hub resample torch_file t5_files decoder parallel progress test
+    audio audiocraft t5 training lora
+    encodec_files engine loudness play stream synth demucs mert
+    encodec melody
     encodec_stream style train_codec
     prompt conditioning published
     checkpoints

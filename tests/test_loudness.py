@@ -1,6 +1,7 @@
 """Loudness and peak."""
 
 import io
+import re
 from contextlib import redirect_stdout
 from unittest.mock import patch
 
@@ -11,6 +12,7 @@ from common import Test, slow
 
 import loudness as loudness_script
 from audio import save_audio
+from resample import true_peak
 
 
 class TestLoudness(Test):
@@ -61,14 +63,61 @@ class TestLoudness(Test):
         got = loudness_script.integrated_loudness(louder, 48000)
         self.assertAlmostEqual(got, -20, delta=0.01)
         peaky = quiet.copy()
-        peaky[100] = 0.5
-        with self.assertWarnsRegex(UserWarning, "would clip"):
-            louder = loudness_script.to_loudness(peaky, 48000, -10)
-        self.assertAlmostEqual(np.abs(louder).max(), 1)
+        peaky[100:102] = 0.5  # between which it is higher
         with self.assertWarnsRegex(UserWarning, "silent"):
             loudness_script.to_loudness(np.zeros((48000, 1)), 48000, -10)
-        self.assertAlmostEqual(
-            np.abs(loudness_script.to_peak(quiet, -6)).max(), 0.5012, 3
+        for sound in (quiet, peaky):
+            peak = true_peak(loudness_script.to_peak(sound, -6))
+            self.assertAlmostEqual(peak, 10 ** (-6 / 20))
+        peak = loudness_script.to_peak(np.zeros((9, 1)), -6)
+        self.assertSame(peak, np.zeros((9, 1)))
+
+    def drums(self, rate: int = 32000) -> np.ndarray:
+        """Four seconds of soft stereo noise, with a beat on the left in each."""
+        sound = 0.08 * np.random.default_rng(0).normal(size=(4 * rate, 2))
+        beat = np.exp(-np.arange(1000) / 200) * np.sin(0.05 * np.arange(1000))
+        for start in range(0, len(sound), rate):
+            sound[start : start + 1000, 0] += 0.9 * beat
+        return sound.astype(np.float32)
+
+    def test_limiter_reaches_what_peaks_stand_in_the_way_of(self):
+        sound = self.drums()
+        source = loudness_script.integrated_loudness(sound, 32000)
+        target = source + 6
+        gain = 10 ** (6 / 20)
+        over = 20 * np.log10(gain * true_peak(sound)) + 1
+        self.assertGreater(over, 4)  # dB by which peaks are too high
+        with self.assertWarnsRegex(UserWarning, "a limiter lowered peaks by") as told:
+            louder = loudness_script.to_loudness(sound, 32000, target)
+        got = loudness_script.integrated_loudness(louder, 32000)
+        self.assertAlmostEqual(got, target, delta=0.05)
+        self.assertLessEqual(true_peak(louder), 10 ** (-1 / 20))
+        taken = float(re.search(r"by up to ([\d.]+) dB\.", str(told.warning))[1])
+        ratios = 20 * np.log10(np.abs(louder).max(axis=1) / np.abs(sound).max(axis=1))
+        self.assertAlmostEqual(ratios.max() - ratios.min(), taken, delta=0.1)
+        self.assertGreater(taken, over - 0.1)
+        both = louder[:, 0] * sound[:, 1] - louder[:, 1] * sound[:, 0]
+        self.assertLess(np.abs(both).max(), 1e-6)  # left and right are lowered alike
+
+    def test_limiter_leaves_the_rest_alone(self):
+        sound = self.tones((-20, 4))
+        click = sound.copy()
+        click[96000:96003] = 1.0
+        with self.assertWarnsRegex(UserWarning, "a limiter lowered peaks by"):
+            louder = loudness_script.to_loudness(click, 48000, -14)
+        ratio = np.abs(louder[sound != 0] / click[sound != 0]).reshape(-1)
+        self.assertLessEqual(true_peak(louder), 10 ** (-1 / 20))
+        place = np.flatnonzero(ratio < 0.999 * ratio.max()) / 2  # stereo
+        self.assertGreater(place.min(), 96000 - 0.009 * 48000)
+        self.assertLess(place.max(), 96000 + 0.5 * 48000)
+
+    def test_limiter_is_not_driven_beyond_what_it_is_worth(self):
+        with self.assertWarnsRegex(UserWarning, r"0 LUFS.* and -[\d.]+ was reached"):
+            louder = loudness_script.to_loudness(self.drums(), 32000, 0)
+        self.assertLessEqual(true_peak(louder), 10 ** (-1 / 20))
+        self.assertGreater(
+            loudness_script.integrated_loudness(louder, 32000),
+            loudness_script.integrated_loudness(self.drums(), 32000) + 3,
         )
 
     def test_script(self):

@@ -171,8 +171,8 @@ class TestStyle(Test):
             (dict(style=[tune, None], guidance_beta=5), "come with a style for each"),
             (dict(style=0 * tune), "must not be silent"),
             (dict(style=tune * math.nan), "must be finite"),
-            (dict(style=tune[:, 0]), r"must have the shape \(N, C\)"),
-            (dict(style="song.wav"), "must be samples"),
+            (dict(style=tune[None]), r"must have the shape \(N, C\)"),
+            (dict(style={}), "must be samples"),
             (dict(melody=tune), "must go with a melody model"),
         ):
             with self.subTest(pattern=pattern):
