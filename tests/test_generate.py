@@ -8,7 +8,6 @@ import warnings
 from unittest.mock import Mock, patch
 
 import mlx.core as mx
-import numpy as np
 import soundfile
 from common import REFERENCE, ROOT, ScriptTest
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import struct
 from pathlib import Path
 from unittest.mock import Mock, patch
 
@@ -348,6 +349,49 @@ class TestJobs(ScriptTest):
         ):
             with self.assertRaisesRegex(ValueError, pattern):
                 load(*prompt)
+
+    def test_no_more_of_an_audio_prompt_is_read_than_needed(self):
+        path, read = self.folder / "long.wav", soundfile.SoundFile.read
+        soundfile.write(path, 0.1 * np.ones(44100 * 60), 44100)
+        lines = [
+            dict(prompt="a", prompt_start=50, prompt_length=0.05, duration=0.1),
+            dict(prompt="a", prompt_start=59.98, duration=0.1),
+            dict(prompt="a", duration=0.1),
+        ]
+        lines = [json.dumps(line | {"audio_prompt": str(path)}) for line in lines]
+        sizes = []
+
+        def spy(file, frames=-1, **options):
+            block = read(file, frames, **options)
+            sizes.append(len(block))
+            return block
+
+        with patch.object(soundfile.SoundFile, "read", spy):
+            status, _, err = self.script(self.lines(*lines))
+        self.assertEqual(status, 1)
+        self.assertIn("line 3: The audio prompt is 60 s long, but the duration is", err)
+        self.assertEqual(err.count("line "), 1)
+        self.assertLess(sum(sizes), 0.5 * 44100)
+
+    def test_one_bad_sound_file_leaves_the_others_alone(self):
+        """Whatever is wrong with it, in a file of prompts."""
+        good = self.folder / "good.wav"
+        soundfile.write(good, 0.1 * np.ones(2000), 32000)
+        content, lines = bytearray(good.read_bytes()), []
+        for i, rate in enumerate((0, 1, 2**31 - 1)):
+            content[24:28] = struct.pack("<I", rate)
+            (self.folder / f"{i}.wav").write_bytes(content)
+        (self.folder / "x.raw").write_bytes(bytes(999))
+        (self.folder / "none.m4a").write_bytes(b"\0\0\0\x10ftypM4A ")
+        for name in ("0.wav", "1.wav", "2.wav", "x.raw", "none.m4a", "good.wav"):
+            told = dict(prompt="a", audio_prompt=str(self.folder / name), duration=0.1)
+            lines.append(json.dumps(told))
+        status, out, err = self.script(self.lines(*lines))
+        self.assertEqual(status, 1)
+        for number in range(1, 6):
+            self.assertEqual(err.count(f"line {number}: "), 1, err)
+        self.assertNotIn("line 6", err)
+        self.assertNotIn("Traceback", err)
 
     def test_wrong_command_lines(self):
         for arguments, pattern in (

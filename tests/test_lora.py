@@ -266,6 +266,44 @@ class TestLora(ScriptTest):
         status, _, err = self.train("--steps", "1")
         self.assertRegex(str(status), "captions.jsonl, line 1 must be")
 
+    def test_all_that_is_left_out_is_named(self):
+        for name in ("a.opus", "b.m4a", "c.strange"):
+            (self.clips / name).write_bytes(b"no sound")
+            (self.clips / name).with_suffix(".txt").write_text("a caption")
+        (self.clips / "cover.jpg").touch()
+        (self.clips / "lone.txt").write_text("a caption")
+        (self.clips / "more").mkdir()
+        shutil.copy2(self.clips / "0.wav", self.clips / "voice.aac")  # by its content
+        (self.clips / "voice.txt").write_text("a caption")
+        status, _, err = self.train("--steps", "1")
+        self.assertEqual(status, 0)
+        lines = err.splitlines()
+        self.assertEqual(len(lines), 6, err)
+        for pattern in (
+            "a.opus is not a readable sound file: ",
+            "b.m4a is not a readable sound file: ",
+            "c.strange is not a readable sound file: ",
+            "cover.jpg has no caption.",
+            "lone.txt is the caption of no sound file.",
+            "more is a folder.",
+        ):
+            told = [line for line in lines if pattern in line]
+            self.assertEqual(len(told), 1, pattern)
+            self.assertTrue(told[0].startswith("train.py: skipped: "))
+        with redirect_stderr(io.StringIO()):
+            texts, _ = train.load_clips(exact("mono-transformers"), self.clips)
+        self.assertEqual(len(texts), 3)
+        (self.clips / "captions.jsonl").write_text('{"file": "0.wav", "caption": "x"}')
+        _, _, err = self.train("--steps", "1")
+        named = ["1.wav", "a.opus", "b.m4a", "voice.aac"]
+        told = [
+            f"skipped: {self.clips / n} is not named in captions.jsonl" for n in named
+        ]
+        self.assertEqual(
+            [line.split("train.py: ")[1] for line in err.splitlines()],
+            [f"{t}." for t in told],
+        )
+
     def test_bad_flags_and_files(self):
         for flag in ("--lr", "--rank", "--steps", "--crop"):
             status, _, err = self.train(flag, "0")

@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
+import soundfile
 import sounds
 from common import EXPECTED, REFERENCE, ROOT, Test, exact, expected, last
 
@@ -15,7 +16,7 @@ import convert
 import demucs
 import melody
 import musicgen
-from audio import resample, save_audio
+from audio import load_audio, resample, save_audio
 from decoder import Condition
 from musicgen import MusicGen
 
@@ -236,6 +237,24 @@ class TestMelodyModels(Test):
         whole = model.generate("drums", **options)
         pieces = list(model.stream("drums", chunk=0.1, **options))
         self.assertClose(mx.concatenate(pieces), whole[0], 1e-5)
+
+    def test_files_and_integers(self):
+        model, path = exact("melody-transformers"), self.folder / "x.wav"
+        integers = np.rint(np.array(self.tune(0)) * 32000).astype(np.int16)
+        soundfile.write(path, integers, 44100)
+        options = dict(duration=0.2, seed=3, separate=False)
+        with patch.object(model.conditioner, "max_duration", 0.6):
+            sound = load_audio(path, 32000, 1)
+            want = model.generate_codes(["a", "b"], melody=sound, **options)
+            with patch("audio.resample", side_effect=resample) as resampled:
+                for given in (path, [str(path), str(path)]):
+                    got = model.generate_codes(["a", "b"], melody=given, **options)
+                    self.assertSame(got, want)
+            self.assertEqual(resampled.call_count, 2)  # rows share a file
+        want = model.generate_codes("a", melody=mx.array(integers / 32768), **options)
+        for given in (integers, mx.array(integers), integers[:, 0]):
+            got = model.generate_codes("a", melody=given, **options)
+            self.assertSame(got, want)
 
     def test_bad_input(self):
         with self.assertRaisesRegex(ValueError, "must go with a melody model"):

@@ -5,9 +5,11 @@ import re
 
 import mlx.core as mx
 import numpy as np
+import soundfile
 from common import REFERENCE, Test, exact, last
 
 import prompt
+from audio import load_audio
 from prompt import check_codes, encode_prompt, prompt_frames, start_with
 
 
@@ -40,6 +42,40 @@ class TestPrompt(Test):
         sound = noise(1000)
         codes = encode_prompt(model, np.array(sound, np.float64), 9)
         self.assertSame(codes, encode_prompt(model, sound, 9))
+
+    def test_files_and_integers(self):
+        """A file, its integers, and what load_audio gives of it are one sound."""
+        path = self.folder / "x.wav"
+        for name, channels in (("mono-audiocraft", 2), ("stereo-audiocraft", 1)):
+            model, sound = exact(name), 0.1 * np.array(noise(4410, channels))
+            integers = np.rint(sound * 32767).astype(np.int16)
+            soundfile.write(path, integers, 44100)
+            want = encode_prompt(model, load_audio(path, 32000, model.channels), 9)
+            for given in (path, str(path)):
+                self.assertSame(encode_prompt(model, given, 9), want)
+                self.assertEqual(prompt_frames(model, given), 5)
+            soundfile.write(path, integers, 32000)
+            floats = encode_prompt(model, integers / 32768, 9)
+            for given in (integers, mx.array(integers), path):
+                self.assertSame(encode_prompt(model, given, 9), floats)
+        self.assertSame(
+            encode_prompt(model, integers[:, 0], 9), encode_prompt(model, integers, 9)
+        )
+        with self.assertRaisesRegex(ValueError, "prompt is 0.137813 s long, but the"):
+            encode_prompt(model, path, 6)
+        with self.assertRaisesRegex(FileNotFoundError, "no sound file none.wav"):
+            encode_prompt(model, "none.wav", 6)
+
+    def test_a_file_as_prompt_of_a_take(self):
+        model, path = exact("mono-audiocraft"), self.folder / "x.flac"
+        soundfile.write(path, 0.1 * np.array(noise(4000)), 44100)
+        sound = load_audio(path, 32000, 1)
+        for drop in (False, True):
+            options = dict(duration=0.3, seed=1, drop_prompt=drop)
+            want = model.generate("a", audio_prompt=sound, **options)
+            got = model.generate("a", audio_prompt=str(path), **options)
+            self.assertSame(got, want)
+            self.assertEqual(got.shape[1], (15 - 5 * drop) * 640)
 
     def test_start(self):
         model = exact("stereo-audiocraft")

@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
+import soundfile
 import sounds
 from common import EXPECTED, REFERENCE, Test, exact, expected, last
 from mlx.utils import tree_flatten
@@ -17,7 +18,7 @@ from mlx.utils import tree_flatten
 import audiocraft
 import convert
 import mert
-from audio import resample, save_audio
+from audio import load_audio, resample, save_audio
 from mert import MERT
 from musicgen import MusicGen
 from style import StyleConfig, StyleRequest
@@ -152,6 +153,23 @@ class TestStyle(Test):
         self.assertSame(
             model.generate_codes("drums", codes_prompt=begun, **options), whole
         )
+
+    def test_files(self):
+        """Of which no more is resampled than the excerpt."""
+        model, path = exact(self.name), self.folder / "x.wav"
+        soundfile.write(path, np.array(self.tunes[0])[:, 0], 44100, subtype="FLOAT")
+        whole, most = load_audio(path, 32000, 1), []
+        for more in ({}, dict(style_start=0.3)):
+            options = dict(duration=0.2, seed=3, **more)
+            want = model.generate_codes(["a", "b"], style=whole, **options)
+            with patch("audio.resample", side_effect=resample) as resampled:
+                for given in (path, [str(path), Path(path)]):
+                    got = model.generate_codes(["a", "b"], style=given, **options)
+                    self.assertSame(got, want)
+            most += [len(call.args[0]) for call in resampled.call_args_list]
+        self.assertLess(max(most), 3.1 * 44100)
+        got = model.generate_codes(["a", "b"], style=[path, None], **options)
+        self.assertSame(got[0], want[0])
 
     def test_bad_input(self):
         model, tune = exact(self.name), self.tunes[0]
