@@ -216,7 +216,7 @@ class Forward(soundfile.SoundFile):
 TOOLS = {  # to wav and to AAC
     "afconvert": (
         "afconvert -f WAVE -d LEF32 {source} {target}",
-        "afconvert -f m4af -d aac -b 192000 {source} {target}",
+        "afconvert -f m4af -d aac {source} {target}",
     ),
     "ffmpeg": (
         "ffmpeg -nostdin -v error -y -protocol_whitelist file -i {source} -vn "

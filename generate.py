@@ -196,7 +196,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 OF_MODEL = ("model", "dtype", "q_bits", "adapter", "adapter_scale")
-RECALLED = {*jobs.ALL_KEYS, *OF_MODEL} - {"output"}
+RECALLED = {*jobs.ALL_KEYS, *OF_MODEL} - {"output", "mp3_bitrate"}
 KEPT = {"output", *jobs.LEVELS, "subtype", "mp3_bitrate"}  # flags beside --redecode
 REPLACES = {  # flags, and the settings of a file that they put out of force
     "prompt": {"prompt"},
@@ -209,8 +209,8 @@ REPLACES = {  # flags, and the settings of a file that they put out of force
     "adapter": {"adapter_scale"},
     "loudness": {"peak"},
     "peak": {"loudness"},
-    "stream": {"loudness", "peak", "subtype", "mp3_bitrate", "drop_prompt"},
-    "output": {"subtype", "mp3_bitrate"},
+    "stream": {"loudness", "peak", "subtype", "drop_prompt"},
+    "output": {"subtype"},
 }
 
 

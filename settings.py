@@ -7,6 +7,7 @@ file they stand in its comment, as JSON. Stands alone.
 """
 
 import json
+import os
 import struct
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def from_comment(comment: str, path: Path) -> dict[str, Any]:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """Read the settings of a wav, flac, ogg or mp3 file, or of a codes file.
+    """Read the settings of a wav, flac, ogg, mp3 or m4a file, or of a codes file.
 
     Raises FileNotFoundError, or ValueError for a file that is damaged or holds none.
     """
@@ -54,10 +55,10 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return load_codes(path)[1]
     try:
-        with open(path, "rb", buffering=0) as raw:  # by its content, not by its name
-            with soundfile.SoundFile(raw.fileno(), closefd=False) as file:
-                comment = file.comment
-        comment = comment or wav_comment(path)
+        if not (comment := m4a_comment(path) or wav_comment(path)):
+            with open(path, "rb") as raw:  # by its content, not by its name
+                with soundfile.SoundFile(raw.fileno(), closefd=False) as file:
+                    comment = file.comment
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{path} is not a readable sound file: {error}") from error
     return from_comment(comment, path)
@@ -83,6 +84,33 @@ def wav_comment(path: Path) -> str:
             place += 8 + size + size % 2  # chunks begin at even places
             file.seek(place)
     return ""
+
+
+def m4a_comment(path: Path) -> str:
+    """The comment of an m4a file, or "". It lies in boxes within boxes, whose
+    beginnings are their lengths and names."""
+    with open(path, "rb") as file:
+        end, place = os.fstat(file.fileno()).st_size, 0
+        if file.read(8)[4:] != b"ftyp":
+            return ""
+        for wanted in (b"moov", b"udta", b"meta", b"ilst", b"\xa9cmt", b"data"):
+            while True:
+                file.seek(place)
+                header = file.read(8)
+                if place + 8 > end or len(header) < 8:
+                    return ""
+                size, name = struct.unpack(">I4s", header)
+                if size == 1 and len(long := file.read(8)) == 8:
+                    size = int.from_bytes(long, "big")
+                if size < 8:
+                    return ""
+                if name == wanted:
+                    break
+                place += size
+            end = min(end, place + size)
+            place += {b"meta": 12, b"data": 16}.get(wanted, 8)
+        file.seek(place)
+        return file.read(min(max(end - place, 0), LONGEST)).decode("utf-8", "replace")
 
 
 def save_codes(path: str | Path, codes: mx.array, settings: dict[str, Any]) -> None:

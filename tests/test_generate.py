@@ -1,5 +1,6 @@
 """generate.py's command line."""
 
+import json
 import re
 import signal
 import subprocess
@@ -238,6 +239,34 @@ class TestCommandLine(ScriptTest):
             (["--peak", "-1", "--loudness", "-14"], "together"),
         ):
             status, _, err = self.run_script(*arguments, *bad)
+            self.assertEqual(status, 2)
+            self.assertRegex(err, f"^generate.py: error: .*{pattern}.*\n$")
+
+    def test_bit_rate(self):
+        lines = self.folder / "lines.jsonl"
+        arguments = ["--model", self.model, "--duration", "2"]
+        flags = [*arguments, "-p", "a", "--output"]
+        for kbit in (320, 64):
+            path = self.folder / f"{kbit}.mp3"
+            self.assertEqual(self.run_script(*flags, path, "--mp3-bitrate", kbit)[0], 0)
+            self.assertAlmostEqual(path.stat().st_size / 250 / kbit, 1, delta=0.1)
+            self.assertEqual(settings.read_settings(path)["mp3_bitrate"], kbit)
+        again = ["--again", path, "--output", self.folder / "x.flac"]
+        self.assertEqual(self.run_script(*again)[0], 0)
+        told = [dict(prompt="a", output=str(self.folder / "y.mp3"), mp3_bitrate=64)]
+        told += [told[0] | dict(output=str(self.folder / "y.wav"))]
+        lines.write_text("\n".join(map(json.dumps, told)))
+        _, _, err = self.run_script(*arguments, "--prompts", lines)
+        self.assertEqual(err.count("line "), 1, err)
+        self.assertIn("line 2: mp3_bitrate must go with an .mp3", err)
+        size = (self.folder / "y.mp3").stat().st_size
+        self.assertAlmostEqual(size / 250 / 64, 1, delta=0.1)
+        for bad, pattern in (
+            (["--mp3-bitrate", "7"], "from 8 to 320"),
+            (["--mp3-bitrate", "64", "--output", "x.ogg"], "go with an .mp3"),
+            (["--mp3-bitrate", "64", "--stream", "--output", "x.wav"], "not --stream"),
+        ):
+            status, _, err = self.run_script(*flags, self.folder / "z.mp3", *bad)
             self.assertEqual(status, 2)
             self.assertRegex(err, f"^generate.py: error: .*{pattern}.*\n$")
 

@@ -39,6 +39,7 @@ class SoundTest(Test):
         super().setUp()
         self.bin, self.log = self.folder / "bin", self.folder / "log"
         self.bin.mkdir()
+        self.usual = os.environ["PATH"]
         self.enterContext(patch.dict(os.environ, {"PATH": str(self.bin)}))
         self.noise = np.random.default_rng(0).normal(size=(44100, 2)) * 0.1
 
@@ -155,14 +156,45 @@ class TestKinds(SoundTest):
             save_audio(path, self.noise, 44100, comment)
         self.assertEqual([*self.folder.glob(".*")], [])
 
+    def test_settings_of_an_m4a(self):
+        """As ffmpeg writes them; and no damage of theirs is worse than none."""
+
+        def box(name: bytes, content: bytes) -> bytes:
+            return struct.pack(">I4s", 8 + len(content), name) + content
+
+        told = json.dumps({"musicgen": 1, "prompt": "a"}).encode()
+        data = box(b"data", bytes([0, 0, 0, 1, 0, 0, 0, 0]) + told)
+        items = box(b"\xa9too", box(b"data", bytes(8) + b"x")) + box(b"\xa9cmt", data)
+        meta = box(b"meta", bytes(4) + box(b"hdlr", bytes(25)) + box(b"ilst", items))
+        moov = box(b"moov", box(b"mvhd", bytes(99)) + box(b"udta", meta))
+        whole = box(b"ftyp", b"M4A ") + box(b"mdat", bytes(999)) + moov
+        path = self.write("x.m4a", whole)
+        self.assertEqual(settings.read_settings(path), {"prompt": "a"})
+        for end in range(8, len(whole), 7):
+            path.write_bytes(whole[:end])
+            with self.assertRaises(ValueError):
+                settings.read_settings(path)
+        random = np.random.default_rng(0)
+        for _ in range(300):
+            damaged = bytearray(whole)
+            for place in random.integers(1000, len(whole), 3):
+                damaged[place] = random.choice([0, 1, 7, 128, 255])
+            path.write_bytes(damaged)
+            try:
+                settings.read_settings(path)
+            except ValueError:
+                pass
+
     def test_real_ffmpeg(self):
         """Where the machine has one."""
-        os.environ["PATH"] = os.defpath + ":/usr/local/bin:/opt/homebrew/bin"
+        os.environ["PATH"] = self.usual
         if not any(map(audio.shutil.which, audio.TOOLS)):
             self.skipTest("no afconvert and no ffmpeg")
         path = self.folder / "x.m4a"
         tone = 0.5 * np.sin(np.arange(44100) / 20)[:, None]
-        save_audio(path, tone, 44100)
+        save_audio(path, tone, 44100, '{"musicgen": 1}')
+        if not audio.shutil.which("afconvert"):
+            self.assertEqual(settings.read_settings(path), {})
         found = load_audio(path, 44100, 1)
         middle = slice(10_000, 30_000)
         self.assertClose(found[middle], mx.array(tone)[middle], 0.05)
