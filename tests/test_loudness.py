@@ -109,12 +109,18 @@ class TestLoudness(Test):
         self.assertLessEqual(true_peak(louder), 10 ** (-1 / 20))
         place = np.flatnonzero(ratio < 0.999 * ratio.max()) / 2  # stereo
         self.assertGreater(place.min(), 96000 - 0.009 * 48000)
+        self.assertGreater(place.max(), 96000 + 0.1 * 48000)  # it comes back slowly
         self.assertLess(place.max(), 96000 + 0.5 * 48000)
 
     def test_limiter_is_not_driven_beyond_what_it_is_worth(self):
-        with self.assertWarnsRegex(UserWarning, r"0 LUFS.* and -[\d.]+ was reached"):
+        with self.assertWarnsRegex(
+            UserWarning, r"0 LUFS.* and -[\d.]+ was reached"
+        ) as told:
             louder = loudness_script.to_loudness(self.drums(), 32000, 0)
         self.assertLessEqual(true_peak(louder), 10 ** (-1 / 20))
+        self.assertLess(
+            float(re.search(r"up to ([\d.]+) dB", str(told.warning))[1]), 25
+        )
         self.assertGreater(
             loudness_script.integrated_loudness(louder, 32000),
             loudness_script.integrated_loudness(self.drums(), 32000) + 3,

@@ -247,7 +247,7 @@ class TestMelodyModels(Test):
             sound = load_audio(path, 32000, 1)
             want = model.generate_codes(["a", "b"], melody=sound, **options)
             with patch("audio.resample", side_effect=resample) as resampled:
-                for given in (path, [str(path), str(path)]):
+                for given in (path, [path, str(path)]):
                     got = model.generate_codes(["a", "b"], melody=given, **options)
                     self.assertSame(got, want)
             self.assertEqual(resampled.call_count, 2)  # rows share a file
