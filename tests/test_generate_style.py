@@ -13,6 +13,7 @@ import audiocraft
 import settings
 from audio import load_audio, save_audio
 from musicgen import MusicGen
+from resample import true_peak
 from style import StyleRequest
 
 
@@ -32,7 +33,7 @@ class TestStyleCommands(FollowingTest):
         model = MusicGen.from_pretrained(self.model)
         sound = load_audio(self.tune, 32000, 1)
         want = model.generate("drums", duration=0.3, seed=3, style=sound)[0]
-        want = want / max(1, mx.abs(want).max().item())
+        want = want / max(1, true_peak(np.array(want)))
         self.assertClose(mx.array(audio)[:, None], want, 2e-4)
         told = settings.read_settings(self.folder / "a.wav")
         start, _ = model.conditioner.excerpt(StyleRequest(sound), 3)

@@ -210,7 +210,10 @@ class TestLongAudio(Test):
             ),
             (dict(audio_prompt=mx.zeros((0, 1))), "audio_prompt must have the shape"),
             (dict(audio_prompt=mx.zeros((9, 3))), "audio_prompt must have the shape"),
-            (dict(audio_prompt=mx.zeros(9)), "audio_prompt must have the shape"),
+            (
+                dict(audio_prompt=mx.zeros((1, 9, 1))),
+                "audio_prompt must have the shape",
+            ),
             (dict(audio_prompt=mx.array([[math.nan]])), "audio_prompt must be finite"),
             (
                 dict(audio_prompt=mx.ones((6401, 1))),

@@ -179,7 +179,7 @@ class TestMelodySettings(Test):
             (mx.zeros((40000, 1)), "must not be silent"),
             (mx.full((40000, 2), math.nan), "must be finite"),
             (mx.ones((2, 40000)), "1 to 8 channels, got .*audio.T"),
-            ("tune.wav", "must be samples .* got 'tune.wav'"),
+            ({}, "must be samples .* got dict"),
         ):
             with self.assertRaisesRegex(ValueError, f"melody .*{pattern}"):
                 conditioner.prepare(MelodyRequest(audio, separate=False), 0, 8.0)

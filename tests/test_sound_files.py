@@ -12,7 +12,7 @@ from unittest.mock import patch
 import mlx.core as mx
 import numpy as np
 import soundfile
-from common import ROOT, Test, slow
+from common import REFERENCE, ROOT, Test, slow
 
 import audio
 import settings
@@ -81,13 +81,15 @@ class TestKinds(SoundTest):
 
     def test_headerless_is_refused_in_one_line(self):
         """In every script that reads sound."""
-        path = self.write("x.raw", bytes(9999))
+        path, style = self.write("x.raw", bytes(9999)), REFERENCE / "style-audiocraft"
         for words in (
             ["audio.py", path, "y.wav"],
             ["loudness.py", path],
             ["melody.py", path],
             ["settings.py", path],
-            ["encodec.py", path, "y.wav", "--model", ROOT / "none"],
+            ["demucs.py", path, "--model", REFERENCE / "htdemucs"],
+            ["mert.py", path, "--model", style / "MERT-v1-95M"],
+            ["encodec.py", path, "y.wav", "--model", style / "encodec_32khz"],
         ):
             done = subprocess.run(
                 [sys.executable, ROOT / words[0], *words[1:]],
@@ -96,7 +98,9 @@ class TestKinds(SoundTest):
                 cwd=self.folder,
             )
             self.assertEqual(done.returncode, 1)
-            self.assertRegex(done.stderr, rf"^{words[0]}: error: .*\n$")
+            self.assertRegex(
+                done.stderr, rf"^{words[0]}: error: .*x.raw is not a readable .*\n$"
+            )
 
     def test_other_kinds_go_through_another_program(self):
         wav = self.write("sound.wav", self.noise, subtype="FLOAT")
