@@ -416,8 +416,7 @@ class HTDemucs(nn.Module):
         takes the mean of as many passes over audio shifted by up to 0.5 s: slower and a
         little better. Raises ValueError for another shape, NaN or impossible options.
         """
-        for *_, stems in self.separate_steps(audio, shifts, overlap):
-            pass
+        *_, (_, _, stems) = self.separate_steps(audio, shifts, overlap)
         return stems
 
     def separate_steps(
@@ -447,7 +446,8 @@ class HTDemucs(nn.Module):
                 done += 1
             total = total + (stems / weights)[:, most - offset :]
             mx.eval(total)
-        yield done, pieces, total / len(offsets)
+        mx.eval(total := total / len(offsets))
+        yield done, pieces, total
 
     def _add_piece(
         self, audio: mx.array, start: int, stems: mx.array, weights: mx.array
@@ -485,7 +485,7 @@ class HTDemucs(nn.Module):
             raise ValueError(f"{path} is damaged: {error}") from error
         except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} does not load: {error}") from error
-        mx.eval(model.parameters())
+        mx.eval(model.state)
         return model
 
     @staticmethod

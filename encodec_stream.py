@@ -60,7 +60,8 @@ class DecodingStream:
         x = self._convolve(self._model.quantizer.decode(codes), last)
         if x.shape[1] > 0:
             x, self._states = advance(self._model.decoder.layers[1], x, self._states)
-            mx.async_eval(x)  # or pieces side by side would wait for each other
+            # or pieces side by side would wait for each other
+            mx.async_eval(x, self._states)
         if not self._upsample:
             self._upsample = [
                 make_upsampler(self._model, min(len(x) - i, 2))
@@ -108,6 +109,7 @@ def pieces_of(
     yield from waiting
     finish, rest = functools.partial(push, last=True), take.codes[:, done:]
     if len(sound := by_channel(finish, rest, model.channels)[0]) > 0:
+        mx.async_eval(sound)
         yield sound
 
 
@@ -202,6 +204,7 @@ class Lookahead:
             pieces.append(self._apply(buffer, window, place))
         keep = max((stop - self._before) // rate, 0)
         self._buffer = buffer[:, keep - self._start :]
+        mx.async_eval(self._buffer)  # the next frames may come from another thread
         self._start, self._done = keep, stop
         nothing = mx.zeros((len(x), 0, self._width))
         return mx.concatenate(pieces, axis=1) if pieces else nothing

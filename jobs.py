@@ -370,7 +370,9 @@ class Sounds:
                 f"{melody.path}, got {melody.start:g}."
             )
         request = MelodyRequest(audio[first:], melody.separate)
-        return self._model.conditioner.prepare(request, 0, duration)
+        sound = self._model.conditioner.prepare(request, 0, duration)
+        mx.eval(sound)  # here, for what is lazy belongs to this thread
+        return sound
 
     def style(self, job: Job) -> mx.array | None:
         """Samples (N, 1) in whose manner the job is to play, if there are any."""

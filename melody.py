@@ -162,7 +162,9 @@ def extract_chroma(audio: mx.array, sampling_rate: int) -> mx.array:
     config = MelodyConfig()
     audio = check_samples("melody", audio)
     audio = check_melody(audio, sampling_rate, config.n_fft / RATE)
-    return chroma(audio, sampling_rate, config)
+    frames = chroma(audio, sampling_rate, config)
+    mx.eval(frames)  # here, for what is lazy belongs to this thread
+    return frames
 
 
 def chroma(audio: mx.array, sampling_rate: int, config: MelodyConfig) -> mx.array:

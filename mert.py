@@ -157,7 +157,7 @@ class MERT(nn.Module):
             raise ValueError(
                 f"MERT in {config.parent} does not load: {error}"
             ) from error
-        mx.eval(model.parameters())
+        mx.eval(model.state)
         return model
 
 

@@ -254,7 +254,7 @@ class T5(nn.Module):
             tokenizer.check(config)
             model = cls(config)
             model.load_weights(list(weights.items()))
-            mx.eval(model.parameters())
+            mx.eval(model.state)
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"T5 in {spiece.parent} does not load: {error}") from error
         return model, tokenizer

@@ -60,7 +60,7 @@ class TestEngine(Test):
         plain = layer(x)
         residual = mx.random.normal((2, 1, 4))
         for limit in (0, 8):
-            with patch("engine.MAX_COLUMNS", limit):
+            with patch("engine.max_columns", return_value=limit):
                 self.assertClose(engine.project(layer, x), plain, 1e-6)
                 both = engine.project(layer, x, residual)
                 self.assertClose(both, plain + residual, 1e-6)
@@ -77,8 +77,8 @@ class TestEngine(Test):
 
     def test_operations_per_layer(self):
         # Each costs the host some microseconds, whatever its size. On CUDA adding
-        # to the residual is apart, see MAX_COLUMNS: two more.
-        with patch("engine.MAX_COLUMNS", 0):
+        # to the residual is apart, see max_columns: two more.
+        with patch("engine.max_columns", return_value=0):
             counts = [operations_per_step(layers) for layers in (2, 3)]
         self.assertLessEqual(counts[1] - counts[0], 14)
 
