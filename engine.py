@@ -43,6 +43,7 @@ class Engine:
 
     def __init__(self, decoder: Decoder, text: Condition, copies: int, steps: int):
         R = len(text.mask)
+        max_columns()  # raises now what it would in a step
         self._copies = copies
         on_cpu = mx.default_device() == mx.cpu
         self._cut = R // 2 if on_cpu and R > 1 and decoder.group is None else R
@@ -420,13 +421,13 @@ class Wired:
     as much as the one that needs most, and afterwards what was kept before."""
 
     def __init__(self):
-        self._sizes, self._before, self._lock = [], 0, threading.Lock()
+        self._sizes, self._before, self._lock = [], 0, threading.RLock()
 
     def add(self, size: int) -> None:
         with self._lock:
-            before = self._set(max([size, *self._sizes]))
-            self._before = self._before if self._sizes else before
             self._sizes.append(size)
+            before = self._set(max(self._sizes))
+            self._before = self._before if len(self._sizes) > 1 else before
 
     def remove(self, size: int) -> None:
         with self._lock:
