@@ -15,12 +15,16 @@ or `python demucs.py song.mp3 --output-dir stems/ --stems vocals,drums`.
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
+
+if sys.platform == "darwin":  # where an M5 rounds the factors of float32 products
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")  # MLX reads it at the first of them
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -106,8 +110,8 @@ class Norm(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         x, _, squares = center(x)
-        variance = squares / (x.size // len(x))
-        return x * mx.rsqrt(variance + 1e-5) * self.weight + self.bias
+        x = x * mx.rsqrt(squares / (x.size // len(x)) + 1e-5)
+        return x * self.weight + self.bias
 
 
 class Residuals(nn.Module):
@@ -531,15 +535,13 @@ def locate(path_or_repo: str | Path) -> Path:
     repo, folder = str(path_or_repo), Path(path_or_repo)
     if not folder.is_dir():
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
-            raise FileNotFoundError(
-                f"'{repo}' must be a folder or a Hub id like {REPO}."
-            )
+            wrong = f"'{repo}' must be a folder or a Hub id like {REPO}."
+            raise FileNotFoundError(wrong)
         folder = Path(snapshot_download(repo, allow_patterns="*.safetensors"))
     paths = sorted(folder.glob("*.safetensors"))
     if len(paths) != 1:
-        raise FileNotFoundError(
-            f"{folder} must hold one .safetensors file, but holds {len(paths)}."
-        )
+        wrong = f"{folder} must hold one .safetensors file, but holds {len(paths)}."
+        raise FileNotFoundError(wrong)
     return paths[0]
 
 
@@ -552,8 +554,7 @@ def read_config(metadata: dict[str, str]) -> HTDemucsConfig:
     named = json.loads(metadata.get("kwargs", "{}"), object_hook=fraction)
     if not isinstance(positional, list) or not isinstance(named, dict):
         raise ValueError("its arguments must be a list and an object")
-    if positional:
-        named = {"sources": positional[0]} | named
+    named = ({"sources": positional[0]} if positional else {}) | named
     check_fixed(named)
     config = HTDemucsConfig.from_dict(named)
     check_sizes(config)
@@ -632,9 +633,8 @@ def check_sizes(config: HTDemucsConfig) -> None:
 def check_audio(audio: mx.array, channels: int) -> None:
     """Raise ValueError unless audio is finite samples (N, channels)."""
     if audio.ndim != 2 or audio.shape[1] != channels or len(audio) == 0:
-        raise ValueError(
-            f"audio must have the shape (N, {channels}), got {audio.shape}."
-        )
+        wrong = f"audio must have the shape (N, {channels}), got {audio.shape}."
+        raise ValueError(wrong)
     if not mx.isfinite(audio).all().item():
         raise ValueError("audio must be finite, but it holds NaN or infinity.")
 

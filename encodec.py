@@ -14,10 +14,15 @@ or `python encodec.py in.wav out.wav --model 48khz --bandwidth 6`.
 """
 
 import math
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
+
+if sys.platform == "darwin":  # where an M5 rounds the factors of float32 products
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")  # MLX reads it at the first of them
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -188,8 +193,7 @@ class LSTM(nn.Module):
 
     def __init__(self, config: EncodecConfig, channels: int):
         super().__init__()
-        layers = range(config.num_lstm_layers)
-        self.lstm = [nn.LSTM(channels, channels) for _ in layers]
+        self.lstm = [nn.LSTM(channels, channels) for _ in range(config.num_lstm_layers)]
 
     def __call__(self, x: mx.array) -> mx.array:
         hidden = x

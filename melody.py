@@ -14,10 +14,14 @@ needed where drums and bass are to be taken away first.
 import argparse
 import functools
 import math
+import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+if sys.platform == "darwin":  # where an M5 rounds the factors of float32 products
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")  # MLX reads it at the first of them
 
 import mlx.core as mx
 import mlx.nn as nn

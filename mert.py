@@ -14,10 +14,14 @@ or `python mert.py song.mp3`.
 
 import argparse
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+
+if sys.platform == "darwin":  # where an M5 rounds the factors of float32 products
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")  # MLX reads it at the first of them
 
 import mlx.core as mx
 import mlx.nn as nn
