@@ -51,8 +51,8 @@ class Words:
         return [2 + len(word) for word in text.split()] + [1]
 
 
-def random_model(name: str, dtype: mx.Dtype, q_bits: int | None) -> MusicGen:
-    """A model of a published size with random weights, decoder in `dtype`."""
+def published_config(name: str) -> MusicGenConfig:
+    """The sizes of a published model."""
     stereo, size = name.startswith("stereo-"), name.removeprefix("stereo-")
     hidden, layers = SIZES[size]
     config = DecoderConfig(
@@ -64,7 +64,12 @@ def random_model(name: str, dtype: mx.Dtype, q_bits: int | None) -> MusicGen:
         audio_channels=2 if stereo else 1,
         delays=DELAYS[8, 2] if stereo else DELAYS[4, 1],
     )
-    model = MusicGen(MusicGenConfig(config), Words())
+    return MusicGenConfig(config)
+
+
+def random_model(name: str, dtype: mx.Dtype, q_bits: int | None) -> MusicGen:
+    """A model of a published size with random weights, decoder in `dtype`."""
+    model = MusicGen(published_config(name), Words())
     model.decoder.set_dtype(dtype)
     if q_bits:
         quantize_model(model, q_bits)

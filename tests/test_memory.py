@@ -1,13 +1,16 @@
 """Memory on a Mac, by what MLX is asked there: nothing here runs on Metal."""
 
+import re
 from contextlib import contextmanager
 from unittest.mock import patch
 
 import mlx.core as mx
-from common import Test, exact, random_decoder
+from common import ROOT, Test, exact, random_decoder
 from mlx.utils import tree_flatten
 
+import benchmark
 import engine
+from musicgen import MusicGen
 from options import Options
 
 GB = 10**9
@@ -108,6 +111,39 @@ class TestBudget(Test):
                 next(iter(model.steps("drums", duration=0.1)))
         self.assertEqual(len(active), 1)
         self.assertLess(active[0], before - 0.8 * size)
+
+
+def needs(name: str, bits: int) -> int:
+    """Bytes that a take of 30 s takes: nothing is computed."""
+    model = MusicGen(benchmark.published_config(name), benchmark.Words())
+    model.decoder.set_dtype(mx.float16)
+    if bits < 16:
+        engine.quantize(model.decoder, bits)
+    weights = sum(weight.nbytes for _, weight in tree_flatten(model.parameters()))
+    caches = 2 * engine.cache_bytes(model.decoder, 30 * 50 + 3)
+    return weights + max(caches, engine.DECODING_MEMORY)
+
+
+class TestTable(Test):
+    def test_which_mac_holds_which_model(self):
+        """What the README says, by the sizes, and by the budget of each Mac."""
+        text = (ROOT / "README.md").read_text()
+        rows = re.findall(r"^(\| `(\w+)`, `stereo-\2` \|.*)$", text, re.MULTILINE)
+        self.assertEqual([name for _, name in rows], [*benchmark.SIZES])
+        for row, name in rows:
+            told = re.findall(r"\| ([\d.]+) GB: (\d+) GB ", row)
+            for bits, (size, mac) in zip((16, 8, 4), told, strict=True):
+                with self.subTest(name, bits=bits):
+                    need = max(needs(name, bits), needs(f"stereo-{name}", bits))
+                    self.assertEqual(f"{need / GB:.1f}", size)
+                    macs = []
+                    for ram in (8, 16, 24, 32):
+                        with on_mac(ram * 2**30):
+                            macs += [ram] * (need <= engine.memory_size())
+                    self.assertEqual(macs[0], int(mac))
+        for ram, spare in re.findall(r"of (\d+) GB (?:these are )?([\d.]+)", text):
+            with on_mac(int(ram) * 2**30):
+                self.assertEqual(f"{engine.memory_size() / GB:.1f}", spare.strip("."))
 
 
 class TestWired(Test):
