@@ -412,7 +412,7 @@ def limit_memory() -> None:
     if RECOMMENDED in device:
         mx.set_memory_limit(memory_size())
         if device["memory_size"] <= 16 * 2**30:
-            mx.set_cache_limit(2**29)
+            mx.set_cache_limit(min(2**29, mx.set_cache_limit(2**29)))
             mx.clear_cache()
 
 

@@ -39,7 +39,8 @@ def on_mac(ram: int):
     mac = Mac(ram)
     names = ("set_memory_limit", "set_cache_limit")
     fakes = {
-        name: lambda size, name=name: mac.limits.update({name: size}) for name in names
+        name: lambda size, name=name: mac.limits.update({name: size}) or 2**40
+        for name in names
     }
     fakes |= dict(set_wired_limit=mac.set_wired_limit, synchronize=mac.synchronize)
     fakes |= dict(device_info=lambda: mac.info, get_memory_limit=lambda: ram)
@@ -71,6 +72,17 @@ class TestBudget(Test):
     def test_a_lower_limit_of_the_user_stays(self):
         with on_mac(16 * 2**30), patch("engine.mx.get_memory_limit", lambda: 2 * GB):
             self.assertEqual(engine.memory_size(), 2 * GB)
+
+    def test_a_lower_cache_limit_of_the_user_stays(self):
+        limits = [2**20]
+
+        def set_cache_limit(size: int) -> int:
+            limits.append(size)
+            return limits[-2]
+
+        with on_mac(8 * 2**30), patch("engine.mx.set_cache_limit", set_cache_limit):
+            engine.limit_memory()
+        self.assertEqual(limits[-1], 2**20)
 
     def test_elsewhere_nothing_is_limited(self):
         engine.limit_memory.cache_clear()
