@@ -13,6 +13,8 @@ musicgen.py, engine.py and all that these need beside it; demucs.py, and train.p
 
 import argparse
 import io
+import os
+import platform
 import re
 import statistics
 import sys
@@ -38,6 +40,7 @@ VIEWS = {  # operations of the graph that move no data
     *("Split", "Squeeze", "Transpose", "Unflatten"),
 }
 DEMUCS = "htdemucs"
+COLUMNS = "MUSICGEN_COLUMNS"  # see `engine.max_columns`
 PROMPT = "90s rock song with loud guitars and heavy drums"
 
 
@@ -48,8 +51,8 @@ class Words:
         return [2 + len(word) for word in text.split()] + [1]
 
 
-def random_model(name: str, dtype: mx.Dtype, q_bits: int | None) -> MusicGen:
-    """A model of a published size with random weights, decoder in `dtype`."""
+def published_config(name: str) -> MusicGenConfig:
+    """The sizes of a published model."""
     stereo, size = name.startswith("stereo-"), name.removeprefix("stereo-")
     hidden, layers = SIZES[size]
     config = DecoderConfig(
@@ -61,7 +64,12 @@ def random_model(name: str, dtype: mx.Dtype, q_bits: int | None) -> MusicGen:
         audio_channels=2 if stereo else 1,
         delays=DELAYS[8, 2] if stereo else DELAYS[4, 1],
     )
-    model = MusicGen(MusicGenConfig(config), Words())
+    return MusicGenConfig(config)
+
+
+def random_model(name: str, dtype: mx.Dtype, q_bits: int | None) -> MusicGen:
+    """A model of a published size with random weights, decoder in `dtype`."""
+    model = MusicGen(published_config(name), Words())
     model.decoder.set_dtype(dtype)
     if q_bits:
         quantize_model(model, q_bits)
@@ -115,6 +123,29 @@ def prefill_time(model: MusicGen, batch: int, frames: int) -> float:
     start = time.perf_counter()
     mx.eval(forward(tokens))
     return time.perf_counter() - start
+
+
+def step_times(model: MusicGen, prompts: list[str], duration: float) -> list[float]:
+    """Milliseconds between one step of a take and the next."""
+    stamps = []
+    for _ in model.steps(prompts, duration=duration, seed=0):
+        stamps.append(time.perf_counter())
+    return [(b - a) * 1e3 for a, b in zip(stamps, stamps[1:])]
+
+
+def columns_times(model: MusicGen, duration: float) -> dict[int, float]:
+    """Milliseconds of a step of one take, the median, where products of so many rows
+    are taken as columns: none, and two, which are all with guidance. In turns."""
+    before, times = os.environ.get(COLUMNS), {0: [], 2: []}
+    try:
+        for columns in [*times] * 3:
+            os.environ[COLUMNS] = str(columns)
+            times[columns] += step_times(model, [PROMPT], duration)[3:]
+    finally:
+        os.environ.pop(COLUMNS)
+        if before is not None:
+            os.environ[COLUMNS] = before
+    return {columns: statistics.median(gaps) for columns, gaps in times.items()}
 
 
 def streaming_time(model: MusicGen, duration: float) -> tuple[float, float]:
@@ -203,7 +234,7 @@ def measure_separation(duration: float) -> dict[str, str]:
 
     model = HTDemucs(HTDemucsConfig())
     audio = 0.1 * mx.random.normal((int(duration * model.sampling_rate), 2))
-    mx.eval(model.parameters(), audio)
+    mx.eval(model.state, audio)
     model.separate(audio[: model.config.segment_length])  # compiles
     mx.reset_peak_memory()
     start = time.perf_counter()
@@ -236,7 +267,12 @@ def measure_model(args: argparse.Namespace) -> dict[str, str]:
         "takes": f"{args.batch} of {args.duration:g} s",
         "load": f"{load:.2f} s",
     }
-    return rows | measure(model, args.duration, args.batch)
+    rows |= measure(model, args.duration, args.batch)
+    if on_gpu and not args.plain:  # on the CPU each row is alone, so there are none
+        times = columns_times(model, min(args.duration, 4.0))
+        texts = [f"{ms:.2f} ms with {COLUMNS}={n}" for n, ms in times.items()]
+        rows["step, one take"] = ", ".join(texts)
+    return rows
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -258,6 +294,15 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def to_send(rows: dict[str, str]) -> str:
+    """What an owner of the machine may tell in one line."""
+    names = ("device", "model", "decoder", "takes", "step", "step, one take")
+    names += ("separation", "training step", "peak memory")
+    texts = [rows[name] for name in names if name in rows]
+    system = f"{platform.system()} {platform.mac_ver()[0] or platform.release()}"
+    return "; ".join([*texts, f"MLX {mx.__version__}", system])
+
+
 def main() -> None:
     args = parse_arguments()
     if args.random == DEMUCS:
@@ -271,6 +316,7 @@ def main() -> None:
     print("| | |\n|---|---|")
     for name, value in (rows | measured).items():
         print(f"| {name} | {value} |")
+    print(f"\nTo send: {to_send(rows | measured)}")
 
 
 if __name__ == "__main__":

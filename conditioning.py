@@ -39,6 +39,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from decoder import Condition, stack_rows
@@ -188,6 +189,7 @@ class Prefixes:
             if key not in once:
                 once[key] = self._conditioner.prepare(request, seed, duration)
             self._prepared.append(once[key])
+        mx.eval(self._prepared)  # here, for what is lazy belongs to this thread
         self._slides = int(duration * model.frame_rate) > model.longest_window
         self._hop = model.config.audio_encoder.hop_length
 

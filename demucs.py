@@ -15,12 +15,16 @@ or `python demucs.py song.mp3 --output-dir stems/ --stems vocals,drums`.
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
+
+if sys.platform == "darwin":  # where an M5 rounds the factors of float32 products
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")  # MLX reads it at the first of them
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -106,8 +110,8 @@ class Norm(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         x, _, squares = center(x)
-        variance = squares / (x.size // len(x))
-        return x * mx.rsqrt(variance + 1e-5) * self.weight + self.bias
+        x = x * mx.rsqrt(squares / (x.size // len(x)) + 1e-5)
+        return x * self.weight + self.bias
 
 
 class Residuals(nn.Module):
@@ -416,8 +420,7 @@ class HTDemucs(nn.Module):
         takes the mean of as many passes over audio shifted by up to 0.5 s: slower and a
         little better. Raises ValueError for another shape, NaN or impossible options.
         """
-        for *_, stems in self.separate_steps(audio, shifts, overlap):
-            pass
+        *_, (_, _, stems) = self.separate_steps(audio, shifts, overlap)
         return stems
 
     def separate_steps(
@@ -447,7 +450,8 @@ class HTDemucs(nn.Module):
                 done += 1
             total = total + (stems / weights)[:, most - offset :]
             mx.eval(total)
-        yield done, pieces, total / len(offsets)
+        mx.eval(total := total / len(offsets))
+        yield done, pieces, total
 
     def _add_piece(
         self, audio: mx.array, start: int, stems: mx.array, weights: mx.array
@@ -485,7 +489,7 @@ class HTDemucs(nn.Module):
             raise ValueError(f"{path} is damaged: {error}") from error
         except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} does not load: {error}") from error
-        mx.eval(model.parameters())
+        mx.eval(model.state)
         return model
 
     @staticmethod
@@ -531,15 +535,13 @@ def locate(path_or_repo: str | Path) -> Path:
     repo, folder = str(path_or_repo), Path(path_or_repo)
     if not folder.is_dir():
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
-            raise FileNotFoundError(
-                f"'{repo}' must be a folder or a Hub id like {REPO}."
-            )
+            wrong = f"'{repo}' must be a folder or a Hub id like {REPO}."
+            raise FileNotFoundError(wrong)
         folder = Path(snapshot_download(repo, allow_patterns="*.safetensors"))
     paths = sorted(folder.glob("*.safetensors"))
     if len(paths) != 1:
-        raise FileNotFoundError(
-            f"{folder} must hold one .safetensors file, but holds {len(paths)}."
-        )
+        wrong = f"{folder} must hold one .safetensors file, but holds {len(paths)}."
+        raise FileNotFoundError(wrong)
     return paths[0]
 
 
@@ -552,8 +554,7 @@ def read_config(metadata: dict[str, str]) -> HTDemucsConfig:
     named = json.loads(metadata.get("kwargs", "{}"), object_hook=fraction)
     if not isinstance(positional, list) or not isinstance(named, dict):
         raise ValueError("its arguments must be a list and an object")
-    if positional:
-        named = {"sources": positional[0]} | named
+    named = ({"sources": positional[0]} if positional else {}) | named
     check_fixed(named)
     config = HTDemucsConfig.from_dict(named)
     check_sizes(config)
@@ -633,15 +634,15 @@ def check_audio(audio: mx.array, channels: int) -> None:
     """Raise ValueError unless audio is finite samples (N, channels) in floats."""
     floats = mx.issubdtype(audio.dtype, mx.floating)  # integers would be noise
     if not floats or audio.ndim != 2 or audio.shape[1] != channels or not len(audio):
-        wanted = f"audio must have the shape (N, {channels}), in floats"
-        raise ValueError(f"{wanted}, got {audio.shape} in {audio.dtype}.")
+        got = f"got {audio.shape} in {audio.dtype}"
+        raise ValueError(
+            f"audio must have the shape (N, {channels}), in floats, {got}."
+        )
     if not mx.isfinite(audio).all().item():
         raise ValueError("audio must be finite, but it holds NaN or infinity.")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that prints an error as one line."""
-
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
@@ -656,8 +657,8 @@ def run(args: argparse.Namespace) -> None:
     sources = model.config.sources
     names = [s.strip() for s in args.stems.split(",")] if args.stems else sources
     if unknown := set(names) - set(sources):
-        all_names = ", ".join(sources)
-        raise ValueError(f"--stems must be of {all_names}; got {min(unknown)!r}.")
+        choices = f"--stems must be of {', '.join(sources)}"
+        raise ValueError(f"{choices}; got {min(unknown)!r}.")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     paths = {name: args.output_dir / f"{name}.wav" for name in names}
     for path in paths.values():

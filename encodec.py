@@ -14,10 +14,15 @@ or `python encodec.py in.wav out.wav --model 48khz --bandwidth 6`.
 """
 
 import math
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
+
+if sys.platform == "darwin":  # where an M5 rounds the factors of float32 products
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")  # MLX reads it at the first of them
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -188,8 +193,7 @@ class LSTM(nn.Module):
 
     def __init__(self, config: EncodecConfig, channels: int):
         super().__init__()
-        layers = range(config.num_lstm_layers)
-        self.lstm = [nn.LSTM(channels, channels) for _ in layers]
+        self.lstm = [nn.LSTM(channels, channels) for _ in range(config.num_lstm_layers)]
 
     def __call__(self, x: mx.array) -> mx.array:
         hidden = x
@@ -405,7 +409,7 @@ class Encodec(nn.Module):
             check_codec(config)
             model = cls(config)
             model.load_weights(list(weights.items()))
-            mx.eval(model.parameters())
+            mx.eval(model.state)
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"Codec {path} does not load: {error}") from error
         return model
@@ -416,12 +420,12 @@ def by_channel(
 ) -> mx.array:
     """Samples (B, N, C) of codes (B, T, K) of which every C-th codebook is a channel's,
     by a mono codec: stereo is two runs of it, left and right."""
-    B, T, K = codes.shape
-    C = channels
+    (B, T, K), C = codes.shape, channels
     codes = codes.reshape(B, T, K // C, C).transpose(0, 3, 1, 2)
     audio = decode(codes.reshape(B * C, T, K // C))
-    N = audio.shape[1]
-    return audio.reshape(B, C, N).swapaxes(1, 2)  # (B, C, N) -> (B, N, C)
+    audio = audio.reshape(B, C, audio.shape[1]).swapaxes(1, 2)  # (B, N, C)
+    mx.async_eval(audio)  # here, for what is lazy belongs to this thread
+    return audio
 
 
 def overlap_add(pieces: list[mx.array], stride: int) -> mx.array:

@@ -1,4 +1,4 @@
-"""EnCodec, fast: its decoder in pieces, while codes come, and its LSTM compiled.
+"""EnCodec, fast: in pieces, its decoder while codes come, and its LSTM compiled.
 
 The twin of `Encodec.decode_chunk` and `Encodec.encode`, with the same samples and
 codes. A sample of the 32 kHz codec depends on the 3 3/4 frames around its own, so
@@ -60,7 +60,8 @@ class DecodingStream:
         x = self._convolve(self._model.quantizer.decode(codes), last)
         if x.shape[1] > 0:
             x, self._states = advance(self._model.decoder.layers[1], x, self._states)
-            mx.async_eval(x)  # or pieces side by side would wait for each other
+            # or pieces side by side would wait for each other
+            mx.async_eval(x, self._states)
         if not self._upsample:
             self._upsample = [
                 make_upsampler(self._model, min(len(x) - i, 2))
@@ -108,15 +109,74 @@ def pieces_of(
     yield from waiting
     finish, rest = functools.partial(push, last=True), take.codes[:, done:]
     if len(sound := by_channel(finish, rest, model.channels)[0]) > 0:
+        mx.async_eval(sound)
         yield sound
 
 
-def encode(model: Encodec, audio: mx.array, num_codebooks: int) -> mx.array:
-    """Codes (B, T, K) of audio (B, N, C), as `Encodec.encode` gives for one piece."""
-    x = audio
-    for layer in model.encoder.layers:
-        x = advance(layer, x)[0] if isinstance(layer, LSTM) else layer(x)
-    return model.quantizer.encode(x, num_codebooks)
+def encode(
+    model: Encodec, audio: mx.array, num_codebooks: int, frames: int = 100
+) -> mx.array:
+    """Codes (B, T, K) of audio (B, N, C), as `Encodec.encode` gives for one piece.
+
+    They are made of so many frames of a row at a time: a second of sound takes 0.2 GB.
+    Group norm looks at all samples, so with it there is one piece.
+    """
+    config, T = model.config, math.ceil(audio.shape[1] / model.config.hop_length)
+    frames = max(frames // len(audio), 1) if config.norm_type == "weight_norm" else T
+    layers = model.encoder.layers
+    place = [isinstance(layer, LSTM) for layer in layers].index(True)
+    width, reach = config.hidden_size, convolution_reach(
+        config, config.last_kernel_size
+    )
+    finish = Lookahead(
+        lambda x, window, place: apply(layers[-2:], x[:, window])[:, place],
+        *(1, *reach, 1000, width),
+    )
+    codes, states = [], None
+    for start in range(0, T, frames):
+        stop = min(start + frames, T)
+        x = downsample(model, layers[:place], audio, start, stop)
+        x, states = advance(layers[place], x, states)
+        x = finish(x, last=stop == T)
+        if x.shape[1] > 0:
+            codes.append(model.quantizer.encode(x, num_codebooks))
+        mx.eval(codes, states)
+    return mx.concatenate(codes, axis=1)
+
+
+def apply(layers: list, x: mx.array) -> mx.array:
+    """What the layers make of x, one after the other."""
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def downsample(
+    model: Encodec, layers: list, audio: mx.array, start: int, stop: int
+) -> mx.array:
+    """Frames (B, stop - start, D) of audio (B, N, C) by the layers before the LSTM,
+    from as much of the audio as they depend on."""
+    hop, reach = model.config.hop_length, downsampling_reach(model.config)
+    first = max(start - reach, 0)
+    x = apply(layers, audio[:, first * hop : (stop + reach) * hop])
+    return x[:, start - first : stop - first]
+
+
+def downsampling_reach(config: EncodecConfig) -> int:
+    """Frames before and after its own on whose samples a frame depends at most, in the
+    layers before the LSTM: 5 for the 32 kHz codec.
+
+    Counted is what a layer sees from one end of its kernel to the other, and a stride
+    more: so much its padding can reflect at the ends of the sound.
+    """
+    step, samples = 1, config.kernel_size  # between two positions of a layer; in all
+    for ratio in reversed(config.upsampling_ratios):
+        for i in range(config.num_residual_layers):
+            span = (config.residual_kernel_size - 1) * config.dilation_growth_rate**i
+            samples += step * (span + 1)
+        samples += step * 3 * ratio
+        step *= ratio
+    return math.ceil(samples / config.hop_length) + 1
 
 
 def advance(
@@ -179,7 +239,7 @@ class Lookahead:
         self._before, self._after, self._width = before, after, width
         # Where more is seen before than after, reflection at the beginning shows the
         # first outputs what comes as much later.
-        self._hold = before if before > after else 0
+        self._hold = before + 1 if before > after else 0
         self._buffer = None  # the frames that are still needed
         self._start = 0  # number of its first frame
         self._done = 0  # outputs handed out
@@ -202,6 +262,7 @@ class Lookahead:
             pieces.append(self._apply(buffer, window, place))
         keep = max((stop - self._before) // rate, 0)
         self._buffer = buffer[:, keep - self._start :]
+        mx.async_eval(self._buffer)  # the next frames may come from another thread
         self._start, self._done = keep, stop
         nothing = mx.zeros((len(x), 0, self._width))
         return mx.concatenate(pieces, axis=1) if pieces else nothing

@@ -12,7 +12,11 @@ is needed for an adapter.
     logits = forward(tokens)  # (B, S, K) -> (R, 1, K, V)
 """
 
+import functools
 import math
+import os
+import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,7 +26,7 @@ import mlx.nn as nn
 from mlx.nn.layers.distributed import shard_linear
 
 from decoder import Condition, Decoder, KVCache, Layer, TextKV, attend, join_heads
-from parallel import parallel_streams
+from parallel import Stream, parallel_streams
 
 if TYPE_CHECKING:
     from musicgen import MusicGen
@@ -39,6 +43,7 @@ class Engine:
 
     def __init__(self, decoder: Decoder, text: Condition, copies: int, steps: int):
         R = len(text.mask)
+        max_columns()  # raises now what it would in a step
         self._copies = copies
         on_cpu = mx.default_device() == mx.cpu
         self._cut = R // 2 if on_cpu and R > 1 and decoder.group is None else R
@@ -47,6 +52,7 @@ class Engine:
             for rows, stream in zip(self._split(text), parallel_streams())
         ]
         self._halfway: list[State] = []  # of the step before
+        keep_wired(self, R * cache_bytes(decoder, steps))
 
     def _split(self, rows: NamedTuple) -> list[NamedTuple]:
         """A tuple of arrays (R, ...) -> one for each lane."""
@@ -93,9 +99,7 @@ class Lane:
     whose shape grows.
     """
 
-    def __init__(
-        self, decoder: Decoder, text: Condition, steps: int, stream: mx.Stream
-    ):
+    def __init__(self, decoder: Decoder, text: Condition, steps: int, stream: Stream):
         self._decoder, self._text, self._stream = decoder, text, stream
         with mx.stream(stream):
             self._text_kv = prepare_text(decoder, text)
@@ -153,6 +157,8 @@ def prepare_text(decoder: Decoder, text: Condition) -> list[TextKV | None]:
     """The text's keys and values in each layer. Where all rows of the second half have
     no text, as null rows, they are left out.
 
+    They are copied once to lie as they are attended, the mask for each head. Metal's
+    attention would copy them in every step otherwise, where there are several rows.
     A lane of nothing but null rows attends zeros all the same: two lanes that keep step
     read each matrix from memory once (the step of `small` takes 0.77 of the time).
     """
@@ -160,10 +166,15 @@ def prepare_text(decoder: Decoder, text: Condition) -> list[TextKV | None]:
     has_null = R % 2 == 0 and not text.mask[R // 2 :].any().item()
     text = type(text)(*(x[: R // 2] for x in text)) if has_null else text
     all_attended = (text.mask | ~text.mask.any(axis=1, keepdims=True)).all().item()
-    layers = decoder.text_kv(text)
-    if not all_attended:
-        return layers
-    return [layer and layer._replace(mask=None) for layer in layers]
+    return [kv and lay_out(kv, all_attended) for kv in decoder.text_kv(text)]
+
+
+def lay_out(text: TextKV, all_attended: bool) -> TextKV:
+    """The same, each array in one piece; with no mask where all are attended."""
+    keys, values, mask = text
+    R, H, L, _ = keys.shape
+    mask = None if all_attended else mx.contiguous(mx.broadcast_to(mask, (R, H, 1, L)))
+    return TextKV(mx.contiguous(keys), mx.contiguous(values), mask)
 
 
 def compile_blocks(decoder: Decoder, text: list[TextKV | None]) -> list[Callable]:
@@ -234,8 +245,19 @@ def project_logits(decoder: Decoder, x: mx.array) -> mx.array:
 # cublasLt, which MLX's CUDA build asks for a product with several rows, costs the
 # host 12 to 18 microseconds a call; the same product as matrix times columns is one
 # kernel of 4 to 6. It reads the matrix again for each row, so where that is much, no.
-MAX_COLUMNS = 16 if mx.cuda.is_available() else 0
 MAX_READ = 2**26  # numbers, for all rows together
+
+
+def max_columns() -> int:
+    """The most rows that are taken as columns: MUSICGEN_COLUMNS in the environment, else
+    16 on an NVIDIA GPU and none elsewhere. Raises ValueError for what is no number."""
+    default = "16" if mx.cuda.is_available() else "0"
+    value = os.environ.get("MUSICGEN_COLUMNS", default)
+    if not (value.isascii() and value.isdecimal()):
+        raise ValueError(
+            f"MUSICGEN_COLUMNS must be a whole number from 0 on, got {value!r:.40}."
+        )
+    return int(value)
 
 
 def project(
@@ -245,7 +267,7 @@ def project(
     R, S, _ = x.shape
     if not isinstance(layer, nn.Linear):  # quantized, shared, or with an adapter
         y = layer(x)
-    elif S == 1 < R <= MAX_COLUMNS and R * layer.weight.size <= MAX_READ:
+    elif S == 1 < R <= max_columns() and R * layer.weight.size <= MAX_READ:
         y = (layer.weight @ x.swapaxes(1, 2)).swapaxes(1, 2)
     elif residual is None:
         return layer(x)
@@ -369,12 +391,66 @@ def shard(decoder: Decoder, group: mx.distributed.Group) -> None:
 
 
 DECODING_MEMORY = 10**9  # bytes that making audio of codes takes beyond the weights
+SYSTEM_MEMORY = int(3.5e9)  # bytes of a Mac's that are left to all else
+RECOMMENDED = "max_recommended_working_set_size"  # which Metal alone tells
 
 
 def memory_size() -> int:
-    """Bytes that MLX may use on this machine."""
-    limit = mx.get_memory_limit()
-    return mx.device_info().get("max_recommended_working_set_size", limit)
+    """Bytes that MLX may use on this machine: its limit, and on a Mac what Metal
+    recommends, but not what the system and other programs need."""
+    device, limit = mx.device_info(), mx.get_memory_limit()
+    if RECOMMENDED not in device:
+        return limit
+    return min(limit, device[RECOMMENDED], device["memory_size"] - SYSTEM_MEMORY)
+
+
+@functools.cache
+def limit_memory() -> None:
+    """Hold MLX to that on a Mac, once in a process. On one of 16 GB or less MLX keeps
+    half a GB of what was freed, and gives back the rest."""
+    device = mx.device_info()
+    if RECOMMENDED in device:
+        mx.set_memory_limit(memory_size())
+        if device["memory_size"] <= 16 * 2**30:
+            mx.set_cache_limit(min(2**29, mx.set_cache_limit(2**29)))
+            mx.clear_cache()
+
+
+class Wired:
+    """What generations under way keep in memory, which macOS may not move to the disk:
+    as much as the one that needs most, and afterwards what was kept before."""
+
+    def __init__(self):
+        self._sizes, self._before, self._lock = [], 0, threading.RLock()
+
+    def add(self, size: int) -> None:
+        with self._lock:
+            self._sizes.append(size)
+            before = self._set(max(self._sizes))
+            self._before = self._before if len(self._sizes) > 1 else before
+
+    def remove(self, size: int) -> None:
+        with self._lock:
+            self._sizes.remove(size)
+            self._set(max(self._sizes, default=self._before))
+
+    def _set(self, size: int) -> int:
+        mx.synchronize()  # MLX forbids it while something is computed
+        return mx.set_wired_limit(size)
+
+
+WIRED = Wired()
+
+
+def keep_wired(engine: Engine, caches: int) -> None:
+    """Keep in memory, on a Mac, what is there and the bytes that the engine's caches
+    and decoding take, while the engine lives: also where its take is left early."""
+    device = mx.device_info()
+    if RECOMMENDED in device:
+        size = mx.get_active_memory() + caches + DECODING_MEMORY
+        size = min(size, device[RECOMMENDED])
+        WIRED.add(size)
+        weakref.finalize(engine, WIRED.remove, size).atexit = False
 
 
 def cache_bytes(decoder: Decoder, steps: int) -> int:
@@ -386,6 +462,7 @@ def cache_bytes(decoder: Decoder, steps: int) -> int:
 
 def rows_that_fit(model: "MusicGen", options: "Options") -> int:
     """How many prompts fit into memory beside what is there, at least one."""
+    limit_memory()
     steps = min(model.longest_window, int(options.duration * model.frame_rate))
     if model.conditioner is not None:
         steps += model.conditioner.longest + model.config.text_encoder.n_positions
@@ -393,7 +470,12 @@ def rows_that_fit(model: "MusicGen", options: "Options") -> int:
     return max(int(room // (cache_bytes(model.decoder, steps) * options.copies)), 1)
 
 
-def fits(decoder: Decoder, rows: int, steps: int) -> bool:
-    """Whether caches of so many rows, and then decoding, fit beside what is there."""
-    size = max(rows * cache_bytes(decoder, steps), DECODING_MEMORY)
-    return mx.get_active_memory() + size <= memory_size()
+def make_room(model: "MusicGen", text: Condition, steps: int) -> None:
+    """Free T5, whose states of R rows these are, where memory does not hold it beside
+    caches of so many rows and steps, and then decoding. It can be read again."""
+    limit_memory()
+    mx.eval(text)  # T5 is needed no more
+    size = max(len(text.mask) * cache_bytes(model.decoder, steps), DECODING_MEMORY)
+    if model.read_text_encoder and mx.get_active_memory() + size > memory_size():
+        model.text_encoder = None
+        mx.clear_cache()  # or MLX would keep its memory

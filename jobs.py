@@ -367,7 +367,10 @@ class Sounds:
         first = find_start("melody_start", melody.path, melody.start, rate)
         needed = int(conditioner.needed(duration) * rate)
         audio = load_audio(melody.path, rate, 1, first, needed)
-        return conditioner.prepare(MelodyRequest(audio, melody.separate), 0, duration)
+        request = MelodyRequest(audio, melody.separate)
+        sound = conditioner.prepare(request, 0, duration)
+        mx.eval(sound)  # here, for what is lazy belongs to this thread
+        return sound
 
     def style_start(self, job: Job) -> float | None:
         """The second at which the excerpt of the job's style begins, given or drawn.

@@ -14,10 +14,14 @@ needed where drums and bass are to be taken away first.
 import argparse
 import functools
 import math
+import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+if sys.platform == "darwin":  # where an M5 rounds the factors of float32 products
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")  # MLX reads it at the first of them
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -164,7 +168,9 @@ def extract_chroma(audio: mx.array | str | Path, sampling_rate: int) -> mx.array
     config = MelodyConfig()
     audio = check_samples("melody", audio, sampling_rate)
     audio = check_melody(audio, sampling_rate, config.n_fft / RATE)
-    return chroma(audio, sampling_rate, config)
+    frames = chroma(audio, sampling_rate, config)
+    mx.eval(frames)  # here, for what is lazy belongs to this thread
+    return frames
 
 
 def chroma(audio: mx.array, sampling_rate: int, config: MelodyConfig) -> mx.array:

@@ -14,10 +14,14 @@ or `python mert.py song.mp3`.
 
 import argparse
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+
+if sys.platform == "darwin":  # where an M5 rounds the factors of float32 products
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")  # MLX reads it at the first of them
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -157,7 +161,7 @@ class MERT(nn.Module):
             raise ValueError(
                 f"MERT in {config.parent} does not load: {error}"
             ) from error
-        mx.eval(model.parameters())
+        mx.eval(model.state)
         return model
 
 

@@ -105,7 +105,8 @@ class MusicGen(nn.Module):
         if drop_prompt and options.get("audio_prompt") is not None:
             from prompt import without_prompt
 
-            return without_prompt(self, audio, options["audio_prompt"])
+            audio = without_prompt(self, audio, options["audio_prompt"])
+        mx.eval(audio)
         return audio
 
     def generate_codes(
@@ -195,10 +196,9 @@ class MusicGen(nn.Module):
         read again, where memory does not hold it beside the caches."""
         if self.plain:
             return PlainStep(self.decoder, text, copies, steps)
-        from engine import Engine, fits
+        from engine import Engine, make_room
 
-        if self.read_text_encoder and not fits(self.decoder, len(text.mask), steps):
-            self.text_encoder = None
+        make_room(self, text, steps)
         return Engine(self.decoder, text, copies, steps)
 
     def rows_that_fit(self, options: Options) -> int:
@@ -237,7 +237,7 @@ class MusicGen(nn.Module):
         `dtype` is the decoder's: by default float32 on the CPU, on a GPU what
         `convert.py` wrote, else float16. T5 and codec are always float32. `q_bits`
         quantizes the decoder's layers, unless the folder holds them so. `lazy` leaves
-        the weights to be read when they are needed. `group` shares the layers among its
+        the weights to be read when this thread needs them. `group` shares the layers among its
         processes, which must then all generate the same. `adapter` is a file of
         `train.py lora` that changes them, `adapter_scale` times. Raises ValueError or
         OSError naming the file, tensor or key and what to do.
@@ -264,7 +264,7 @@ class MusicGen(nn.Module):
     def read_now(self) -> None:
         """Read the weights that are still lazy. Raises ValueError where that fails."""
         try:
-            mx.eval(self.parameters())
+            mx.eval(self.state)
         except RuntimeError as error:
             raise ValueError(f"{self.name} cannot be read: {error}") from error
         if mx.default_device() == mx.cpu and not self.plain:
@@ -282,9 +282,10 @@ def encode_text(
     negative prompt if there is one. Longer prompts than T5 knows lose their end, with a
     warning.
     """
-    if model.text_encoder is None:
-        model.text_encoder = T5(model.config.text_encoder)
-        model.text_encoder.load_weights(list(model.read_text_encoder().items()))
+    if (encoder := model.text_encoder) is None:  # another thread may free it again
+        encoder = T5(model.config.text_encoder)
+        mx.eval(encoder.load_weights(list(model.read_text_encoder().items())).state)
+        model.text_encoder = encoder
     count, negative = len(prompts), options.negative_prompt
     texts = [*prompts, negative] if negative else prompts
     ids = [model.tokenizer.encode(text) for text in texts]
@@ -297,14 +298,13 @@ def encode_text(
                 "out."
             )
             ids[i] = row[: longest - 1] + row[-1:]  # which ends the text
-    states, mask = model.text_encoder.encode(ids)
+    states, mask = encoder.encode(ids)
     mask = mask & mx.array([text != "" for text in texts])[:, None]
     text = Condition(states[:count], mask[:count])
     null = Condition(*map(mx.zeros_like, text))
     rows = [text, null, null][: options.copies]
     if negative:
-        last = (mx.repeat(x[-1:], count, axis=0) for x in (states, mask))
-        rows[-1] = Condition(*last)
+        rows[-1] = Condition(*(mx.repeat(x[-1:], count, 0) for x in (states, mask)))
     return stack_rows(rows)
 
 
@@ -331,11 +331,9 @@ class Take:
         options: Options,
     ):
         self._model, self._options, self._prefixes = model, options, prefixes
-        self.prompts, self._seeds = prompts, seeds
-        self._prompt_codes = prompt_codes
-        self._delays = model.config.decoder.delays
+        self.prompts, self._seeds, self._prompt_codes = prompts, seeds, prompt_codes
+        T, self._delays = prompt_codes.shape[1], model.config.decoder.delays
         self._frames = int(options.duration * model.frame_rate)
-        T = prompt_codes.shape[1]
         stride = options.extend_stride or 0.6 * model.config.max_duration
         sizes = (model.longest_window, int(stride * model.frame_rate))
         plan = windows(self._frames, *sizes)
@@ -356,6 +354,7 @@ class Take:
     def _open(self, rows: list[int]) -> None:
         self._rows, self._start = rows, 0
         self._past = mx.repeat(self._prompt_codes, len(rows), axis=0)  # windows before
+        mx.eval(self._past)  # here, for what is lazy belongs to this thread
         self._columns: list[mx.array] = []  # of this window, delayed
         self._width = 0  # how many columns
 
@@ -377,7 +376,8 @@ class Take:
                     yield self
                     if self._turn is not turn:
                         raise RuntimeError("This take has been started anew since.")
-            self._finished |= zip(rows, self._past)
+            mx.eval(codes := [*self._past])
+            self._finished |= zip(rows, codes)
 
     def _forward(self, rows: list[int]) -> Callable[[mx.array], mx.array]:
         """The decoder under the prompts of some rows, ready for any window."""
@@ -394,8 +394,8 @@ class Take:
         delayed = delay(prompt, config.delays, end - start, config.vocab_size)
         self._start, self._width = start, prompt.shape[1]
         self._columns = [delayed[:, : self._width]]
-        steps = generate_step(forward, sample, prompt, end - start, keys, config)
-        for tokens in steps:
+        mx.eval(self._columns)
+        for tokens in generate_step(forward, sample, prompt, end - start, keys, config):
             self._columns.append(tokens)
             self._width += 1
             self.step += 1
@@ -419,7 +419,8 @@ class Take:
         longest, rows = max(map(len, codes.values())), []
         while len(rows) in codes and len(codes[len(rows)]) == longest:
             rows.append(codes[len(rows)])
-        return mx.stack(rows)
+        mx.async_eval(codes := mx.stack(rows))
+        return codes
 
     def _batch_codes(self) -> mx.array:
         if self.frames == self._past.shape[1]:
@@ -571,9 +572,8 @@ def sampling_keys(seeds: list[int], steps: int) -> mx.array:
     So a row's draws depend on its seed alone, however many rows or steps.
     """
     words = mx.stack([mx.random.split(mx.random.key(s), 1)[0, 0] for s in seeds])
-    words = mx.broadcast_to(words, (steps, len(seeds)))
-    numbers = mx.broadcast_to(mx.arange(steps, dtype=mx.uint32)[:, None], words.shape)
-    return mx.stack([words, numbers], axis=-1)
+    numbers, words = mx.broadcast_arrays(mx.arange(steps)[:, None], words)
+    return mx.stack([words, numbers.astype(mx.uint32)], axis=-1)
 
 
 def delay_mask(frames: int, delays: tuple[int, ...], start: int = 0) -> mx.array:

@@ -12,15 +12,19 @@ import functools
 
 import mlx.core as mx
 
+Stream = mx.Device | mx.ThreadLocalStream
 
-def parallel_streams() -> list[mx.Stream]:
-    """The default stream of the device, and on the CPU a second one, always the same."""
+
+def parallel_streams() -> list[Stream]:
+    """The default stream of the device, and on the CPU a second one, always the same.
+
+    MLX binds a stream to the thread that made it. What is given here is bound to none:
+    in each thread it stands for a stream of that thread's own.
+    """
     device = mx.default_device()
-    streams = [mx.default_stream(device)]
-    # by name: devices that are equal are different keys of a cache
-    return streams + ([second_stream(str(device))] if device == mx.cpu else [])
+    return [device, second_stream()] if device == mx.cpu else [device]
 
 
 @functools.cache
-def second_stream(device: str) -> mx.Stream:
-    return mx.new_stream(mx.default_device())
+def second_stream() -> mx.ThreadLocalStream:
+    return mx.new_thread_local_stream(mx.cpu)

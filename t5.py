@@ -10,10 +10,14 @@ beside it to load published weights.
 """
 
 import math
+import os
 import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+
+if sys.platform == "darwin":  # where an M5 rounds the factors of float32 products
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")  # MLX reads it at the first of them
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -109,9 +113,8 @@ def relative_position_buckets(length: int, config: T5Config) -> mx.array:
     distance = np.abs(offset)
     # float32 throughout, since the boundaries depend on its rounding
     growth = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
-    growth = growth / np.float32(
-        math.log(config.relative_attention_max_distance / exact)
-    )
+    furthest = math.log(config.relative_attention_max_distance / exact)
+    growth = growth / np.float32(furthest)
     far = exact + (growth * np.float32(half - exact)).astype(np.int32)
     bucket = np.where(distance < exact, distance, np.minimum(far, half - 1))
     return mx.array(bucket + half * (offset > 0))
@@ -216,8 +219,7 @@ class T5(nn.Module):
         `mask` (B, L) is true for tokens and false for padding, which no token
         attends; what stands at the padding itself means nothing.
         """
-        _, L = ids.shape
-        buckets = relative_position_buckets(L, self.config)
+        buckets = relative_position_buckets(ids.shape[1], self.config)
         bias = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
         bias = bias(buckets).transpose(2, 0, 1)  # (L, L, H) -> (H, L, L)
         # Finite, so that a row of nothing but padding gives no NaN.
@@ -232,8 +234,7 @@ class T5(nn.Module):
         """States (B, L, d_model) and mask (B, L) of lists of ids of any lengths."""
         L = max(map(len, ids))
         padded = mx.array([row + [0] * (L - len(row)) for row in ids])
-        lengths = mx.array([len(row) for row in ids])
-        mask = mx.arange(L) < lengths[:, None]
+        mask = mx.arange(L) < mx.array([[len(row)] for row in ids])
         return self(padded, mask), mask
 
     @classmethod
@@ -254,7 +255,7 @@ class T5(nn.Module):
             tokenizer.check(config)
             model = cls(config)
             model.load_weights(list(weights.items()))
-            mx.eval(model.parameters())
+            mx.eval(model.state)
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"T5 in {spiece.parent} does not load: {error}") from error
         return model, tokenizer

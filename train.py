@@ -470,7 +470,7 @@ def main() -> None:
     args = parse_arguments()
     try:
         run(args)
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"train.py: error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -146,10 +146,11 @@ class Training:
         `batches` gives the next batch, and `names` are those of the losses. The mean
         losses are printed every half minute. Every four minutes and at the end the
         checkpoint is saved, and `write` writes the caller's own files. Ctrl-C saves the
-        checkpoint only. Raises ValueError once a loss is not finite.
+        checkpoint only. Raises ValueError once a loss is not finite, and RuntimeError
+        where the GPU fails: then the last checkpoint is kept.
         """
         start = time.perf_counter() - self.passed
-        losses, last_print, last_save = [], 0.0, 0.0
+        losses, last_print, last_save, failed = [], 0.0, 0.0, False
         try:
             while self.done < self.steps and self.passed < self.seconds:
                 losses.append(self.step(batches()))
@@ -162,11 +163,24 @@ class Training:
                     self.save()
                     write()
                     last_save = self.passed
+        except RuntimeError as error:  # of MLX
+            failed = True  # what was to be computed is lost, the weights with it
+            raise RuntimeError(self.how_to_go_on(error)) from error
         finally:
-            if losses:
+            if losses and not failed:
                 self.tell(losses, names)
-            self.save()
+            if not failed:
+                self.save()
         write()
+
+    def how_to_go_on(self, error: RuntimeError) -> str:
+        """What to do where the GPU failed, in one line."""
+        kept = self.path.is_file()
+        onward = f"--resume goes on from {self.path}" if kept else "start it again"
+        advice = "take a smaller --batch or a shorter --crop"
+        if "Interactivity" in str(error):  # macOS's watchdog
+            advice = "let the display sleep, or set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1"
+        return f"The GPU stopped in step {self.done}: {error} To go on: {advice}; {onward}."
 
     def tell(self, losses: list[mx.array], names: tuple[str, ...]) -> None:
         """Print the mean of losses (n,). Raises ValueError where it is not finite."""

@@ -1,13 +1,17 @@
 """benchmark.py prints what it says."""
 
 import io
+import itertools
+import os
 from contextlib import redirect_stdout
 from unittest.mock import patch
 
-from common import REFERENCE, Test, slow
+import mlx.core as mx
+from common import REFERENCE, Test, exact, slow
 
 import benchmark
 import demucs
+import engine
 
 
 class TestBenchmark(Test):
@@ -15,7 +19,8 @@ class TestBenchmark(Test):
         with patch("sys.argv", ["benchmark.py", *arguments]):
             with redirect_stdout(io.StringIO()) as out:
                 benchmark.main()
-        rows = [line.strip("| ").split(" | ") for line in out.getvalue().splitlines()]
+        *lines, self.line = out.getvalue().splitlines()
+        rows = [line.strip("| ").split(" | ") for line in lines]
         return dict(row for row in rows if len(row) == 2)
 
     @slow(8)
@@ -26,6 +31,38 @@ class TestBenchmark(Test):
         self.assertRegex(rows["step"], r"^[\d.]+ ms mean, [\d.]+ median, [\d.]+ worst$")
         self.assertRegex(rows["streaming"], "^first sound after .* s, a take in .* s$")
         self.assertGreater(int(rows["operations per step"]), 20)
+
+    def test_line_to_send(self):
+        folder = str(REFERENCE / "mono-audiocraft")
+        rows = self.table("--model", folder, "--duration", "0.2")
+        told = [rows[name] for name in ("device", "model", "decoder", "takes", "step")]
+        self.assertTrue(
+            self.line.startswith(f"To send: {'; '.join(told)}; "), self.line
+        )
+        self.assertIn(f"; MLX {mx.__version__}; ", self.line)
+        self.assertNotIn("MUSICGEN_COLUMNS", self.line)  # on the CPU
+
+    def test_columns_are_tried(self):
+        """On a GPU: in turns, and what was set before is set again."""
+        model, tried = exact("mono-audiocraft"), []
+        project = engine.project
+
+        def record(layer, x, *residual):
+            tried.append((os.environ["MUSICGEN_COLUMNS"], engine.max_columns()))
+            return project(layer, x, *residual)
+
+        for value in ("7", None):
+            with patch.dict(os.environ), patch("engine.project", record):
+                os.environ.pop("MUSICGEN_COLUMNS", None)
+                if value:
+                    os.environ["MUSICGEN_COLUMNS"] = value
+                times = benchmark.columns_times(model, 0.2)
+                self.assertEqual(os.environ.get("MUSICGEN_COLUMNS"), value)
+            self.assertEqual([*times], [0, 2])
+            self.assertTrue(all(0 < ms < 1e4 for ms in times.values()))
+            turns = [columns for columns, _ in itertools.groupby(tried)]
+            self.assertEqual(turns, [("0", 0), ("2", 2)] * 3)
+            tried.clear()
 
     @slow(6)
     def test_plain(self):

@@ -2,9 +2,10 @@
 
 import mlx.core as mx
 import numpy as np
-from common import REFERENCE, Test, exact
+from common import REFERENCE, Test, exact, slow
 
 import encodec_stream
+import prompt
 from encodec import LSTM, Encodec, EncodecConfig
 from encodec_stream import DecodingStream
 
@@ -52,6 +53,17 @@ class TestEncodecStream(Test):
             for T in (1, 3, 40):
                 codes = mx.array(self.random.integers(0, 16, (2, T, K)))
                 self.assertSamePieces(model, codes)
+
+    def test_stream_cut_anywhere(self):
+        for name in ("encodec_24khz", "encodec_32khz"):
+            model = Encodec.from_pretrained(REFERENCE / name)
+            K = model.config.num_codebooks()
+            codes = mx.array(self.random.integers(0, 64, (1, 16, K)))
+            whole = model.decode_chunk(codes)
+            for cut in range(17):
+                stream = DecodingStream(model)
+                parts = stream.push(codes[:, :cut]), stream.push(codes[:, cut:], True)
+                self.assertClose(mx.concatenate(parts, axis=1), whole, 1e-5)
 
     def test_long_music(self):
         """Longer than the pieces that are decoded at a time to save memory."""
@@ -101,6 +113,69 @@ class TestEncodecStream(Test):
                 audio = 0.1 * mx.random.normal((3, N, 1), key=mx.random.key(N))
                 (want,) = model.encode(audio, bandwidth)
                 self.assertSame(encodec_stream.encode(model, audio, K), want.codes)
+
+    @slow(4)
+    def test_codes_in_pieces_are_the_plain_ones(self):
+        """However many frames are encoded at a time, and however the sound ends."""
+        sizes = dict(num_filters=4, hidden_size=6, codebook_size=16)
+        sizes |= dict(audio_channels=2, target_bandwidths=(1.0,))
+        models = [
+            Encodec.from_pretrained(REFERENCE / name)
+            for name in ("encodec_24khz", "encodec_32khz")
+        ]
+        for shape in (
+            dict(num_residual_layers=3, dilation_growth_rate=3, residual_kernel_size=5),
+            dict(upsampling_ratios=(2, 3, 7), kernel_size=4, last_kernel_size=10),
+            dict(use_causal_conv=True, trim_right_ratio=0.4, pad_mode="constant"),
+            dict(num_lstm_layers=0, use_conv_shortcut=True, compress=1),
+        ):
+            mx.random.seed(0)
+            models.append(Encodec(EncodecConfig(**sizes | shape)))
+        for model in models:
+            hop, K = model.config.hop_length, model.config.num_codebooks()
+            for N in (1, hop, 5 * hop + 1, 23 * hop - 1, 40 * hop):
+                shape = (2, N, model.channels)
+                audio = mx.array(self.random.normal(size=shape) / 9, mx.float32)
+                want = model.encode_chunk(audio, K).codes
+                least = 2 if N < 6 * hop else 14
+                for frames in (least, *self.random.integers(least, 90, 2).tolist()):
+                    codes = encodec_stream.encode(model, audio, K, frames)
+                    self.assertSame(codes, want)
+
+    def test_downsampling_reach(self):
+        """A frame does not depend on samples out of it, but on some near by."""
+        for name in ("encodec_24khz", "encodec_32khz"):
+            model = Encodec.from_pretrained(REFERENCE / name)
+            reach = encodec_stream.downsampling_reach(model.config)
+            hop, layers = model.config.hop_length, model.encoder.layers
+            (lstm,) = [i for i, x in enumerate(layers) if isinstance(x, LSTM)]
+            for place in (0, 12 * hop, 12 * hop + hop // 2, 25 * hop - 1):
+                audio = mx.zeros((1, 25 * hop, 1))
+                changed = audio + (mx.arange(25 * hop)[:, None] == place)
+                one, other = (
+                    encodec_stream.apply(layers[:lstm], x) for x in (audio, changed)
+                )
+                different = mx.abs(one - other).max(axis=(0, 2)).tolist()
+                frames = [i for i, much in enumerate(different) if much > 0]
+                self.assertGreaterEqual(min(frames), place // hop - reach + 1)
+                self.assertLessEqual(max(frames), place // hop + reach - 1)
+                self.assertGreater(len(frames), int(0 < place < 24 * hop))
+
+    def test_memory_of_a_long_prompt(self):
+        if mx.default_device() != mx.cpu:
+            self.skipTest("a GPU's memory comes in larger blocks")
+        model, peaks = exact("mono-transformers"), []
+        for seconds in (4, 40):
+            audio = 0.1 * mx.random.normal((32000 * seconds, 1))
+            mx.eval(audio)
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+            codes = prompt.encode_prompt(model, audio, frames=3000)
+            mx.eval(codes)
+            peaks.append(mx.get_peak_memory() - before - 2 * audio.nbytes)
+        model.plain = True
+        self.assertSame(codes, prompt.encode_prompt(model, audio, frames=3000))
+        self.assertLess(peaks[1], 1.5 * peaks[0])
 
     def test_upsampling_in_pieces(self):
         for name in ("encodec_24khz", "encodec_32khz"):

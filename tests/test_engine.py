@@ -1,5 +1,6 @@
 """The engine: the plain step's twin, in fewer operations."""
 
+import os
 from unittest.mock import patch
 
 import mlx.core as mx
@@ -60,10 +61,26 @@ class TestEngine(Test):
         plain = layer(x)
         residual = mx.random.normal((2, 1, 4))
         for limit in (0, 8):
-            with patch("engine.MAX_COLUMNS", limit):
+            with patch("engine.max_columns", return_value=limit):
                 self.assertClose(engine.project(layer, x), plain, 1e-6)
                 both = engine.project(layer, x, residual)
                 self.assertClose(both, plain + residual, 1e-6)
+
+    def test_columns_are_a_setting(self):
+        default = 16 if mx.cuda.is_available() else 0
+        for value, most in ((None, default), ("0", 0), ("2", 2)):
+            with patch.dict(os.environ):
+                os.environ.pop("MUSICGEN_COLUMNS", None)
+                if value is not None:
+                    os.environ["MUSICGEN_COLUMNS"] = value
+                self.assertEqual(engine.max_columns(), most)
+        decoder, text, _ = random_decoder()
+        for value in ("", "-1", "two", "\u0662"):
+            with patch.dict(os.environ, MUSICGEN_COLUMNS=value):
+                with self.assertRaisesRegex(
+                    ValueError, "a whole number from 0 on, got"
+                ):
+                    Engine(decoder, text, 1, 9)
 
     def test_columns_hold_the_same_numbers(self):
         decoder, text, tokens = random_decoder()
@@ -77,8 +94,8 @@ class TestEngine(Test):
 
     def test_operations_per_layer(self):
         # Each costs the host some microseconds, whatever its size. On CUDA adding
-        # to the residual is apart, see MAX_COLUMNS: two more.
-        with patch("engine.MAX_COLUMNS", 0):
+        # to the residual is apart, see max_columns: two more.
+        with patch("engine.max_columns", return_value=0):
             counts = [operations_per_step(layers) for layers in (2, 3)]
         self.assertLessEqual(counts[1] - counts[0], 14)
 
@@ -100,6 +117,21 @@ class TestEngine(Test):
         self.assertEqual(len(both[0].keys), 4)
         full = Condition(text.states, mx.ones_like(text.mask))
         self.assertIsNone(engine.prepare_text(decoder, full)[0].mask)
+
+    def test_text_lies_as_it_is_attended(self):
+        """Or Metal would copy it in every step, where there are several rows."""
+        decoder, text, _ = random_decoder()
+        null = Condition(*map(mx.zeros_like, text))
+        for rows, R in (([text], 2), ([text, null], 2), ([text, text], 4)):
+            got = engine.prepare_text(decoder, stack_rows(rows))
+            plain = decoder.text_kv(stack_rows(rows))
+            for layer, want in zip(got, plain):
+                self.assertEqual(layer.mask.shape, (R, 2, 1, 5))
+                for part, array in zip(layer, want):
+                    whole = memoryview(part)
+                    self.assertTrue(whole.c_contiguous)
+                    shape = (R, *part.shape[1:])
+                    self.assertSame(part, mx.broadcast_to(array[:R], shape))
 
     def test_lanes_do_the_same_work(self):
         """So that both take a matrix from memory at one time, and it is read once."""

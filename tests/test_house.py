@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from textwrap import dedent
 
@@ -241,6 +242,20 @@ class TestAlone(Test):
 
 def count_lines(path: Path) -> int:
     return len(path.read_text().splitlines())
+
+
+class TestRequirements(Test):
+    def test_each_has_a_lowest_version(self):
+        """With which `.ci/run` runs the tests, too."""
+        lines = (ROOT / "requirements.txt").read_text().splitlines()
+        form = re.compile(r'(\w+)(\[\w+\])?>=([\d.]+)(; sys_platform == "\w+")?')
+        lowest = [form.fullmatch(line).group(1, 3) for line in lines]
+        self.assertEqual(lowest[0], lowest[1])  # of mlx: on a Mac, and on Linux
+        for name, version in lowest:
+            numbers = [list(map(int, version.split(".")))]
+            numbers += [list(map(int, metadata.version(name).split(".")[:3]))]
+            self.assertEqual(*map(len, numbers), name)
+            self.assertLessEqual(*numbers, name)
 
 
 class TestLengths(Test):

@@ -49,6 +49,11 @@ class TestTrain(Test):
             except SystemExit as error:
                 return str(error.code)
 
+    def test_gpu_that_fails_is_one_line(self):
+        failure = Mock(side_effect=RuntimeError("The GPU stopped\nin step 3."))
+        line = "train.py: error: The GPU stopped in step 3."
+        self.assertEqual(self.synth("--codec", run=failure), line)
+
     def test_codec(self):
         """The codebooks that followed are written, and the start is even."""
         used = {

@@ -60,6 +60,40 @@ class TestTraining(Test):
             moved = mx.abs(model.weight - before)  # by more than the decay of weights
             self.assertGreater(moved.min().item(), 1e-4)
 
+    def test_gpu_that_stops(self):
+        """As macOS does where the display is on: what is said, and what is kept."""
+        watchdog = "[METAL] Command buffer execution failed: Impacting Interactivity."
+        for error, advice in (
+            (
+                watchdog,
+                "let the display sleep, or set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1",
+            ),
+            ("[metal::malloc] Out of memory.", "take a smaller --batch or a shorter"),
+        ):
+            training = self.training(nn.Linear(2, 1), self.sum_loss, steps=8)
+            batches = [(mx.ones((1, 2)),)] * 3
+            for onward in ("start it again", "--resume goes on from"):
+                given = iter(batches)
+
+                def batch() -> tuple[mx.array, ...]:
+                    for arrays in given:
+                        return arrays
+                    raise RuntimeError(error)
+
+                with redirect_stdout(io.StringIO()):
+                    with self.assertRaises(RuntimeError) as stopped:
+                        training.run(batch, ("loss",), lambda: None)
+                message = str(stopped.exception)
+                for text in (error, advice, onward, f"in step {training.done}: "):
+                    self.assertIn(text, message)
+                self.assertNotIn("\n", message)
+                if onward == "start it again":
+                    self.assertFalse(training.path.exists())
+                    training.save()
+                    kept = training.path.read_bytes()
+            self.assertEqual(training.path.read_bytes(), kept)
+            training.path.unlink()
+
     def test_codec_goes_on_with_its_codebooks(self):
         def training(resume: bool, change: int) -> Training:
             state = first_codebooks(mx.random.key(0))
