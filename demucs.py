@@ -420,7 +420,7 @@ class HTDemucs(nn.Module):
         takes the mean of as many passes over audio shifted by up to 0.5 s: slower and a
         little better. Raises ValueError for another shape, NaN or impossible options.
         """
-        *_, (_, _, stems) = self.separate_steps(audio, shifts, overlap)
+        *_, (*_, stems) = self.separate_steps(audio, shifts, overlap)
         return stems
 
     def separate_steps(
@@ -634,15 +634,15 @@ def check_audio(audio: mx.array, channels: int) -> None:
     """Raise ValueError unless audio is finite samples (N, channels) in floats."""
     floats = mx.issubdtype(audio.dtype, mx.floating)  # integers would be noise
     if not floats or audio.ndim != 2 or audio.shape[1] != channels or not len(audio):
-        got = f"got {audio.shape} in {audio.dtype}"
-        raise ValueError(
-            f"audio must have the shape (N, {channels}), in floats, {got}."
-        )
+        wanted = f"audio must have the shape (N, {channels}), in floats"
+        raise ValueError(f"{wanted}, got {audio.shape} in {audio.dtype}.")
     if not mx.isfinite(audio).all().item():
         raise ValueError("audio must be finite, but it holds NaN or infinity.")
 
 
 class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
@@ -657,8 +657,8 @@ def run(args: argparse.Namespace) -> None:
     sources = model.config.sources
     names = [s.strip() for s in args.stems.split(",")] if args.stems else sources
     if unknown := set(names) - set(sources):
-        choices = f"--stems must be of {', '.join(sources)}"
-        raise ValueError(f"{choices}; got {min(unknown)!r}.")
+        choices = ", ".join(sources)
+        raise ValueError(f"--stems must be of {choices}; got {min(unknown)!r}.")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     paths = {name: args.output_dir / f"{name}.wav" for name in names}
     for path in paths.values():
@@ -670,8 +670,9 @@ def run(args: argparse.Namespace) -> None:
         steps = model.separate_steps(audio, args.shifts, args.overlap)
         for done, bar.total, stems in steps:
             bar.update(done - bar.n)
-    loudest = mx.abs(stems).max().item()
-    if loudest > 1:  # all stems alike, so that they still add up to the song
+    if (
+        loudest := mx.abs(stems).max().item()
+    ) > 1:  # all stems alike, so that they still add up to the song
         print(f"All stems were divided by {loudest:.2f}.", file=sys.stderr)
         stems = stems / loudest
     for name, path in paths.items():
