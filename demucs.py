@@ -641,8 +641,6 @@ def check_audio(audio: mx.array, channels: int) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
-
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
