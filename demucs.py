@@ -668,9 +668,8 @@ def run(args: argparse.Namespace) -> None:
         steps = model.separate_steps(audio, args.shifts, args.overlap)
         for done, bar.total, stems in steps:
             bar.update(done - bar.n)
-    if (
-        loudest := mx.abs(stems).max().item()
-    ) > 1:  # all stems alike, so that they still add up to the song
+    loudest = mx.abs(stems).max().item()
+    if loudest > 1:  # all stems alike, so that they still add up to the song
         print(f"All stems were divided by {loudest:.2f}.", file=sys.stderr)
         stems = stems / loudest
     for name, path in paths.items():
