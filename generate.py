@@ -1,3 +1,15 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     'mlx>=0.32.3; sys_platform == "darwin"',
+#     'mlx[cpu]>=0.32.3; sys_platform == "linux"',
+#     'numpy>=1.23.2',
+#     'sentencepiece>=0.1.98',
+#     'huggingface_hub>=0.25.0',
+#     'safetensors>=0.3.0',
+#     'soundfile>=0.13.0',
+# ]
+# ///
 """Generate music from the command line.
 
     python generate.py --prompt "epic orchestral soundtrack" --model stereo-large

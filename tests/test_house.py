@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -256,6 +257,15 @@ class TestRequirements(Test):
             numbers += [list(map(int, metadata.version(name).split(".")[:3]))]
             self.assertEqual(*map(len, numbers), name)
             self.assertLessEqual(*numbers, name)
+
+
+    def test_uv_runs_the_command_with_the_same(self):
+        text = (ROOT / "generate.py").read_text()
+        block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", text).group(1)
+        header = tomllib.loads(block.replace("\n# ", "\n").removeprefix("# "))
+        lines = (ROOT / "requirements.txt").read_text().splitlines()
+        self.assertEqual(header["dependencies"], lines)
+        self.assertEqual(header["requires-python"], ">=3.10")
 
 
 class TestLengths(Test):
