@@ -6,22 +6,19 @@
 or `python audio.py in.mp3 out.flac --sampling-rate 32000 --channels 2`. It reads what
 soundfile reads: wav, flac, ogg, opus, mp3 and more. All else, such as m4a and webm,
 goes through macOS's afconvert or through ffmpeg, where one of them is there. Needs
-resample.py beside it.
+resample.py and outputs.py beside it.
 """
 
 import argparse
 import functools
-import hashlib
 import math
 import os
-import secrets
 import shlex
 import shutil
 import struct
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,6 +29,7 @@ import mlx.core as mx
 import numpy as np
 import soundfile
 
+from outputs import whole_file
 from resample import filter_width, resample, true_peak
 
 RATES = (100, 768_000)  # Hz of a file: a damaged header may say anything
@@ -349,6 +347,7 @@ def save_audio(
     comment: str = "",
     subtype: str | None = None,
     bitrate: int | None = None,
+    overwrite: bool = True,
 ) -> None:
     """Write samples (N, C) or (N,), as `to_floats` takes them.
 
@@ -361,7 +360,8 @@ def save_audio(
     warning, but not in FLOAT. ogg, mp3 and m4a are heard again for that, since encoding
     raises peaks. The file appears under its name only when it is whole. Raises
     ValueError for another shape, NaN, a rate that is not from 1000 to 192000 Hz, an
-    unknown extension, subtype or bit rate, and OSError where nothing can be written.
+    unknown extension, subtype or bit rate, and OSError where nothing can be written:
+    FileExistsError where a file is there, unless it is to `overwrite`.
     """
     path = check_audio_path(path, subtype, bitrate)
     subtype = choose_subtype(path, subtype)
@@ -385,21 +385,18 @@ def save_audio(
         comment = ""
     peak = 1.0 if subtype == "FLOAT" else true_peak(audio)
     audio = scaled_down(path, audio, peak, "its peaks would clip")
-    try:
-        with whole_file(path) as part:
-            write_samples(part, audio, sampling_rate, comment, subtype, bitrate)
-            if path.suffix.lower() not in LOSSY:
-                return
-            raised = 1.0
-            for _ in range(4):
-                if (peak := peak_of_file(part)) <= OVER:
-                    break
-                raised *= peak / 0.999
-                quiet = audio / raised
-                write_samples(part, quiet, sampling_rate, comment, subtype, bitrate)
-            scaled_down(path, audio, raised, f"as {path.suffix} its peaks would clip")
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise OSError(f"{path} could not be written: {error}") from error
+    with whole_file(path, overwrite) as part:
+        write_samples(part, audio, sampling_rate, comment, subtype, bitrate)
+        if path.suffix.lower() not in LOSSY:
+            return
+        raised = 1.0
+        for _ in range(4):
+            if (peak := peak_of_file(part)) <= OVER:
+                break
+            raised *= peak / 0.999
+            quiet = audio / raised
+            write_samples(part, quiet, sampling_rate, comment, subtype, bitrate)
+        scaled_down(path, audio, raised, f"as {path.suffix} its peaks would clip")
 
 
 def scaled_down(path: Path, audio: np.ndarray, peak: float, why: str) -> np.ndarray:
@@ -415,31 +412,6 @@ def peak_of_file(path: Path) -> float:
     with open_sound(path) as file:
         blocks = list(read_blocks(file))
     return true_peak(np.concatenate(blocks)) if blocks else 0.0
-
-
-@contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """A path to write to, which then takes the place of `path`, or is deleted.
-
-    It lies in the same folder, and its name is like no other's, so that several may
-    write one file; the last one wins. What a killed process left there is deleted after
-    a day.
-    """
-    target = Path(path).resolve()  # where a link points to, so that the link stays
-    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
-    ending = f".part{target.suffix}"
-    for old in target.parent.glob(f".{digest}.*{ending}"):
-        try:
-            if time.time() - old.stat().st_mtime > 86_400:
-                old.unlink()
-        except OSError:
-            pass  # it is gone, or another's
-    part = target.with_name(f".{digest}.{secrets.token_hex(8)}{ending}")
-    try:
-        yield part
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_samples(

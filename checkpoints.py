@@ -30,6 +30,8 @@ from options import DTYPES
 from t5 import T5Config, Tokenizer
 
 TINY = Path(__file__).with_name("tiny")
+KINDS = ("small", "medium", "large", "melody", "melody-large")
+SHORT_NAMES = {*KINDS, *(f"stereo-{kind}" for kind in KINDS), "style"}  # of the Hub
 
 
 @dataclass
@@ -140,13 +142,10 @@ def text_encoder_of(weights: dict[str, mx.array]) -> dict[str, mx.array]:
 
 
 def locate(name: str) -> Path:
-    """The folder of a model: a local one, or the Hub's cache of what it needs.
-
-    `tiny` is the folder beside this file, never one of the current directory: that is
-    `./tiny`.
-    """
+    """The folder of a model: a local one, or the Hub's cache of what it needs. Short
+    names come first, and `tiny` is the folder beside this file; `./tiny` is another."""
     folder = TINY if name == "tiny" else Path(name)
-    if name and os.path.isdir(folder):  # unlike Path's, any name will do
+    if name and name not in SHORT_NAMES and os.path.isdir(folder):  # whatever the name
         return folder
     if name == "tiny":
         raise FileNotFoundError(

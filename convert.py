@@ -5,16 +5,19 @@
 The folder holds `config.json`, `model.safetensors` and `spiece.model`: decoder, T5
 encoder and codec together, in our names and layouts, ready to be loaded by
 `MusicGen.from_pretrained(DIR)` or uploaded. Needs musicgen.py and what that needs,
-published.py and what that needs, hub.py, and engine.py to quantize, lora.py for
-adapters.
+published.py and what that needs, hub.py, outputs.py, messages.py, and engine.py to
+quantize, lora.py for adapters.
 """
+
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the rest is imported is no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import json
 import re
-import shutil
 import sys
-import tempfile
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +28,9 @@ from mlx.utils import tree_flatten
 
 from engine import BITS, GROUP_SIZES, quantize_model
 from hub import MODELS, check_name
+from messages import Forgiving, one_line
 from musicgen import MusicGen
+from outputs import leave_nothing, reason_in, whole_folder
 
 CARD = """---
 library_name: mlx
@@ -69,8 +74,7 @@ def convert(
         raise FileExistsError(f"{target} exists already; choose another folder.")
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"The folder {target.parent} must exist.")
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with whole_folder(target) as folder:
         options = dict(lazy=True, adapter=adapter, adapter_scale=adapter_scale)
         sizes = (None if adapter else q_bits, q_group_size)
         model = MusicGen.from_pretrained(source, dtype, *sizes, **options)
@@ -81,11 +85,11 @@ def convert(
             )
         if adapter is not None and q_bits is not None:  # with the change in them
             quantize_model(model, q_bits, q_group_size)
-        save(model, folder)
-        folder.chmod(0o755)
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            save(model, folder)
+        except (OSError, RuntimeError) as error:
+            why = reason_in(folder, error)
+            raise OSError(f"{target} could not be written: {why}") from error
 
 
 def save(model: MusicGen, folder: Path) -> None:
@@ -149,7 +153,7 @@ class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -205,17 +209,20 @@ def run(args: argparse.Namespace) -> None:
 
 
 def warn(message: Warning | str, *_) -> None:
-    print(f"convert.py: warning: {message}", file=sys.stderr)
+    print(f"convert.py: warning: {one_line(message)}", file=sys.stderr)
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    leave_nothing()
+    sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
     args = parse_arguments()
     warnings.showwarning = warn
     logging.set_verbosity_error()  # the Hub's retries; the end result is reported
     try:
         run(args)
     except (OSError, ValueError) as error:
-        sys.exit(f"convert.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"convert.py: error: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
 

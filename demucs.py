@@ -533,7 +533,7 @@ def arrange(name: str, weight: mx.array) -> mx.array:
 def locate(path_or_repo: str | Path) -> Path:
     """The one .safetensors file of a folder, or of the Hub's cache. Raises OSError."""
     repo, folder = str(path_or_repo), Path(path_or_repo)
-    if not folder.is_dir():
+    if repo == REPO or not folder.is_dir():  # `./adefossez/HTDemucs` is a folder
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
             wrong = f"'{repo}' must be a folder or a Hub id like {REPO}."
             raise FileNotFoundError(wrong)

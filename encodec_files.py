@@ -33,7 +33,7 @@ def read(path_or_repo: str | Path) -> tuple[Path, dict, Weights]:
     Raises ValueError or OSError naming the file and what is wrong with it.
     """
     path = Path(path_or_repo) / AUDIOCRAFT_FILE
-    if path.is_file():
+    if str(path_or_repo) not in REPOS and path.is_file():
         from audiocraft import find_codec, load_package, read_codec
 
         package = load_package(path)
@@ -57,7 +57,7 @@ def read(path_or_repo: str | Path) -> tuple[Path, dict, Weights]:
 def locate(path_or_repo: str | Path) -> list[Path]:
     """The two FILES: in a local folder, or from the Hub through its cache."""
     folder = Path(path_or_repo)
-    if not folder.is_dir():
+    if str(path_or_repo) in REPOS or not folder.is_dir():  # `./32khz` is a folder
         repo = REPOS.get(str(path_or_repo), str(path_or_repo))
         try:
             return [Path(hf_hub_download(repo, name)) for name in FILES]

@@ -14,39 +14,48 @@
 
     python generate.py --prompt "epic orchestral soundtrack" --model stereo-large
 
-`python generate.py --help` explains every flag. Needs jobs.py and stream.py beside it,
-which plan and write takes, hub.py, musicgen.py and all that these need; melody.py to
-follow a melody.
+`python generate.py --help` explains every flag. Needs jobs.py, lines.py and stream.py
+beside it, which plan and write takes, hub.py, musicgen.py and all that these need;
+together.py to share a model, melody.py to follow a melody.
 """
+
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the rest is imported is no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import math
 import secrets
 import shlex
-import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 from huggingface_hub.utils import logging, tqdm
 
 import jobs
+import lines
 import settings
 import stream
 from audio import check_bitrate, check_writable, choose_subtype, save_audio
 from encodec_stream import play as play_take
-from hub import MODELS, check_name, local
+from hub import MODELS, check_name, follows, local, same_model
 from jobs import Job, Result, Sounds, Start
+from messages import Forgiving, one_line
 from musicgen import MusicGen, Take
 from options import row_seeds
+from outputs import check_apart, check_new, leave_nothing, same_file
+from together import Peers, signals_at_once
 
 HELP = {
     "prompt": 'what to play; "" for anything; may be given several times',
     "prompts": "file with a prompt in each line, or JSON objects with any of: "
-    f"{', '.join(jobs.ALL_KEYS)}. What exists is not made again",
+    f"{', '.join(jobs.ALL_KEYS)}. What is there with its settings is not made again",
     "model": f"{', '.join(MODELS)} (no download); a Hub id or a local folder "
     "(default: %(default)s)",
     "duration": "length in seconds; beyond the model's 30 (tiny: 8) a window slides "
@@ -54,7 +63,8 @@ HELP = {
     "extend_stride": "seconds by which the window of long audio slides (default: 18; "
     "tiny: 4.8)",
     "output": "file to write: .wav, .flac, .ogg, .mp3 or .m4a; numbered where there are "
-    "several (default: out.wav; of a file, its name)",
+    "several (default: prompt and seed, such as happy-rock-7.wav; of a file, its name)",
+    "force": "overwrite what is there; of a file of prompts make every line",
     "stream": "write samples as they come; the output is a .wav, or - for a pipe",
     "chunk": "seconds of sound written at a time (default: %(default)s)",
     "seed": "number that fixes the take; further ones count up (default: any)",
@@ -107,7 +117,7 @@ class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
     def add(self, name: str, *short: str, **settings) -> None:
         flag = "--" + name.replace("_", "-")
@@ -122,6 +132,7 @@ def make_parser() -> Parser:
     parser.add("duration", type=float, default=8.0)
     parser.add("extend_stride", type=float)
     parser.add("output")
+    parser.add("force", action="store_true")
     parser.add("stream", action="store_true")
     parser.add("chunk", type=float, default=0.5)
     parser.add("seed", type=int)
@@ -166,8 +177,8 @@ def make_parser() -> Parser:
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args([*recalled(parser), *sys.argv[1:]])
-    if args.output is None:
-        args.output = f"{args.prompts.stem}.wav" if args.prompts else "out.wav"
+    if args.output is None and args.prompts:
+        args.output = f"{args.prompts.stem}.wav"
     try:
         check_arguments(args)
     except ValueError as error:
@@ -177,6 +188,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for what does not go together or cannot be made."""
+    for name in ("melody", "style"):
+        if getattr(args, name) and follows(args.model) not in (name, None):
+            raise ValueError(
+                f"--{name} needs a model that follows one, such as --model {name}; "
+                f"{args.model} does not"
+            )
     if args.style and args.prompt is None and args.prompts is None:
         args.prompt = [""]
     if (args.prompt is None) == (args.prompts is None):
@@ -197,11 +214,14 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.stream:
         check_stream(args)
     else:
-        choose_subtype(args.output, args.subtype)
-        check_bitrate(args.output, args.mp3_bitrate)
-    if args.seed is not None:
+        choose_subtype(args.output or "x.wav", args.subtype)
+        check_bitrate(args.output or "x.wav", args.mp3_bitrate)
+    args.seed_is_given = args.seed is not None
+    if args.seed_is_given:
         row_seeds(args.seed, rows=1)
     values = vars(args) | {"prompt": "", "seed": args.seed or 0}
+    values["output"] = args.output or "x.wav"
+    check_files(args)
     overrides = set() if args.prompts else None
     jobs.make_job(values, overrides=overrides).options.check(max_duration=math.inf)
     jobs.check_level(args.loudness, args.peak)
@@ -262,11 +282,25 @@ def check_melody(args: argparse.Namespace) -> None:
         raise ValueError("--show-melody and --save-melody go with --prompt alone")
     if args.save_melody:
         choose_subtype(args.save_melody)
-        others = [args.melody, args.audio_prompt or "", args.output]
-        if any(jobs.same_file(args.save_melody, other) for other in others):
+        if args.output and same_file(args.save_melody, args.output):
             raise ValueError(
                 f"--save-melody must be a file of its own: {args.save_melody}"
             )
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Raise ValueError where a file to write is one that is read."""
+    folder = local(args.model)
+    inputs = {f"--{name}": getattr(args, name) for name in ("again", "resume")}
+    inputs |= {"--redecode": args.redecode, "--adapter": args.adapter}
+    inputs |= {"--prompts": args.prompts, "--audio-prompt": args.audio_prompt}
+    inputs |= {"--melody": args.melody, "--style": args.style}
+    inputs["--model"] = folder if folder.is_dir() else None
+    for output in (args.output, args.save_codes, args.save_melody):
+        if output and output != "-":
+            check_apart(output, inputs)
+    if args.output and args.save_codes and same_file(args.output, args.save_codes):
+        raise ValueError(f"--save-codes must be a file of its own: {args.save_codes}")
 
 
 def check_codes(args: argparse.Namespace) -> None:
@@ -289,7 +323,8 @@ def check_stream(args: argparse.Namespace) -> None:
         raise ValueError("--stream makes one take, and does not drop its beginning")
     if args.tensor_parallel:
         raise ValueError("--stream does not go with --tensor-parallel")
-    if args.output != "-" and Path(args.output).suffix.lower() != ".wav":
+    output = args.output or "x.wav"
+    if output != "-" and Path(output).suffix.lower() != ".wav":
         raise ValueError(f"--stream writes .wav or -, got --output {args.output}")
     if args.loudness is not None or args.peak is not None:
         raise ValueError("--loudness and --peak need the whole, so not --stream")
@@ -334,25 +369,57 @@ def agreed_seed(group: mx.distributed.Group) -> int:
 
 def make_jobs(args: argparse.Namespace) -> list[Job]:
     if args.prompts is not None:
-        return jobs.plan_file(args.prompts, vars(args))
+        return lines.plan_file(args.prompts, vars(args))
     return jobs.plan(args.prompt, vars(args), args.takes)
+
+
+def choose_jobs(args: argparse.Namespace, group: mx.distributed.Group) -> list[Job]:
+    """What this process is to make. Says which lines of a file are left out, and why."""
+    planned = make_jobs(args)
+    if not args.tensor_parallel:
+        planned = jobs.share(planned, group)
+    if args.prompts is None:
+        return planned
+    given = {name: getattr(args, name) for name in OF_MODEL}
+    given = {name: value for name, value in given.items() if value is not None}
+    given |= dict(adapter=args.adapter and str(args.adapter))
+    wanted, messages = lines.left(planned, given, args.force)
+    if not args.tensor_parallel:
+        tell_all(messages)
+        return wanted
+    if group.rank() == 0:
+        tell_all(messages)
+    return lines.agreed(planned, wanted, group)
+
+
+def tell_all(messages: list[str]) -> None:
+    for message in messages:
+        report(message)
 
 
 def run(args: argparse.Namespace) -> int:
     """Make what is to be made; returns the exit status."""
-    group = mx.distributed.init()
-    if args.tensor_parallel and group.size() == 1:
-        raise ValueError("--tensor-parallel needs mlx.launch with 2 or more processes.")
-    if args.seed is None:
-        args.seed = agreed_seed(group)
-    wanted = make_jobs(args)
-    if not args.tensor_parallel:
-        wanted = jobs.share(wanted, group)
-        wanted = [job for job in wanted if not (args.prompts and job.is_done())]
-    elif args.prompts is not None:
-        wanted = jobs.pending(wanted, group)
-    status = make(wanted, args, group)
-    jobs.agree([status], group)  # mlx.launch ends all when one fails, so all wait
+    with signals_at_once():
+        group = mx.distributed.init()
+        if args.tensor_parallel and group.size() == 1:
+            raise ValueError(
+                "--tensor-parallel needs mlx.launch with 2 or more processes."
+            )
+        if args.seed is None:
+            args.seed = agreed_seed(group)
+        peers = Peers(group)
+    if args.tensor_parallel:
+        with peers.watched(
+            "another process that shares the model has ended, and so does this one."
+        ):
+            status = make(choose_jobs(args, group), args, group)
+            jobs.agree([status], group)
+        return status
+    status = make(choose_jobs(args, group), args, group)
+    with peers.watched(
+        "another process has ended before its share was made: run the command again."
+    ):
+        jobs.agree([status], group)  # mlx.launch ends all when one fails, so all wait
     return status
 
 
@@ -367,10 +434,16 @@ def make(
     # now, not after the minutes of loading
     source = args.resume or args.redecode
     failed = jobs.check(wanted, together, args.output != "-", source is None)
-    bad = [id(result.job) for result in failed]
+    bad = {id(result.job) for result in failed}
     good = [job for job in wanted if id(job) not in bad]
-    if args.save_codes:
-        check_writable(args.save_codes)
+    for path in filter(None, (args.save_codes, args.save_melody)):
+        check_writable(path)
+        if not args.force:
+            check_new(path)
+    if args.adapter:
+        from lora import read_adapter
+
+        read_adapter(args.adapter)
     results, stop = failed, never
     if good and (args.prompts or not failed):
         model = load(args, together)
@@ -425,7 +498,7 @@ def read_start(args: argparse.Namespace, model: MusicGen) -> Start | None:
     codes, record = settings.load_codes(source)
     check_source(source, record, model)
     check_codes(model, codes)
-    prompt_frames = min(int(record.get("prompt_frames", 0)), codes.shape[1])
+    prompt_frames = min(record.get("prompt_frames", 0), codes.shape[1])
     if args.resume:
         codes = sure_codes(args, model, codes, prompt_frames)
     return Start(codes, prompt_frames)
@@ -434,9 +507,7 @@ def read_start(args: argparse.Namespace, model: MusicGen) -> Start | None:
 def check_source(source: Path, record: dict, model: MusicGen) -> None:
     """Raise ValueError for codes of another model; warn of another revision."""
     name = str(record.get("model"))
-    paths = [local(n) for n in (name, model.name)]
-    places = {path.resolve() if path.is_dir() else path for path in paths}
-    if len(places) > 1 and MODELS.get(name, name) != MODELS.get(model.name, model.name):
+    if not same_model(name, model.name):
         raise ValueError(f"{source} holds codes of {name}, not of {model.name}.")
     if record.get("revision") != model.revision:
         warn(f"{source} is of revision {record.get('revision')}, not {model.revision}.")
@@ -465,7 +536,7 @@ def redecode(
     codes, prompt_frames = start
     samples = jobs.decode(model, job, codes, prompt_frames)[0]
     record = jobs.take_settings(model, job, sounds, prompt_frames)
-    jobs.save(model, job, samples, record)
+    job = jobs.save(model, job, samples, record)
     if args.save_codes:
         settings.save_codes(args.save_codes, codes, record)
     seconds = len(samples) / model.sampling_rate
@@ -528,9 +599,12 @@ def play(
         if args.save_codes:
             pieces = keep_codes(pieces, take, args.save_codes, record)
         form = (model.channels, model.sampling_rate, settings.to_comment(record))
-        seconds = stream.write(str(job.output), pieces, *form)
+        whole = lambda: take.step == take.total  # noqa: E731
+        output = (str(job.output), pieces, *form, job.overwrite, whole)
+        seconds, path = stream.write(*output)
+    job = replace(job, output=Path(path))
     result = Result(job, None, seconds, time.perf_counter() - began)
-    print(describe(result), file=sys.stderr if str(job.output) == "-" else sys.stdout)
+    print(describe(result), file=sys.stderr if path == "-" else sys.stdout)
     return [result]
 
 
@@ -579,14 +653,14 @@ def tell_stop(args: argparse.Namespace, seconds: float) -> int:
 def describe(result: Result) -> str:
     together = f" ({result.batch} at once)" if result.batch > 1 else ""
     speed = result.batch * result.seconds / result.elapsed
-    return (
+    return one_line(
         f"{result.job.output}: {result.seconds:.2f} s of audio in {result.elapsed:.1f} s"
         f"{together}, {speed:.2f} times real time, seed {result.job.seed}"
     )
 
 
 def report(message: str) -> None:
-    tqdm.write(f"generate.py: {' '.join(message.split())}", file=sys.stderr)
+    tqdm.write(f"generate.py: {one_line(message)}", file=sys.stderr)
 
 
 def warn(message: Warning | str, *_) -> None:
@@ -594,9 +668,11 @@ def warn(message: Warning | str, *_) -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    leave_nothing()
+    sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
     args = parse_arguments()
     warnings.showwarning = warn
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaving nothing behind
     logging.set_verbosity_error()  # the Hub's retries; the end result is reported
     try:
         sys.exit(run(args))

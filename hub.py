@@ -3,8 +3,9 @@ need.
 
     folder = fetch("stereo-small")  # the Hub's cache of two files
 
-Of a short name exactly audiocraft's two files are fetched; of another repository these,
-or where it has none transformers' layout. Stands alone.
+A short name comes before a folder of that name, which is `./small`. Of a short name
+exactly audiocraft's two files are fetched; of another repository these, or where it has
+none transformers' layout. Stands alone.
 """
 
 import os
@@ -35,19 +36,39 @@ MODELS = {
 
 def check_name(name: str) -> None:
     """Raise ValueError for what is no short name, Hub id or local folder."""
-    folder = name != "" and os.path.isdir(name)
     hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not os.path.exists(name)
-    if not (name in MODELS or folder or hub_id):
+    if not (name in MODELS or local(name) or hub_id):
         raise ValueError(
             f"model must be one of {', '.join(MODELS)}, a Hub id or a local folder, "
             f"got '{name:.200}'."
         )
 
 
-def local(name: str) -> Path:
-    """The path that `name` would have here. `tiny` is the folder beside this file,
-    never one of the current directory: that is `./tiny`."""
-    return Path(MODELS[name] if name == "tiny" else name)
+def local(name: str) -> Path | None:
+    """The folder that a name means here; None for one of the Hub. `tiny` is the folder
+    beside this file, never one of the current directory: that is `./tiny`."""
+    if name == "tiny":
+        return Path(MODELS[name])
+    is_folder = name not in MODELS and name != "" and os.path.isdir(name)
+    return Path(name) if is_folder else None
+
+
+def follows(name: str) -> str | None:
+    """What a released model follows besides the text, "melody" or "style"; "" for
+    nothing; None where it is not known without its files."""
+    names = [n for n, repo in MODELS.items() if name in (n, repo)]
+    if not names or local(name) and name != "tiny":
+        return None
+    return next((kind for kind in ("melody", "style") if kind in names[0]), "")
+
+
+def same_model(name: str, other: str) -> bool:
+    """Whether both are one model: a short name and its Hub id, or spellings of one
+    folder."""
+    folders = [local(n) for n in (name, other)]
+    if all(folders):
+        return folders[0].resolve() == folders[1].resolve()
+    return MODELS.get(name, name) == MODELS.get(other, other)
 
 
 def fetch(name: str) -> Path:

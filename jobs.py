@@ -1,4 +1,4 @@
-"""Many takes: from several prompts or a file of them, in batches, resumably.
+"""Many takes, in batches: of several prompts, or of the lines that lines.py reads.
 
     for batch in run(model, plan(["happy rock", "calm piano"], values, takes=4), size=8):
         for take in batch:
@@ -7,21 +7,18 @@
             print(result.job.output, result.error or "is there")
 
 A job is one sound file to make. Jobs that differ in prompt, seed and file only run in
-one batch; a job whose file exists is done. Under `mlx.launch` every process takes its
-share. Needs musicgen.py and what that needs, prompt.py, audio.py, loudness.py and
-settings.py beside it. Jobs that follow a sound go with conditioning.py, and melody.py
-or style.py.
+one batch. Under `mlx.launch` every process takes its share. Needs musicgen.py and what
+that needs, prompt.py, audio.py, loudness.py, settings.py and outputs.py beside it. Jobs
+that follow a sound go with conditioning.py, and melody.py or style.py.
 """
 
 import functools
 import itertools
-import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +30,7 @@ from audio import check_audio_path, count_samples, load_audio, save_audio
 from loudness import to_loudness, to_peak
 from musicgen import MusicGen, Take
 from options import STYLE_OPTIONS, Options, row_seeds
+from outputs import check_apart, check_new, default_name, free
 from prompt import check_length, prompt_frames
 
 SHORTEST = 0.4  # seconds over which loudness is measured
@@ -73,6 +71,9 @@ class Job:
     subtype: str | None = None  # of the file's samples; None: the format's own
     mp3_bitrate: int | None = None  # kbit/s
     line: int | None = None  # in the file of prompts
+    fault: str | None = None  # of that line, which then cannot be made
+    overwrite: bool = False  # what is there
+    seed_is_given: bool = True  # not any
 
     def check(self, writes: bool = True, reads: bool = True) -> None:
         """Raise ValueError or OSError for what cannot be made, before it is tried.
@@ -80,6 +81,8 @@ class Job:
         `writes` is false where the output goes to a pipe or is another process's,
         and `reads` where the audio prompt is not wanted, its codes being there.
         """
+        if self.fault:
+            raise ValueError(self.fault)
         if not isinstance(self.prompt, str):
             raise ValueError(f"prompt must be a text, got {self.prompt!r}.")
         row_seeds([self.seed], rows=1)
@@ -92,20 +95,13 @@ class Job:
                 f"loudness is measured over {SHORTEST} s; the duration must be as "
                 f"much, got {self.options.duration:g}."
             )
-        if reads and self.audio_prompt and not Path(self.audio_prompt.path).is_file():
-            raise FileNotFoundError(f"There is no sound file {self.audio_prompt.path}.")
-        for name, path in self.followed().items():
+        for path in self.inputs().values():
             if reads and not Path(path).is_file():
                 raise FileNotFoundError(f"There is no sound file {path}.")
-            if writes and same_file(path, self.output):
-                raise ValueError(f"output must not be the {name}, {self.output}.")
-
-    def is_done(self) -> bool:
-        """Whether its file is there."""
-        try:
-            return self.output.stat().st_size > 0
-        except (OSError, ValueError):
-            return False
+        if writes:
+            check_apart(self.output, self.inputs())
+        if writes and not self.overwrite:
+            check_new(self.output)
 
     def level(self, audio: mx.array, sampling_rate: int) -> np.ndarray:
         """Samples (N, C) brought to the loudness or peak that is asked for."""
@@ -121,10 +117,24 @@ class Job:
         """Whether both can be rows of one batch."""
         return (self.options, self.audio_prompt) == (other.options, other.audio_prompt)
 
-    def followed(self) -> dict[str, str]:
-        """The sound files that it follows."""
-        paths = {"melody": self.melody and self.melody.path, "style": self.style}
+    def inputs(self) -> dict[str, str]:
+        """The sound files that it reads, by what they are."""
+        melody, style = self.melody and self.melody.path, self.style
+        paths = {"audio_prompt": self.audio_prompt and self.audio_prompt.path}
+        paths |= {"melody": melody, "style": style}
         return {name: path for name, path in paths.items() if path}
+
+    def record(self) -> dict[str, Any]:
+        """Its settings, for the file's comment."""
+        record = asdict(self.options) | dict(prompt=self.prompt, seed=self.seed)
+        record |= dict(loudness=self.loudness, peak=self.peak, subtype=self.subtype)
+        record |= dict(mp3_bitrate=self.mp3_bitrate)
+        if self.audio_prompt:
+            record |= dict(zip(AUDIO_KEYS, self.audio_prompt))
+        if self.melody:
+            path, start, separate = self.melody
+            record |= dict(melody=path, melody_start=start, no_separate=not separate)
+        return record | ({"style": self.style} if self.style else {})
 
 
 def check_level(loudness: float | None, peak: float | None) -> None:
@@ -144,11 +154,6 @@ AUDIO_KEYS = ("audio_prompt", "prompt_start", "prompt_length", "drop_prompt")
 MELODY_KEYS = ("melody", "melody_start", "no_separate")
 STYLE_KEYS = ("style", *STYLE_OPTIONS)
 ALL_KEYS = (*dict.fromkeys((*KEYS, *AUDIO_KEYS, *MELODY_KEYS, *STYLE_KEYS)),)
-ALIASES = {"guidance": "guidance_coef", "negative": "negative_prompt"}
-
-
-def same_file(path: str | Path, other: str | Path) -> bool:
-    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def make_audio_prompt(path, start, length, drop) -> AudioPrompt | None:
@@ -160,13 +165,15 @@ def make_audio_prompt(path, start, length, drop) -> AudioPrompt | None:
         number = type(seconds) in (int, float) and least <= seconds < 1e6
         if seconds is not None and not number:
             raise ValueError(f"{name} must be {least} s or more, got {seconds!r}.")
+    if not isinstance(path, str | Path | None):
+        raise ValueError(f"audio_prompt must name a sound file, got {path!r}.")
     if drop not in (None, False, True):
         raise ValueError(f"drop_prompt must be true or false, got {drop!r}.")
-    if path is None and (start is not None or length is not None or drop):
+    if not path and (start is not None or length is not None or drop):
         raise ValueError(
             "prompt_start, prompt_length and drop_prompt need an audio_prompt."
         )
-    return path and AudioPrompt(str(path), start or 0.0, length, bool(drop))
+    return AudioPrompt(str(path), start or 0.0, length, bool(drop)) if path else None
 
 
 def make_melody(path, start, no_separate, overrides: set[str]) -> MelodyFile | None:
@@ -209,12 +216,15 @@ def make_job(
     style, options = make_style(values, overrides)
     options |= {k: values[k] for k in OPTIONS if k in values and k not in STYLE_KEYS}
     options = Options(**options)
-    output = Path(str(values["output"]))
+    output = values["output"]
+    if not isinstance(output, str | Path) or not str(output):
+        raise ValueError(f"output must name a file, got {output!r}.")
     levels = [values.get(key) for key in LEVELS]
-    first = (values["prompt"], values["seed"], output)
+    first = (values["prompt"], values["seed"], Path(output))
     subtype = values.get("subtype") and str(values["subtype"]).upper()
     written = (subtype, values.get("mp3_bitrate"))
-    return Job(*first, options, sound, melody, style, *levels, *written, line)
+    job = Job(*first, options, sound, melody, style, *levels, *written, line)
+    return replace(job, overwrite=bool(values.get("force")))
 
 
 def numbered(output: str, index: int, count: int) -> str:
@@ -224,83 +234,18 @@ def numbered(output: str, index: int, count: int) -> str:
 
 
 def plan(prompts: list[str], values: dict[str, Any], takes: int = 1) -> list[Job]:
-    """Jobs for `takes` takes of each prompt: seeds counted up, files numbered."""
-    count = len(prompts) * takes
+    """Jobs for `takes` takes of each prompt: seeds counted up, files numbered. Without
+    an output they are called after prompt and seed."""
+    count, output = len(prompts) * takes, values.get("output")
     jobs = []
     for i in range(count):
-        overrides = dict(prompt=prompts[i // takes], seed=values["seed"] + i)
-        overrides["output"] = numbered(values["output"], i, count)
-        jobs.append(make_job(values | overrides))
+        prompt, seed = prompts[i // takes], values["seed"] + i
+        if output is None:
+            path = free(default_name(prompt, seed))
+        else:
+            path = numbered(output, i, count)
+        jobs.append(make_job(values | dict(prompt=prompt, seed=seed, output=path)))
     return jobs
-
-
-def plan_file(path: Path, values: dict[str, Any]) -> list[Job]:
-    """Jobs for the lines of a file: a prompt each, or a JSON object with any of the
-    settings. Raises ValueError naming the line that is neither, has an unknown key,
-    or the output of another line."""
-    lines, jobs, outputs = list(read_lines(path)), [], {}
-    for i, (number, overrides) in enumerate(lines):
-        default = dict(seed=values["seed"] + i)
-        default["output"] = numbered(values["output"], i, max(len(lines), 2))
-        try:
-            job = make_job(values | default | overrides, number, {*overrides})
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-        place = os.path.realpath(job.output) if "\0" not in str(job.output) else i
-        if place in outputs:
-            raise ValueError(
-                f"{path}, line {number}: its output {job.output} is that of line "
-                f"{outputs[place]}, too."
-            )
-        outputs[place] = number
-        jobs.append(job)
-    if not jobs:
-        raise ValueError(f"{path} must hold a prompt in a line, but holds none.")
-    return jobs
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and settings of each line that is not empty.
-
-    The file is JSON Lines if it is called so, or its first such line begins with a
-    brace or bracket.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be a text in UTF-8: {error}") from error
-    filled = [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
-    named = path.suffix in (".json", ".jsonl", ".ndjson")
-    json_lines = named or bool(filled) and filled[0][1].startswith(("{", "["))
-    for number, line in filled:
-        yield number, parse_line(path, number, line) if json_lines else {"prompt": line}
-
-
-def parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        line_settings = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
-    if not isinstance(line_settings, dict):
-        raise ValueError(f"{path}, line {number} must be an object, got {line:.40}")
-    overrides = {
-        ALIASES.get(k, k.replace("-", "_")): v for k, v in line_settings.items()
-    }
-    if unknown := overrides.keys() - {*ALL_KEYS}:
-        raise ValueError(
-            f"{path}, line {number} has the unknown key '{min(unknown)}'; known are "
-            f"{', '.join(sorted(ALL_KEYS))}."
-        )
-    if "prompt" not in overrides:
-        raise ValueError(f"{path}, line {number} must have a prompt.")
-    return overrides
-
-
-def pending(jobs: list[Job], group: mx.distributed.Group) -> list[Job]:
-    """Jobs whose file is not there, as the first process sees it."""
-    first = group.rank() == 0
-    missing = agree([int(first and not job.is_done()) for job in jobs], group)
-    return [job for job, wanted in zip(jobs, missing) if wanted]
 
 
 def share(jobs: list[Job], group: mx.distributed.Group) -> list[Job]:
@@ -502,7 +447,7 @@ class Batch:
         for job, samples in zip(self._jobs, audio):
             record = take_settings(model, job, self._sounds, self._prompt_frames)
             try:
-                save(model, job, samples, record)
+                job = save(model, job, samples, record)
                 if save_codes:
                     settings.save_codes(save_codes, codes, record)
             except (OSError, ValueError) as error:
@@ -581,30 +526,34 @@ def decode(model: MusicGen, job: Job, codes: mx.array, prompt_frames: int) -> mx
     return audio
 
 
-def save(model: MusicGen, job: Job, samples: mx.array, record: dict[str, Any]) -> None:
-    """Write the job's sound, with its settings in the comment."""
+def save(model: MusicGen, job: Job, samples: mx.array, record: dict[str, Any]) -> Job:
+    """Write the job's sound, with its settings in the comment. Returns the job, under
+    another name where somebody else wrote its file meanwhile."""
     rate, comment = model.sampling_rate, settings.to_comment(record)
-    written = (comment, job.subtype, job.mp3_bitrate)
-    save_audio(job.output, job.level(samples, rate), rate, *written)
+    audio = job.level(samples, rate)
+    while True:
+        try:
+            written = (comment, job.subtype, job.mp3_bitrate, job.overwrite)
+            save_audio(job.output, audio, rate, *written)
+            return job
+        except FileExistsError:
+            other = free(job.output)
+            warnings.warn(
+                f"Another program wrote {job.output} meanwhile: this take is in {other}."
+            )
+            job = replace(job, output=other)
 
 
 def take_settings(
     model: MusicGen, job: Job, sounds: Sounds, prompt_frames: int = 0
 ) -> dict[str, Any]:
     """All that makes the job's take again, for the file's comment."""
-    record = asdict(job.options)
-    record |= dict(model=model.name, revision=model.revision, seed=job.seed)
-    record |= dict(prompt=job.prompt, loudness=job.loudness, peak=job.peak)
-    record |= dict(subtype=job.subtype, mp3_bitrate=job.mp3_bitrate)
+    record = job.record() | dict(model=model.name, revision=model.revision)
     if job.audio_prompt:
-        record |= dict(zip(AUDIO_KEYS, job.audio_prompt), prompt_frames=prompt_frames)
-    if job.melody:
-        path, start, separate = job.melody
-        record |= dict(melody=path, melody_start=start, no_separate=not separate)
-    if job.style:
-        record["style"] = job.style
-        if job.options.style_start is None:  # else the file need not be there any more
-            record["style_start"] = sounds.style_start(job)
+        record |= dict(prompt_frames=prompt_frames)
+    if job.style and job.options.style_start is None:
+        # else the file need not be there any more
+        record["style_start"] = sounds.style_start(job)
     if model.config.quantization:
         record["q_bits"] = model.config.quantization["bits"]
     dtype = str(model.decoder.dtype).removeprefix("mlx.core.")

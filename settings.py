@@ -3,7 +3,8 @@
     python settings.py take.wav
 
 prints the settings of a sound file or a codes file that `generate.py` wrote. In a sound
-file they stand in its comment, as JSON. Stands alone.
+file they stand in its comment, as JSON. Stands alone; to write codes outputs.py is
+needed beside it.
 """
 
 import json
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 VERSION = 1  # of the settings' format
 LONGEST = 2**20  # bytes of a comment that are read
+KINDS = {"model": str, "prompt": str, "revision": str | None, "prompt_frames": int}
 
 
 def to_comment(settings: dict[str, Any]) -> str:
@@ -41,7 +43,21 @@ def from_comment(comment: str, path: Path) -> dict[str, Any]:
             f"{path} is of a later version, {version}; this program reads {VERSION}. "
             "Use the program that wrote it."
         )
+    check_types(settings, path)
     return settings
+
+
+def check_types(settings: dict[str, Any], path: Path) -> None:
+    """Raise ValueError for settings of types that none has: a file may be anybody's."""
+    for name, value in settings.items():
+        kind = KINDS.get(name, str | int | float | None)  # bool is an int
+        if not isinstance(value, kind) or name in KINDS and value is True:
+            raise ValueError(
+                f"{path} has a setting {name} that cannot be: {value!r:.60}"
+            )
+    frames = settings.get("prompt_frames", 0)
+    if not 0 <= frames < 10**9:
+        raise ValueError(f"{path} has prompt_frames that cannot be: {frames!r:.60}")
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -126,16 +142,10 @@ def save_arrays(
     path: str | Path, arrays: dict[str, mx.array], metadata: dict[str, str]
 ) -> None:
     """Write a safetensors file, whole or not at all. Raises OSError."""
-    path = Path(path)
-    target = path.resolve()  # where a link points to, so that the link stays
-    part = target.with_name(f".{target.stem[:80]}.part.safetensors")
-    try:
+    from outputs import whole_file
+
+    with whole_file(path) as part:
         mx.save_safetensors(str(part), arrays, metadata)
-        part.replace(target)
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"{path} could not be written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_codes(path: str | Path) -> tuple[mx.array, dict[str, Any]]:

@@ -4,18 +4,31 @@
     python generate.py --prompt "happy rock" --output - | ffplay -i -
 
 The file is a whole wav after every piece, so that it can be played while it grows, and
-keeps what was made when the run is killed. Needs audio.py beside it.
+keeps what was made when the run is killed. Where a file is there that it overwrites, it
+grows beside it, under a hidden name, until it is longer. Needs audio.py and outputs.py
+beside it.
 """
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import mlx.core as mx
+import soundfile
 
 from audio import WavStream
+from outputs import free, give_name, hidden_path, in_words, open_locked
+
+
+class Written(NamedTuple):
+    """How much a stream has written, and where: its file may be another's by now."""
+
+    seconds: float
+    path: str
 
 
 def write(
@@ -24,33 +37,116 @@ def write(
     channels: int,
     sampling_rate: int,
     comment: str = "",
-) -> float:
-    """Write pieces of samples (N, C) as they come; returns how many seconds there are.
+    overwrite: bool = True,
+    whole: Callable[[], bool] = lambda: True,
+) -> Written:
+    """Write pieces of samples (N, C) as they come.
 
-    A reader that closes the pipe, which "-" is, ends it.
+    A file that is there is lost only to one that is longer, or `whole`, as is asked
+    after the last piece. A reader that closes the pipe, which "-" is, ends it. Raises
+    OSError where nothing can be written.
     """
-    seconds = 0.0
-    with open_output(path) as file:
-        try:
-            wav = WavStream(file, channels, sampling_rate, comment, rewinds=path != "-")
-            for piece in pieces:
-                wav.write(piece)
-                seconds = wav.seconds
-        except BrokenPipeError:
-            discard_output()
+    if path == "-":
+        return Written(write_to_pipe(pieces, channels, sampling_rate, comment), path)
+    with open_output(path, overwrite) as output:
+        wav = WavStream(output.file, channels, sampling_rate, comment)
+        output.grow(0.0)
+        for piece in pieces:
+            wav.write(piece)
+            output.grow(wav.seconds)
+        if whole():
+            output.appear()
+    return Written(wav.seconds, str(output.path))
+
+
+def write_to_pipe(
+    pieces: Iterable[mx.array], channels: int, sampling_rate: int, comment: str
+) -> float:
+    """Write pieces to standard output; returns the seconds. Raises OSError where that
+    is closed."""
+    file, seconds = getattr(sys.stdout, "buffer", None), 0.0
+    if file is None:
+        raise OSError("Standard output, to which --output - writes, is closed.")
+    try:
+        wav = WavStream(file, channels, sampling_rate, comment, rewinds=False)
+        for piece in pieces:
+            wav.write(piece)
+            seconds = wav.seconds
+    except BrokenPipeError:
+        discard_output()
     return seconds
 
 
+class Output:
+    """A file that grows, hidden until it is longer than the one that is there."""
+
+    def __init__(self, path: str, file: BinaryIO, part: Path, overwrite: bool):
+        self.path, self.file = Path(path), file
+        self._part, self._overwrite = part, overwrite
+        self._seconds, self._least = 0.0, seconds_of(self.path)
+        self._shown = False  # whether it has its name
+
+    def grow(self, seconds: float) -> None:
+        """It has so many seconds by now."""
+        self._seconds = seconds
+        if not self._shown and seconds > self._least:
+            self.appear()
+
+    def appear(self) -> None:
+        """Take the name; another one where somebody else took it meanwhile."""
+        while not self._shown:
+            try:
+                give_name(self._part, self.path.resolve(), self._overwrite)
+                self._shown = True
+            except FileExistsError:
+                self._move(f"Another program wrote {self.path} meanwhile")
+
+    def _move(self, why: str) -> None:
+        self.path = free(self.path)
+        warnings.warn(f"{why}: this take is in {self.path}.")
+
+    def close(self) -> None:
+        """Leave no hidden file, and say so where the name is another's."""
+        if not self._shown and self._seconds:
+            self._overwrite = False
+            self._move(f"{self.path} is longer, so it stays")
+            self.appear()
+        self._part.unlink(missing_ok=True)
+        mine = os.fstat(self.file.fileno())
+        if self._shown and not same(self.path, mine):
+            warnings.warn(f"Another program wrote {self.path}: this take is lost.")
+
+
+def seconds_of(path: Path) -> float:
+    """The length of a sound file; of another file 0, and of none less than that."""
+    try:
+        return soundfile.info(path).duration
+    except (OSError, RuntimeError):
+        return 0.0 if os.path.exists(path) else -1.0
+
+
+def same(path: Path, file: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), file)
+    except OSError:
+        return False
+
+
 @contextmanager
-def open_output(path: str) -> Iterator[BinaryIO]:
-    """The file to write, or standard output for "-". Raises OSError without one."""
-    if path == "-" and sys.stdout is None:
-        raise OSError("Standard output, to which --output - writes, is closed.")
-    elif path == "-":
-        yield sys.stdout.buffer
-    else:
-        with open(path, "wb") as file:
-            yield file
+def open_output(path: str, overwrite: bool = True) -> Iterator[Output]:
+    """A file to write, under a hidden name at first. Raises OSError without one."""
+    part = hidden_path(Path(path).resolve())
+    try:
+        with open_locked(part) as file:
+            output = Output(path, file, part, overwrite)
+            try:
+                yield output
+            finally:
+                output.close()
+    except OSError as error:
+        if error.errno is None:  # its message says all
+            raise
+        raise OSError(f"{path} could not be written: {in_words(error)}") from error
 
 
 def discard_output() -> None:

@@ -13,8 +13,13 @@ its codes. `lora` trains an adapter of a model (see lora.py) on sounds and capti
 your own. `--resume` goes on from the last checkpoint. It lies in the output folder
 under `training`, or for an adapter in the folder `OUTPUT.training`. Needs training.py,
 train_codec.py, synth.py, lora.py, convert.py, prompt.py, musicgen.py and all that these
-need beside it.
+need, outputs.py and messages.py beside it.
 """
+
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the rest is imported is no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import hashlib
@@ -33,12 +38,15 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 import convert
 import synth
-from audio import load_audio, save_audio
+from audio import check_writable, load_audio, save_audio
 from checkpoints import MusicGenConfig
 from decoder import Condition, DecoderConfig
 from encodec import Encodec
+from hub import local
 from lora import LoRALinear, add_adapters, find, save_adapter
+from messages import Forgiving, one_line
 from musicgen import MusicGen, delay, delay_mask
+from outputs import check_apart, leave_nothing
 from prompt import check_codes, encode_prompt
 from settings import save_arrays
 from t5 import T5Config, Tokenizer
@@ -365,17 +373,28 @@ def adapt_only(model: MusicGen) -> None:
         module.unfreeze(keys=["a", "b"], recurse=False)
 
 
+def check_adapter_path(args: argparse.Namespace) -> Path:
+    """The folder of the checkpoint, where it and the adapter can be written. Raises
+    ValueError or OSError where not, before minutes of training."""
+    if args.output.suffix != ".safetensors" or args.output.is_dir():
+        raise ValueError(f"--output must end in .safetensors, got {args.output}.")
+    check_apart(args.output, {"model": local(args.model)})
+    check_writable(args.output)
+    folder = args.output.with_name(f"{args.output.name}.training")
+    folder.mkdir(exist_ok=True)
+    check_writable(folder / "checkpoint.safetensors")
+    return folder
+
+
 def train_lora(args: argparse.Namespace) -> None:
     """Train an adapter on a folder of clips, and write it."""
     mx.random.seed(args.seed)
-    if args.output.suffix != ".safetensors" or args.output.is_dir():
-        raise ValueError(f"--output must end in .safetensors, got {args.output}.")
+    folder = check_adapter_path(args)
     dtype = None if args.dtype is None else getattr(mx, args.dtype)
     model = MusicGen.from_pretrained(args.model, dtype, args.q_bits)
     add_adapters(model.decoder, args.rank, 1.0)
     adapt_only(model)
     texts, codes = load_clips(model, args.data)
-    folder = args.output.with_name(f"{args.output.name}.training")
     flags = ("model", "rank", "batch", "crop", "dtype", "q_bits", "seed")
     settings = {name: getattr(args, name) for name in flags}
     training = Training(model, lm_loss, args, folder, {}, settings)
@@ -405,7 +424,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that prints an error as one line."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -467,11 +486,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    leave_nothing()
+    sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
     args = parse_arguments()
     try:
         run(args)
     except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"train.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"train.py: error: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -9,8 +9,11 @@ which it can be resumed. Needs settings.py beside it.
 
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,7 @@ class Training:
         self.done, self.passed = 0, 0.0  # steps, seconds
         self.random = np.random.default_rng(args.seed)
         self._gradient = nn.value_and_grad(model, loss)
+        self._updating = False
         if args.resume:
             self.resume()
         arrays = [model.state, self.optimizer.state]
@@ -78,22 +82,27 @@ class Training:
         warmup = min(1, (self.done + 1) / max(1, min(200, self.steps // 10)))
         self.optimizer.learning_rate = self.rate * decay * warmup
         (_, losses, state), gradients = self._gradient(self.model, *batch)
+        self._updating = True
         self._update(gradients)
         self.state.update(state)
         mx.async_eval(losses, self.model, self.optimizer.state, self.state)
         self.done += 1
+        self._updating = False
         return losses
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all. Raises OSError."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = dict(done=self.done, passed=self.passed, settings=self.settings)
+        metadata["random"] = self.random.bit_generator.state
+        save_arrays(self.path, self.arrays(), {"training": json.dumps(metadata)})
+
+    def arrays(self) -> dict[str, mx.array]:
+        """All that changes in training, by the names in the checkpoint."""
         arrays = {"model": self.model.trainable_parameters()}
         arrays["optimizer"] = self.optimizer.state
         arrays = dict(tree_flatten(arrays))
-        arrays |= {f"state/{name}": value for name, value in self.state.items()}
-        metadata = dict(done=self.done, passed=self.passed, settings=self.settings)
-        metadata["random"] = self.random.bit_generator.state
-        save_arrays(self.path, arrays, {"training": json.dumps(metadata)})
+        return arrays | {f"state/{name}": value for name, value in self.state.items()}
 
     def resume(self) -> None:
         """Go on from the checkpoint.
@@ -111,24 +120,28 @@ class Training:
                 metadata = json.loads((file.metadata() or {})["training"])
             arrays = mx.load(str(self.path))
             mx.eval(arrays)
-            settings, random = dict(metadata["settings"]), metadata["random"]
-            done, passed = int(metadata["done"]), float(metadata["passed"])
+            settings, done, passed = read_progress(metadata)
+            random = np.random.default_rng(0)  # tries the state
+            random.bit_generator.state = metadata["random"]
         except (
             KeyError,
+            OverflowError,
+            RecursionError,
             RuntimeError,
             SafetensorError,
             TypeError,
             ValueError,
         ) as error:
-            raise ValueError(f"{self.path} is damaged: {error!r}") from error
+            raise ValueError(f"{self.path} is damaged: {error!r:.300}") from error
         for name, value in self.settings.items():
             if settings.get(name) != value:
                 raise ValueError(
                     f"{name} must be as it was, {settings.get(name)}, to resume from "
                     f"{self.path}, got {value}."
                 )
+        check_arrays(self.path, arrays, self.arrays())
         self.done, self.passed = done, passed
-        self.random.bit_generator.state = random
+        self.random.bit_generator.state = random.bit_generator.state
         state = {k: arrays.pop(k) for k in list(arrays) if k.startswith("state/")}
         self.state.update({k.removeprefix("state/"): v for k, v in state.items()})
         arrays = tree_unflatten(list(arrays.items()))
@@ -145,33 +158,58 @@ class Training:
 
         `batches` gives the next batch, and `names` are those of the losses. The mean
         losses are printed every half minute. Every four minutes and at the end the
-        checkpoint is saved, and `write` writes the caller's own files. Ctrl-C saves the
-        checkpoint only. Raises ValueError once a loss is not finite, and RuntimeError
-        where the GPU fails: then the last checkpoint is kept.
+        checkpoint is saved, and `write` writes the caller's own files. Ctrl-C and SIGTERM
+        end it after the step, and save the checkpoint only; pressed again, Ctrl-C ends
+        it at once. Raises ValueError once a loss is not finite, and RuntimeError where
+        the GPU fails: then the last checkpoint is kept.
         """
-        start = time.perf_counter() - self.passed
-        losses, last_print, last_save, failed = [], 0.0, 0.0, False
-        try:
-            while self.done < self.steps and self.passed < self.seconds:
-                losses.append(self.step(batches()))
-                self.passed = time.perf_counter() - start
-                if self.passed - last_print < 30 and self.done < self.steps:
-                    continue
-                self.tell(losses, names)  # first: a loss that is not finite ends it
-                losses, last_print = [], self.passed
-                if self.passed - last_save > 240:
-                    self.save()
-                    write()
-                    last_save = self.passed
-        except RuntimeError as error:  # of MLX
-            failed = True  # what was to be computed is lost, the weights with it
-            raise RuntimeError(self.how_to_go_on(error)) from error
-        finally:
-            if losses and not failed:
-                self.tell(losses, names)
-            if not failed:
-                self.save()
+        with between_steps() as asked:
+            try:
+                self._train(batches, names, write, asked)
+            except RuntimeError as error:  # of MLX: what was to be computed is lost
+                raise RuntimeError(self.how_to_go_on(error)) from error
+        if signal.SIGINT in asked:
+            raise KeyboardInterrupt
+        if asked:
+            raise SystemExit(128 + asked[0])
         write()
+
+    def _train(
+        self,
+        batches: Callable[[], tuple[mx.array, ...]],
+        names: tuple[str, ...],
+        write: Callable[[], None],
+        asked: list[int],
+    ) -> None:
+        """Take the steps of `run`, until a signal is `asked`, and save the checkpoint."""
+        start = time.perf_counter() - self.passed
+        losses, last_print, last_save = [], 0.0, 0.0
+        while self.done < self.steps and self.passed < self.seconds and not asked:
+            losses.append(self.draw_and_step(batches))
+            self.passed = time.perf_counter() - start
+            if self.passed - last_print < 30 and self.done < self.steps:
+                continue
+            self.tell(losses, names)  # first: a loss that is not finite ends it
+            losses, last_print = [], self.passed
+            if self.passed - last_save > 240:
+                self.save()
+                write()
+                last_save = self.passed
+        if losses:
+            self.tell(losses, names)
+        self.save()
+
+    def draw_and_step(self, batches: Callable[[], tuple[mx.array, ...]]) -> mx.array:
+        """Take a step on the next batch. One that is interrupted is saved as it was
+        before, or not at all: a resumed training draws the same batch again."""
+        random = self.random.bit_generator.state
+        try:
+            return self.step(batches())
+        except KeyboardInterrupt:
+            if not self._updating:
+                self.random.bit_generator.state = random
+                self.save()
+            raise
 
     def how_to_go_on(self, error: RuntimeError) -> str:
         """What to do where the GPU failed, in one line."""
@@ -192,3 +230,51 @@ class Training:
             )
         text = ", ".join(f"{name} {mean:.4f}" for name, mean in zip(names, means))
         print(f"{self.passed:.0f} s, step {self.done}: {text}", flush=True)
+
+
+def read_progress(metadata: Any) -> tuple[dict[str, Any], int, float]:
+    """Settings, steps and seconds of a checkpoint. Raises ValueError, TypeError or
+    KeyError for what cannot be."""
+    settings, done, passed = (metadata[k] for k in ("settings", "done", "passed"))
+    if type(settings) is not dict or type(done) is not int or done < 0:
+        raise ValueError("settings or steps that cannot be")
+    if type(passed) not in (int, float) or not 0 <= passed < 1e12:
+        raise ValueError("seconds that cannot be")
+    return settings, done, passed
+
+
+def check_arrays(
+    path: Path, arrays: dict[str, mx.array], wanted: dict[str, mx.array]
+) -> None:
+    """Raise ValueError unless both have the same names, shapes and types."""
+    forms, wanted_forms = (
+        {name: (array.shape, array.dtype) for name, array in named.items()}
+        for named in (arrays, wanted)
+    )
+    if wrong := sorted(forms.items() ^ wanted_forms.items(), key=str):
+        raise ValueError(f"{path} is damaged: {wrong[0][0]} must be another array.")
+
+
+@contextmanager
+def between_steps() -> Iterator[list[int]]:
+    """Signals that end the training are listed; the same one again is obeyed at once."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if number in asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # Python handles signals in the main thread only
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

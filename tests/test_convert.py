@@ -166,7 +166,7 @@ class TestConvert(Test):
             self.assertRegex(err.getvalue(), rf"^convert.py: error: .*{pattern}.*\n$")
 
     def test_target_is_tried_before_the_model_is_loaded(self):
-        with patch("tempfile.mkdtemp", side_effect=PermissionError("no")):
+        with patch("pathlib.Path.mkdir", side_effect=PermissionError("no")):
             with patch.object(MusicGen, "from_pretrained") as load:
                 with self.assertRaises(PermissionError):
                     convert.convert("small", self.folder / "x", mx.float16)

@@ -1,0 +1,159 @@
+"""A file of prompts: its lines as jobs, and which of them are left to make.
+
+    jobs = plan_file(Path("prompts.jsonl"), dict(seed=0, output="song.wav"))
+    jobs, messages = left(jobs, {"model": "small"})
+
+A line is a prompt, or a JSON object with any of the settings. What was made with the
+settings of its line, which stand in the sound file, is not made again. Needs jobs.py,
+settings.py, outputs.py, hub.py, options.py and what these need beside it.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from hub import follows, same_model
+from jobs import ALL_KEYS, Job, agree, make_job, numbered
+from options import Options
+from outputs import identity, is_there
+from settings import read_settings
+
+ALIASES = {"guidance": "guidance_coef", "negative": "negative_prompt"}
+DEFAULTS = asdict(Options()) | {"model": None, "adapter_scale": 1.0}  # of a record
+
+
+def plan_file(path: Path, values: dict[str, Any]) -> list[Job]:
+    """Jobs for the lines of a file: a prompt each, or a JSON object with any of the
+    settings; `values` are those that a line does not give. A line with a value that
+    cannot be is a job with a fault. Raises ValueError naming the line that is neither,
+    has an unknown key, or the output of another line."""
+    lines, jobs, outputs = list(read_lines(path)), [], {}
+    for i, (number, overrides) in enumerate(lines):
+        default = dict(seed=values["seed"] + i)
+        default["output"] = numbered(values["output"], i, max(len(lines), 2))
+        try:
+            job = make_job(values | default | overrides, number, {*overrides})
+        except (TypeError, ValueError) as error:
+            jobs.append(faulty(default, number, error))
+            continue
+        kind = follows(str(values.get("model", "")))
+        for name in job.inputs().keys() & {"melody", "style"} - {kind or "any"}:
+            if kind is not None:
+                fault = f"{name} needs a model that follows one; this does not."
+                job = replace(job, fault=fault)
+        place = identity(job.output)
+        if place in outputs:
+            raise ValueError(
+                f"{path}, line {number}: its output {job.output} is that of line "
+                f"{outputs[place]}, too."
+            )
+        outputs[place] = number
+        fixed = "seed" in overrides or values.get("seed_is_given", True)
+        jobs.append(replace(job, seed_is_given=bool(fixed)))
+    if not jobs:
+        raise ValueError(f"{path} must hold a prompt in a line, but holds none.")
+    return jobs
+
+
+def faulty(default: dict[str, Any], number: int, error: Exception) -> Job:
+    """A job that says what is wrong with its line."""
+    job = make_job(default | {"prompt": ""}, number)
+    return replace(job, fault=str(error))
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and settings of each line that is not empty.
+
+    The file is JSON Lines if it is called so, or its first such line begins with a
+    brace or bracket.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be a text in UTF-8: {error}") from error
+    filled = [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
+    named = path.suffix in (".json", ".jsonl", ".ndjson")
+    json_lines = named or bool(filled) and filled[0][1].startswith(("{", "["))
+    for number, line in filled:
+        yield number, parse_line(path, number, line) if json_lines else {"prompt": line}
+
+
+def parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        line_settings = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+    if not isinstance(line_settings, dict):
+        raise ValueError(f"{path}, line {number} must be an object, got {line:.40}")
+    overrides = {
+        ALIASES.get(k, k.replace("-", "_")): v for k, v in line_settings.items()
+    }
+    if unknown := overrides.keys() - {*ALL_KEYS}:
+        raise ValueError(
+            f"{path}, line {number} has the unknown key '{min(unknown)}'; known are "
+            f"{', '.join(sorted(ALL_KEYS))}."
+        )
+    if "prompt" not in overrides:
+        raise ValueError(f"{path}, line {number} must have a prompt.")
+    return overrides
+
+
+def left(
+    jobs: list[Job], given: dict[str, Any], force: bool = False
+) -> tuple[list[Job], list[str]]:
+    """Jobs that are to be made, and why the others are not, or are made again.
+
+    `given` are settings of the model by their names in a sound file. What is there is
+    made again where other settings stand in it, or where `force` says so; what holds
+    none is left alone, for it may be anybody's.
+    """
+    wanted, messages = [], []
+    for job in jobs:
+        if force or job.fault or not is_there(job.output) or job.output.is_dir():
+            wanted.append(job)
+            continue
+        try:
+            changed = differences(job, given, read_settings(job.output))
+        except (OSError, ValueError) as error:
+            messages.append(f"skipped {job.output}, which is there: {error}")
+            continue
+        if changed:
+            wanted.append(replace(job, overwrite=True))
+            messages.append(f"{job.output} is made again: {'; '.join(changed)}")
+        else:
+            messages.append(f"skipped {job.output}: it is there, with these settings")
+    return wanted, messages
+
+
+def agreed(
+    jobs: list[Job], wanted: list[Job], group: mx.distributed.Group
+) -> list[Job]:
+    """Of the jobs those that the first process of a group wants."""
+    mine = {job.line: job for job in wanted}
+    flags = [int(group.rank() == 0 and job.line in mine) for job in jobs]
+    kept = zip(jobs, agree(flags, group))
+    return [mine.get(job.line, job) for job, keep in kept if keep]
+
+
+def differences(job: Job, given: dict[str, Any], record: dict[str, Any]) -> list[str]:
+    """What is other in a sound file's record than the job asks for."""
+    wanted = dict.fromkeys({*ALL_KEYS} - {"output"}) | job.record() | given
+    if not job.seed_is_given:
+        del wanted["seed"]
+    if job.options.style_start is None:  # drawn by the seed
+        del wanted["style_start"]
+    changed = []
+    for name, value in sorted(wanted.items()):
+        before = record.get(name, DEFAULTS.get(name))
+        if name == "model":
+            same = isinstance(before, str) and same_model(before, value)
+        else:
+            unset = all(x is None or x is False for x in (before, value))
+            same = unset or before == value
+        if not same:
+            changed.append(f"{name} was {before!r:.60} and is {value!r:.60}")
+    return changed

@@ -1,0 +1,45 @@
+"""What people read: messages of one line, to a terminal that may be gone.
+
+    sys.stderr = Forgiving(sys.stderr)
+    print(one_line(error), file=sys.stderr)
+
+Stands alone.
+"""
+
+from typing import Any
+
+LONGEST = 600  # characters
+
+
+def one_line(message: object) -> str:
+    """A message on one line, cut in the middle where it is long. What a terminal would
+    obey, or cannot show, is spelled out: texts from files may hold anything."""
+    text = " ".join(str(message).split())
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST * 2 // 3]} ... {text[-LONGEST // 3 :]}"
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in text
+    )
+
+
+class Forgiving:
+    """A stream that loses what cannot be written: no take ends for a line about it."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (AttributeError, OSError, ValueError):  # it is gone, or closed
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (AttributeError, OSError, ValueError):
+            pass

@@ -1,0 +1,236 @@
+"""Files to write: free names, never over what is read, and whole or not at all.
+
+    path = free(default_name("happy rock", seed=841725207))  # happy-rock-841725207.wav
+    check_apart(path, {"audio_prompt": "song.mp3"})
+    with whole_file(path) as part:
+        part.write_bytes(content)
+
+Stands alone.
+"""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import signal
+import stat
+import sys
+import tempfile
+import unicodedata
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+LONGEST = 40  # characters of a prompt in a name
+WEIGHTS = (".safetensors", ".bin", ".json", ".model")
+
+
+def default_name(prompt: str, seed: int, suffix: str = ".wav") -> str:
+    """A file name from the words of a prompt, and its seed."""
+    text = unicodedata.normalize("NFC", prompt).lower()
+    words = "-".join(re.findall(r"[^\W_]+", text))
+    if len(words) > LONGEST:
+        words = words[: LONGEST + 1].rpartition("-")[0] or words[:LONGEST]
+    return f"{words or 'music'}-{seed}{suffix}"
+
+
+def free(path: str | Path) -> Path:
+    """The path, or with the first number from 2 on under which nothing is there."""
+    path = Path(path)
+    numbered, number = path, 2
+    while is_there(numbered):
+        numbered = path.with_stem(f"{path.stem}-{number}")
+        number += 1
+    return numbered
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether something would be lost by writing there: an empty file would not."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return False
+    return not stat.S_ISREG(found.st_mode) or found.st_size > 0
+
+
+def check_new(path: str | Path) -> None:
+    """Raise FileExistsError where something is there."""
+    if is_there(path):
+        raise FileExistsError(
+            f"{path} is there already: choose another name, or --force to overwrite it."
+        )
+
+
+def check_apart(output: str | Path, inputs: dict[str, str | Path | None]) -> None:
+    """Raise ValueError where the output is a file that is read: one of `inputs`, which
+    are paths by what they are, or of a model's folder among them."""
+    for name, path in inputs.items():
+        if path is None:
+            continue
+        for file in (path, *weights_in(path)):
+            if same_file(file, output):
+                raise ValueError(
+                    f"{output} is read as the {name}, so it is not overwritten: choose "
+                    "another name."
+                )
+
+
+def weights_in(folder: str | Path) -> Iterable[str]:
+    """Paths of a model's files in a folder, and in its folders; none of a file."""
+    for place, _, names in os.walk(folder):
+        named = (name for name in names if name.endswith(WEIGHTS))
+        yield from (os.path.join(place, name) for name in named)
+
+
+def same_file(path: str | Path, other: str | Path) -> bool:
+    """Whether both name one file, be it there or not."""
+    try:
+        return os.path.samefile(path, other)
+    except (OSError, ValueError):  # one of them is not there
+        return identity(path) == identity(other)
+
+
+def identity(path: str | Path) -> tuple:
+    """The same for all names of one file: links, and where the file system ignores
+    case, `Song.wav` and `song.wav`."""
+    try:
+        folder, name = os.path.split(os.path.realpath(path))
+        found = os.stat(folder)
+    except (OSError, ValueError):
+        return (str(path),)
+    if ignores_case(folder):
+        name = unicodedata.normalize("NFD", name).casefold()
+    return found.st_dev, found.st_ino, name
+
+
+@functools.cache
+def ignores_case(folder: str) -> bool:
+    """Whether names that differ in case are one file in a folder, as on most Macs."""
+    try:
+        with tempfile.NamedTemporaryFile(prefix=".Case-", dir=folder) as file:
+            place, name = os.path.split(file.name)
+            return os.path.exists(os.path.join(place, name.swapcase()))
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
+    """A hidden file beside `path`, which takes its name at the end, or is gone.
+
+    Each writer has its own, and the last one wins. Raises OSError where it cannot be
+    written, FileExistsError where a file is there that is not to be overwritten.
+    """
+    target = Path(path).resolve()  # where a link points to, so that the link stays
+    part = hidden_path(target)
+    try:
+        with open_locked(part) as file:
+            try:
+                yield part
+            except (OSError, RuntimeError) as error:
+                raise OSError(reason(file, error)) from error
+            give_name(part, target, overwrite)
+    except FileExistsError as error:
+        raise FileExistsError(f"{path} is there already.") from error
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def hidden_path(target: Path) -> Path:
+    """A new name beside a file, to write it under. What a killed process left under
+    such names is removed."""
+    hidden = "." + hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
+    for part in target.parent.glob(f"{hidden}-*"):
+        remove_if_left(part)
+    return target.with_name(f"{hidden}-{secrets.token_hex(4)}.part{target.suffix}")
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder beside `path`, which takes its name at the end, or is gone.
+    Raises OSError, too, where somebody else took the name meanwhile."""
+    target = Path(os.path.abspath(path))
+    part = hidden_path(target)
+    part.mkdir()
+    lock = os.open(part, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield part
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        os.close(lock)
+
+
+def open_locked(part: Path) -> BinaryIO:
+    """A new file, locked as long as it is open: its writer lives."""
+    file = open(part, "xb")
+    with contextlib.suppress(OSError):  # of file systems without locks
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file
+
+
+def remove_if_left(part: Path) -> None:
+    """Remove a hidden file or folder whose writer was killed: nobody holds its lock."""
+    with contextlib.suppress(OSError):
+        lock = os.open(part, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+        finally:
+            os.close(lock)
+
+
+def give_name(part: Path, target: Path, overwrite: bool) -> None:
+    """Give a hidden file its name. Raises FileExistsError where there is a file, which
+    is not empty, that is not to be overwritten."""
+    if overwrite or target.exists() and target.stat().st_size == 0:
+        part.replace(target)
+        return
+    try:
+        os.link(part, target)
+        part.unlink()
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if target.exists():
+            raise FileExistsError(f"{target} is there already.") from None
+        part.replace(target)
+
+
+def reason(file: BinaryIO, error: Exception) -> str:
+    """Why an open file cannot be written: libraries do not tell of a full disk."""
+    try:
+        os.lseek(file.fileno(), 0, os.SEEK_END)
+        os.write(file.fileno(), bytes(2**20))
+        os.fsync(file.fileno())
+    except OSError as cause:
+        return in_words(cause)
+    return str(error)
+
+
+def reason_in(folder: Path, error: Exception) -> str:
+    """Why a file in a folder cannot be written."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return reason(file, error)
+
+
+def leave_nothing() -> None:
+    """From now on SIGTERM and SIGHUP raise SystemExit, so that hidden files go."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as of nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
+def in_words(error: OSError) -> str:
+    """What the system says, plainly of a full disk."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "the disk is full" if full else error.strerror or str(error)
