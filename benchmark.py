@@ -209,7 +209,7 @@ def measure_training(model: MusicGen, duration: float, batch: int, rank: int) ->
 
     add_adapters(model.decoder, rank, 1.0)
     adapt_only(model)
-    frames = int(duration * model.frame_rate)
+    frames = model.frames_in(duration)
     codes = mx.zeros((batch, frames, model.config.decoder.num_codebooks), mx.int32)
     ids, mask = mx.ones((batch, 16), mx.int32), mx.ones((batch, 16), mx.bool_)
     given = (ids, mask, mx.ones(batch, mx.bool_), codes)

@@ -190,7 +190,7 @@ class Prefixes:
                 once[key] = self._conditioner.prepare(request, seed, duration)
             self._prepared.append(once[key])
         mx.eval(self._prepared)  # here, for what is lazy belongs to this thread
-        self._slides = int(duration * model.frame_rate) > model.longest_window
+        self._slides = model.frames_in(duration) > model.longest_window
         self._hop = model.config.audio_encoder.hop_length
 
     def group(self, prompts: list[str], negative_prompt: str) -> list[list[int]]:

@@ -3,7 +3,7 @@
 The hybrid transformer of Rouard et al. (https://arxiv.org/abs/2211.08553). One branch
 works on the spectrogram, the other on the waveform. Between their encoders and decoders
 a transformer lets each attend to the other. The stems are the sum of both outputs.
-Stands alone; audio.py is needed beside it to split a file from the command line.
+Stands alone; audio.py and outputs.py are needed to split a file from the command line.
 
     model = HTDemucs.from_pretrained("adefossez/HTDemucs")
     audio = load_audio("song.mp3", model.sampling_rate, model.channels)  # of audio.py

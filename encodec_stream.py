@@ -89,7 +89,7 @@ def play(
     if not isinstance(chunk, Real) or not least <= chunk < 1e6:
         raise ValueError(f"chunk must be at least 1/{model.frame_rate} s, got {chunk}.")
     return pieces_of(
-        model, take, int(chunk * model.frame_rate), take if steps is None else steps
+        model, take, model.frames_in(chunk), take if steps is None else steps
     )
 
 

@@ -463,7 +463,7 @@ def cache_bytes(decoder: Decoder, steps: int) -> int:
 def rows_that_fit(model: "MusicGen", options: "Options") -> int:
     """How many prompts fit into memory beside what is there, at least one."""
     limit_memory()
-    steps = min(model.longest_window, int(options.duration * model.frame_rate))
+    steps = min(model.longest_window, model.frames_in(options.duration))
     if model.conditioner is not None:
         steps += model.conditioner.longest + model.config.text_encoder.n_positions
     room = memory_size() - mx.get_active_memory() - DECODING_MEMORY

@@ -15,8 +15,8 @@
     python generate.py --prompt "epic orchestral soundtrack" --model stereo-large
 
 `python generate.py --help` explains every flag. Needs jobs.py, lines.py and stream.py
-beside it, which plan and write takes, hub.py, musicgen.py and all that these need;
-together.py to share a model, melody.py to follow a melody.
+beside it, which plan and write takes, hub.py, musicgen.py and all that these need,
+messages.py and together.py; lora.py for an adapter, melody.py to follow a melody.
 """
 
 import signal
@@ -519,7 +519,7 @@ def sure_codes(
     """Codes to go on from, less the last two frames that were generated: where a take
     ends, its later codebooks saw blanks instead of what comes now."""
     T = codes.shape[1]
-    if T >= int(args.duration * model.frame_rate):
+    if T >= model.frames_in(args.duration):
         raise ValueError(
             f"{args.resume} is {T / model.frame_rate:g} s long already; --duration "
             f"must be more, got {args.duration:g}."

@@ -293,7 +293,7 @@ class Sounds:
         most = int(job.options.duration * rate) + 1
         audio = load_audio(path, rate, model.channels, first, min(count or most, most))
         if len(audio) == most:
-            frames = int(job.options.duration * model.frame_rate)
+            frames = model.frames_in(job.options.duration)
             there = count_samples(path, rate) - first
             check_length(model, min(count or there, there), frames)
         return audio

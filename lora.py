@@ -7,7 +7,8 @@ trained and saved. `train.py lora` makes an adapter. To use it:
     model = MusicGen.from_pretrained("small")
     load_adapter(model, "brass.safetensors", scale=0.8)
 
-or `generate.py --adapter brass.safetensors`. Needs settings.py beside it.
+or `generate.py --adapter brass.safetensors`. Needs settings.py beside it; outputs.py is
+needed to save one.
 """
 
 import json

@@ -14,6 +14,7 @@ with a sound, prompt.py is needed; to follow one, conditioning.py.
     save_audio("out.wav", audio[0], model.sampling_rate)  # of audio.py
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,7 +80,13 @@ class MusicGen(nn.Module):
     @property
     def longest_window(self) -> int:
         """Frames of the longest audio that the decoder was trained on."""
-        return int(self.config.max_duration * self.frame_rate)
+        return self.frames_in(self.config.max_duration)
+
+    def frames_in(self, seconds: float) -> int:
+        """Whole frames. 2.3 s are 115, though 2.3 * 50 is less, for it is rounded."""
+        frames = seconds * self.frame_rate
+        near = round(frames)
+        return near if math.isclose(frames, near, rel_tol=1e-12) else int(frames)
 
     @property
     def adapter(self) -> dict[str, Any]:
@@ -112,7 +119,7 @@ class MusicGen(nn.Module):
     def generate_codes(
         self, prompts: str | list[str], duration: float = 8.0, **options
     ) -> mx.array:
-        """Codes (B, T, K), T = int(duration * frame_rate); options as of `steps`."""
+        """Codes (B, T, K), T = frames_in(duration); options as of `steps`."""
         take = self.steps(prompts, duration, **options)
         for _ in take:
             pass
@@ -333,9 +340,9 @@ class Take:
         self._model, self._options, self._prefixes = model, options, prefixes
         self.prompts, self._seeds, self._prompt_codes = prompts, seeds, prompt_codes
         T, self._delays = prompt_codes.shape[1], model.config.decoder.delays
-        self._frames = int(options.duration * model.frame_rate)
+        self._frames = model.frames_in(options.duration)
         stride = options.extend_stride or 0.6 * model.config.max_duration
-        sizes = (model.longest_window, int(stride * model.frame_rate))
+        sizes = (model.longest_window, model.frames_in(stride))
         plan = windows(self._frames, *sizes)
         self._plan = [(start, end) for start, end in plan if end > T]
         size, groups = batch_size or model.rows_that_fit(options), [range(len(prompts))]

@@ -31,7 +31,7 @@ def start_with(
     """
     if audio is not None and codes is not None:
         raise ValueError("audio_prompt and codes_prompt must not come together.")
-    frames = int(duration * model.frame_rate)
+    frames = model.frames_in(duration)
     if codes is not None:
         return check_prompt(model, codes, frames)
     return encode_prompt(model, audio, frames)

@@ -9,7 +9,7 @@ words, in any order. `train.py synth` trains on clips, and `evaluate.py` measure
 
 Two timbres are not among those of the training. "brass" is there for `train.py lora` to
 teach. "any" has another spectrum for each note; the codec is trained on it, too, so
-that it hears more than five spectra. Needs audio.py beside it.
+that it hears more than five spectra. Needs audio.py and outputs.py beside it.
 """
 
 import argparse

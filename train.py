@@ -270,7 +270,7 @@ def visible(folder: Path) -> list[Path]:
 
 def skip(reason: str) -> None:
     """Tell what is left out."""
-    print(f"train.py: skipped: {reason}", file=sys.stderr)
+    print(f"train.py: skipped: {one_line(reason)}", file=sys.stderr)
 
 
 def read_text(path: Path) -> list[tuple[int, str]]:
@@ -401,7 +401,7 @@ def train_lora(args: argparse.Namespace) -> None:
     random = training.random
     ids = [model.tokenizer.encode(text) for text in texts]
     length = max(map(len, ids))
-    most = int(args.crop * model.frame_rate)
+    most = model.frames_in(args.crop)
 
     def batch() -> tuple[mx.array, ...]:
         rows = random.integers(len(codes), size=args.batch)

@@ -4,7 +4,7 @@
     training.run(batches, names=("loss",), write=save)
 
 It takes steps of AdamW, prints the losses, and keeps a checkpoint in `folder`, from
-which it can be resumed. Needs settings.py beside it.
+which it can be resumed. Needs settings.py and outputs.py beside it.
 """
 
 import json

@@ -21,6 +21,7 @@ from unittest.mock import patch
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import soundfile
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE, TINY = ROOT / "reference", ROOT / "tiny"
@@ -139,14 +140,14 @@ def try_evaluate(evaluate):
 
 
 def try_generate(generate):
-    flags = ["--model", TINY, "--duration", "0.1", "--takes", "2"]
+    flags = ["--model", TINY, "--duration", "0.1", "--takes", "2", "--seed", "7"]
     run("generate.py", "--prompt", "slow bell", *flags)
-    assert Path("out-2.wav").is_file()
+    assert Path("slow-bell-8.wav").is_file()
 
 
 def try_hub(hub):
     hub.check_name("stereo-small")
-    assert hub.local("tiny") == Path.cwd() / "tiny"
+    assert hub.local("tiny") == Path.cwd() / "tiny" and hub.local("small") is None
 
 
 def try_jobs(jobs):
@@ -168,6 +169,13 @@ def try_limits(limits):
         assert str(error) == "a must be from 1 to 3, got 4."
 
 
+def try_lines(lines):
+    Path("a.txt").write_text("bell\nsaw\n")
+    planned = lines.plan_file(Path("a.txt"), dict(seed=3, output="a.wav"))
+    assert [job.seed for job in planned] == [3, 4]
+    assert lines.left(planned, {}) == (planned, [])
+
+
 def try_lora(lora):
     layer = nn.Linear(4, 6, bias=False)
     adapter = lora.LoRALinear(layer, rank=2, scale=1.0)
@@ -184,17 +192,18 @@ def try_loudness(loudness):
 
 
 def try_melody(melody):
-    import audio
-
     assert melody.extract_chroma(NOISE, 32000).shape == (8, 12)
-    audio.save_audio("a.wav", NOISE, 32000)
+    soundfile.write("a.wav", NOISE, 32000)
     run("melody.py", "a.wav")
 
 
-def try_mert(mert):
-    import audio
+def try_messages(messages):
+    assert messages.one_line("a\n\x1b[1m") == "a \\x1b[1m"
+    messages.Forgiving(None).write("to nobody")
 
-    audio.save_audio("a.wav", NOISE, 32000)
+
+def try_mert(mert):
+    soundfile.write("a.wav", NOISE, 32000)
     folder = REFERENCE / "style-audiocraft" / "MERT-v1-95M"
     run("mert.py", "a.wav", "--model", folder)
 
@@ -208,6 +217,13 @@ def try_musicgen(musicgen):
 def try_options(options):
     options.Options(duration=3, negative_prompt="drums").check()
     assert options.row_seeds(3, 2) == [3, 4]
+
+
+def try_outputs(outputs):
+    path = outputs.free(outputs.default_name("Slow bell!", 7))
+    with outputs.whole_file(path) as part:
+        part.write_bytes(b"sound")
+    assert outputs.free(path) == Path("slow-bell-7-2.wav")
 
 
 def try_parallel(parallel):
@@ -232,7 +248,8 @@ def try_progress(progress):
 def try_prompt(prompt):
     sizes = dict(decoder=Namespace(num_codebooks=4, vocab_size=8))
     sizes |= dict(audio_encoder=Namespace(hop_length=640))
-    model = Namespace(config=Namespace(**sizes), frame_rate=50)
+    frames_in = lambda seconds: int(50 * seconds)  # noqa: E731
+    model = Namespace(config=Namespace(**sizes), frame_rate=50, frames_in=frames_in)
     codes = mx.ones((1, 3, 4), mx.int32)
     assert prompt.start_with(model, None, codes, duration=1.0) is codes
     assert prompt.prompt_frames(model, mx.zeros((641, 1))) == 2
@@ -260,7 +277,7 @@ def try_settings(settings):
 
 def try_stream(stream):
     pieces = [mx.zeros((640, 1)), mx.ones((640, 1)) / 2]
-    assert stream.write("a.wav", pieces, 1, 32000) == 0.04
+    assert stream.write("a.wav", pieces, 1, 32000).seconds == 0.04
 
 
 def try_style(style):
@@ -288,6 +305,12 @@ def try_t5(t5):
 def try_t5_files(t5_files):
     settings, weights, spiece = t5_files.read(REFERENCE / "t5-gated")
     assert settings["d_model"] and weights and spiece.is_file()
+
+
+def try_together(together):
+    peers = together.Peers(mx.distributed.init())
+    with peers.watched("nobody is left"):
+        assert mx.distributed.all_sum(mx.ones(1)).item() == 1
 
 
 def try_torch_file(torch_file):

@@ -23,17 +23,17 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 # Every import points to an earlier layer, from people at the end to leaves.
 LAYERS = """
-    options limits settings hub resample torch_file t5_files decoder parallel progress test
-    audio audiocraft t5 training lora
-    encodec_files engine loudness play stream synth demucs mert
-    encodec melody
+    options outputs messages together limits hub resample torch_file t5_files decoder parallel progress test
+    settings audio audiocraft t5
+    training lora encodec_files loudness play stream synth demucs mert
+    engine encodec melody
     encodec_stream style train_codec
     prompt conditioning published
     checkpoints
     musicgen
     jobs convert evaluate
-    generate train
-    benchmark
+    lines train
+    generate benchmark
 """
 
 TEXT_TO_MUSIC = ("musicgen", "decoder", "t5", "encodec", "options", "checkpoints")
