@@ -290,12 +290,11 @@ def check_melody(args: argparse.Namespace) -> None:
 
 def check_files(args: argparse.Namespace) -> None:
     """Raise ValueError where a file to write is one that is read."""
-    folder = local(args.model)
     inputs = {f"--{name}": getattr(args, name) for name in ("again", "resume")}
     inputs |= {"--redecode": args.redecode, "--adapter": args.adapter}
     inputs |= {"--prompts": args.prompts, "--audio-prompt": args.audio_prompt}
     inputs |= {"--melody": args.melody, "--style": args.style}
-    inputs["--model"] = folder if folder.is_dir() else None
+    inputs["--model"] = local(args.model)
     for output in (args.output, args.save_codes, args.save_melody):
         if output and output != "-":
             check_apart(output, inputs)

@@ -62,7 +62,8 @@ def check_new(path: str | Path) -> None:
     """Raise FileExistsError where something is there."""
     if is_there(path):
         raise FileExistsError(
-            f"{path} is there already: choose another name, or --force to overwrite it."
+            f"{path} is there already: choose another name, or overwrite it with "
+            "--force."
         )
 
 
@@ -75,8 +76,8 @@ def check_apart(output: str | Path, inputs: dict[str, str | Path | None]) -> Non
         for file in (path, *weights_in(path)):
             if same_file(file, output):
                 raise ValueError(
-                    f"{output} is read as the {name}, so it is not overwritten: choose "
-                    "another name."
+                    f"{output} must not be written, since it is read as the {name}: "
+                    "choose another name."
                 )
 
 
@@ -127,9 +128,10 @@ def whole_file(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
     written, FileExistsError where a file is there that is not to be overwritten.
     """
     target = Path(path).resolve()  # where a link points to, so that the link stays
-    part = hidden_path(target)
     try:
-        with open_locked(part) as file:
+        part, file = open_hidden(target)
+        with file, contextlib.ExitStack() as stack:
+            stack.callback(part.unlink, missing_ok=True)
             try:
                 yield part
             except (OSError, RuntimeError) as error:
@@ -139,17 +141,17 @@ def whole_file(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
         raise FileExistsError(f"{path} is there already.") from error
     except OSError as error:
         raise OSError(f"{path} could not be written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
-def hidden_path(target: Path) -> Path:
-    """A new name beside a file, to write it under. What a killed process left under
-    such names is removed."""
-    hidden = "." + hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
-    for part in target.parent.glob(f"{hidden}-*"):
-        remove_if_left(part)
-    return target.with_name(f"{hidden}-{secrets.token_hex(4)}.part{target.suffix}")
+def open_hidden(target: Path) -> tuple[Path, BinaryIO]:
+    """A new file beside another, to write that under, locked as long as it is open: its
+    writer lives. What a killed process left under such names is removed."""
+    while True:
+        part = hidden_path(target)
+        file = open(part, "xb")
+        if lock_own(file.fileno(), part):
+            return part, file
+        file.close()
 
 
 @contextlib.contextmanager
@@ -157,12 +159,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """A hidden folder beside `path`, which takes its name at the end, or is gone.
     Raises OSError, too, where somebody else took the name meanwhile."""
     target = Path(os.path.abspath(path))
-    part = hidden_path(target)
-    part.mkdir()
-    lock = os.open(part, os.O_RDONLY)
+    while True:
+        part = hidden_path(target)
+        part.mkdir()
+        lock = os.open(part, os.O_RDONLY)
+        if lock_own(lock, part):
+            break
+        os.close(lock)
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
         yield part
         part.rename(target)
     finally:
@@ -170,12 +174,22 @@ def whole_folder(path: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def open_locked(part: Path) -> BinaryIO:
-    """A new file, locked as long as it is open: its writer lives."""
-    file = open(part, "xb")
+def hidden_path(target: Path) -> Path:
+    """A new name beside a file. What nobody writes any more under such names goes."""
+    hidden = "." + hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
+    for part in target.parent.glob(f"{hidden}-*"):
+        remove_if_left(part)
+    return target.with_name(f"{hidden}-{secrets.token_hex(4)}.part{target.suffix}")
+
+
+def lock_own(file: int, part: Path) -> bool:
+    """Lock an open file or folder; False where it was taken for one that was left."""
     with contextlib.suppress(OSError):  # of file systems without locks
         fcntl.flock(file, fcntl.LOCK_EX)
-    return file
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(part))
+    except OSError:
+        return False
 
 
 def remove_if_left(part: Path) -> None:
@@ -210,7 +224,8 @@ def reason(file: BinaryIO, error: Exception) -> str:
     """Why an open file cannot be written: libraries do not tell of a full disk."""
     try:
         os.lseek(file.fileno(), 0, os.SEEK_END)
-        os.write(file.fileno(), bytes(2**20))
+        for _ in range(2):  # the first may write a part
+            os.write(file.fileno(), bytes(2**20))
         os.fsync(file.fileno())
     except OSError as cause:
         return in_words(cause)

@@ -21,7 +21,7 @@ import mlx.core as mx
 import soundfile
 
 from audio import WavStream
-from outputs import free, give_name, hidden_path, in_words, open_locked
+from outputs import free, give_name, in_words, open_hidden
 
 
 class Written(NamedTuple):
@@ -135,9 +135,9 @@ def same(path: Path, file: os.stat_result) -> bool:
 @contextmanager
 def open_output(path: str, overwrite: bool = True) -> Iterator[Output]:
     """A file to write, under a hidden name at first. Raises OSError without one."""
-    part = hidden_path(Path(path).resolve())
     try:
-        with open_locked(part) as file:
+        part, file = open_hidden(Path(path).resolve())
+        with file:
             output = Output(path, file, part, overwrite)
             try:
                 yield output

@@ -101,7 +101,7 @@ class FollowingTest(ScriptTest):
         return super().run_script(*arguments, *common)
 
     def make(self, name: str, *arguments: str) -> np.ndarray:
-        output = ["--output", self.folder / name]
+        output = ["--output", self.folder / name, "--force"]
         status, _, err = self.run_script(*output, *arguments)
         self.assertEqual(status, 0, err)
         return soundfile.read(self.folder / name)[0]

@@ -54,7 +54,7 @@ class TestCommandLine(ScriptTest):
     def test_flags_reach_the_model(self):
         output = self.folder / "out.wav"
         flags = "--duration 0.1 --temp 0.5 --top-k 9 --top-p 0.7 --guidance-coef 2"
-        arguments = ["-p", "a", "--output", output, "--model", self.model]
+        arguments = ["-p", "a", "--output", output, "--force", "--model", self.model]
         seeds = []
 
         sound = self.folder / "sound.wav"
@@ -108,7 +108,7 @@ class TestCommandLine(ScriptTest):
         sound = self.folder / "sound.wav"
         save_audio(sound, 0.1 * mx.random.normal((6400, 2)), 32000)
         flags = ["-p", "a", "--model", self.model, "--audio-prompt", sound]
-        flags += ["--output", self.folder / "x.wav", "--duration", "0.5"]
+        flags += ["--output", self.folder / "x.wav", "--force", "--duration", "0.5"]
         flags += ["--takes", "3", "--batch-size", "1"]
         # asked before a take and after each of its 18 steps but the last
         for last, seconds in ((18, [0.5]), (23, [0.5, 0.24])):
@@ -123,7 +123,7 @@ class TestCommandLine(ScriptTest):
 
     def test_after_the_last_step_no_stop_is_asked_for(self):
         flags = ["-p", "a", "--model", self.model, "--duration", "0.2"]
-        flags += ["--output", self.folder / "x.wav"]
+        flags += ["--output", self.folder / "x.wav", "--force"]
         for more, asked in (([], 1 + 12), (["--stream"], 12)):
             stop = Mock(return_value=False, heeded=False)
             with patch("generate.Stop", lambda: stop):
@@ -225,7 +225,7 @@ class TestCommandLine(ScriptTest):
     def test_level(self):
         output = self.folder / "out.wav"
         arguments = ["-p", "a", "--model", self.model, "--duration", "1"]
-        arguments += ["--output", output]
+        arguments += ["--output", output, "--force"]
         self.run_script(*arguments, "--loudness", "-30")
         audio, rate = soundfile.read(output)
         got = loudness_script.integrated_loudness(audio, rate)

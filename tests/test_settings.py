@@ -45,7 +45,7 @@ class TestSettings(ScriptTest):
     def make(self, name: str, *more: str) -> np.ndarray:
         """The samples of a file that the script makes with the flags."""
         output = self.folder / name
-        status, _, err = self.run_script("--output", output, *more)
+        status, _, err = self.run_script("--output", output, "--force", *more)
         self.assertEqual(status, 0, err)
         return soundfile.read(output)[0]
 
@@ -201,9 +201,15 @@ class TestSettings(ScriptTest):
         self.assertEqual(told["prompt_frames"], 10)
         settings.save_codes(path, known, told)  # stopped after the prompt
         sound.unlink()
-        longer = ["--duration", "0.8", "--save-codes", path]
+        longer = [
+            "--duration",
+            "0.8",
+            "--save-codes",
+            self.folder / "longer.safetensors",
+        ]
         self.assertSame(self.make("resumed.wav", "--resume", path, *longer), whole)
-        self.assertSame(self.make("again.wav", "--redecode", path), whole)
+        again = self.make("again.wav", "--redecode", self.folder / "longer.safetensors")
+        self.assertSame(again, whole)
 
     def test_bad_files(self):
         sound, codes = self.folder / "x.wav", self.folder / "x.safetensors"

@@ -117,7 +117,7 @@ class TestStreamedFile(ScriptTest):
             self.assertGreaterEqual(640 * frames, len(made))
             longer, whole = self.folder / "x.safetensors", self.folder / "whole.wav"
             command = ["--resume", kept, "--duration", "35", "--save-codes", longer]
-            command += ["--stream", "--chunk", "3", "--output", whole]
+            command += ["--stream", "--chunk", "3", "--output", whole, "--force"]
             self.assertEqual(self.run_script(*command)[0], 0)
             self.assertSame(settings.load_codes(longer)[0], codes)
             resumed, _ = soundfile.read(whole)
