@@ -1,12 +1,16 @@
 """convert.py: folders of our own layout."""
 
+import errno
 import io
+import signal
+import subprocess
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
 import mlx.core as mx
-from common import AUDIOCRAFT, REFERENCE, TRANSFORMERS, Test
+from common import AUDIOCRAFT, REFERENCE, ROOT, TRANSFORMERS, Test
 
 import checkpoints
 import convert
@@ -104,6 +108,49 @@ class TestConvert(Test):
                     str(REFERENCE / "mono-transformers"), target, mx.float16
                 )
         self.assertEqual(list(self.folder.iterdir()), [])
+
+    def test_signals_leave_nothing(self):
+        program = (
+            "import convert, sys, time\n"
+            "def save(model, folder):\n"
+            "    (folder / 'weights').write_text('a part')\n"
+            "    print('saving', flush=True)\n"
+            "    time.sleep(60)\n"
+            "convert.save = save\n"
+            "convert.main()\n"
+        )
+        source, target = str(REFERENCE / "mono-transformers"), self.folder / "new"
+        command = [sys.executable, "-c", program, "--hf-path", source]
+        command += ["--mlx-path", str(target)]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for name, status in (
+            ("SIGTERM", 143),
+            ("SIGHUP", 129),
+            ("SIGINT", 130),
+            ("SIGKILL", -9),
+        ):
+            process = subprocess.Popen(command, cwd=ROOT, **pipes)
+            self.assertEqual(process.stdout.readline(), "saving\n")
+            process.send_signal(getattr(signal, name))
+            told = process.communicate()
+            self.assertEqual((process.returncode, told), (status, ("", "")))
+            if name != "SIGKILL":
+                self.assertEqual([*self.folder.iterdir()], [], name)
+        (left,) = self.folder.iterdir()  # of the one that was killed
+        other = self.folder / ".new-of-somebody"
+        other.mkdir()
+        convert.convert(source, target, mx.float16)
+        self.assertEqual(sorted(self.folder.iterdir()), [other, target])
+
+    def test_a_full_disk_is_one_line(self):
+        full = OSError(errno.ENOSPC, "No space left on device")
+        flags = ["--hf-path", str(REFERENCE / "mono-transformers")]
+        flags += ["--mlx-path", str(self.folder / "new")]
+        with patch("mlx.core.save_safetensors", side_effect=RuntimeError("write")):
+            with patch("outputs.os.write", side_effect=full):
+                with self.assertRaisesRegex(SystemExit, "new could not.*disk is full$"):
+                    self.run_script(*flags)
+        self.assertEqual([*self.folder.iterdir()], [])
 
     def test_appears_whole_or_not_at_all(self):
         target, written = self.folder / "new", convert.save

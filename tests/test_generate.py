@@ -1,6 +1,7 @@
 """generate.py's command line."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -152,6 +153,39 @@ class TestCommandLine(ScriptTest):
             output = ["--output", self.folder / "out.wav", "--duration", "0.02"]
             _, _, err = self.run_script("-p", "a", "--model", self.model, *output)
         self.assertRegex(err, r"(?m)^(.*\r)?generate.py: warning: .*scaled down.*$")
+
+    def test_what_is_told_before_a_model_is_fetched(self):
+        sound, damaged = self.folder / "s.wav", self.folder / "a.safetensors"
+        save_audio(sound, mx.full((32000, 1), 0.1), 32000)
+        damaged.write_bytes(b"noise")
+        flags = ["-p", "a", "--output", self.folder / "x.wav", "--model"]
+        for more, pattern in (
+            (["small", "--melody", sound], "--melody needs a model that follows one"),
+            (["melody", "--style", sound], "--style needs a model that follows one"),
+            (["facebook/musicgen-large", "--style", sound], "--style needs a model"),
+            (["small", "--adapter", damaged], "is damaged or no adapter"),
+            (["small", "--adapter", self.folder / "no"], "There is no adapter"),
+        ):
+            with patch("hub.hf_hub_download", side_effect=AssertionError) as fetch:
+                status, out, err = self.run_script(*flags, *more)
+            self.assertIn(status, (1, 2))
+            self.assertRegex(err, f"^generate.py: error: .*{pattern}.*\n$")
+            fetch.assert_not_called()
+
+    def test_ctrl_c_during_the_imports(self):
+        """Is no traceback, in any script that people run."""
+        numpy = self.folder / "numpy.py"  # comes before the one that is installed
+        numpy.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+        environment = os.environ | {"PYTHONPATH": str(self.folder)}
+        for script in ("generate.py", "convert.py", "train.py"):
+            result = subprocess.run(
+                [sys.executable, str(ROOT / script), "--help"],
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
+            told = (result.returncode, result.stdout, result.stderr)
+            self.assertEqual(told, (-signal.SIGINT, "", ""))
 
     def test_interrupt(self):
         with patch("generate.run", side_effect=KeyboardInterrupt):

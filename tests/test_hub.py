@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import chdir
 from unittest.mock import patch
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 import checkpoints
 import convert
+import demucs
 import encodec_files
 import hub
 import t5_files
@@ -61,6 +63,54 @@ class TestHub(Test):
         ):
             with self.assertRaisesRegex(ValueError, pattern):
                 checkpoints.locate(name)
+
+    def test_short_names_come_before_folders(self):
+        """`./small` is the folder."""
+        self.enterContext(chdir(self.folder))
+        names = [*hub.MODELS, "32khz", demucs.REPO]
+        for name in names:
+            shutil.copytree(REFERENCE / "mono-audiocraft", name)
+        for name in {*hub.MODELS} - {"tiny"}:
+            self.assertIsNone(hub.local(name))
+            hub.check_name(f"./{name}")
+            with patch("hub.hf_hub_download", return_value="cache/file") as fetch:
+                self.assertEqual(str(checkpoints.locate(name)), "cache")
+                self.assertEqual(fetch.call_args.args[0], hub.MODELS[name])
+            self.assertEqual(str(checkpoints.locate(f"./{name}")), name)
+        self.assertEqual(checkpoints.locate("tiny"), checkpoints.TINY)
+        self.assertEqual(hub.MODELS.keys() - {"tiny"}, checkpoints.SHORT_NAMES)
+        asked = AssertionError("the Hub is asked")
+        with patch("encodec_files.hf_hub_download", side_effect=asked):
+            with self.assertRaisesRegex(AssertionError, "the Hub is asked"):
+                encodec_files.read("32khz")
+            encodec_files.read("./32khz")
+        with patch("demucs.snapshot_download", side_effect=asked):
+            with self.assertRaisesRegex(AssertionError, "the Hub is asked"):
+                demucs.locate(demucs.REPO)
+            with self.assertRaisesRegex(OSError, "must hold one .safetensors file"):
+                demucs.locate(f"./{demucs.REPO}")
+
+    def test_names_of_one_model(self):
+        self.enterContext(chdir(self.folder))
+        for name in ("small", "mine"):
+            (self.folder / name).mkdir()
+        for name, other, same in (
+            ("small", "facebook/musicgen-small", True),
+            ("small", "./small", False),
+            ("mine", f"{self.folder}/mine/", True),
+            ("mine", "small", False),
+            ("someone/model", "someone/model", True),
+        ):
+            self.assertEqual(hub.same_model(name, other), same, (name, other))
+        for name, kind in (
+            ("small", ""),
+            ("tiny", ""),
+            ("stereo-melody-large", "melody"),
+            ("facebook/musicgen-style", "style"),
+            ("someone/model", None),
+            ("./small", None),
+        ):
+            self.assertEqual(hub.follows(name), kind, name)
 
     def test_unknown_name(self):
         with self.assertRaisesRegex(ValueError, "one of small, .*, style, tiny, a Hub"):

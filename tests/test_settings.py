@@ -156,6 +156,24 @@ class TestSettings(ScriptTest):
             self.assertIn(status, (1, 2), wrong)
             self.assertRegex(err, "^generate.py: error: .*\n$")
 
+    def test_types_that_no_setting_has(self):
+        path, codes = self.folder / "x.safetensors", mx.zeros((1, 9, 8), mx.uint32)
+        told = dict(model=self.model, prompt="drums", seed=3, duration=0.4)
+        for wrong in (
+            *({"prompt_frames": v} for v in ({}, [], "x", None, -1, 1.5, True, 1e999)),
+            *({"model": v} for v in ({}, 3, None, ["tiny"])),
+            *({"revision": v} for v in ({}, 3)),
+            *({"prompt": v} for v in ({}, 3, None)),
+            {"anything": {"else": 3}},
+        ):
+            settings.save_codes(path, codes, told | wrong)
+            for flag in ("--redecode", "--resume", "--again"):
+                output = ["--output", self.folder / "no.wav"]
+                status, _, err = self.run_script(flag, path, *output)
+                self.assertEqual(status, 1, wrong)
+                self.assertRegex(err, "^generate.py: error: .* cannot be: .*\n$")
+        self.assertEqual([*self.folder.iterdir()], [path])
+
     def test_flags_replace_settings(self):
         first = ["-p", "drums", "--model", self.model, "--duration", "0.5"]
         self.make("loud.wav", *first, "--loudness", "-20")

@@ -1,5 +1,6 @@
 """--stream, stopping and killing."""
 
+import errno
 import io
 import os
 import re
@@ -8,6 +9,7 @@ import signal as signals
 import subprocess
 import sys
 import time
+from pathlib import Path
 from unittest.mock import patch
 
 import mlx.core as mx
@@ -18,6 +20,7 @@ from common import REFERENCE, ROOT, ScriptTest, slow
 import audio
 import jobs
 import settings
+import stream
 from musicgen import MusicGen
 
 
@@ -201,6 +204,74 @@ class TestStreamedFile(ScriptTest):
                 wav.write(mx.full((100, 2), 2.0))
         samples, _ = soundfile.read(path)
         self.assertEqual((samples[0, 0], round(samples[-1, 0], 3)), (0.25, 1.0))
+
+    def test_a_file_that_is_there_goes_only_for_a_longer_one(self):
+        """A run that ends early leaves it, and what was made beside it."""
+        path, seconds = self.folder / "x.wav", lambda p: soundfile.info(p).duration
+        audio.save_audio(path, mx.full((6400, 2), 0.1), 32000)
+        before, pieces = path.read_bytes(), [mx.full((3200, 2), 0.2)] * 4
+        lengths = []
+
+        def watched(count: int):
+            for piece in pieces[:count]:
+                yield piece
+                lengths.append(seconds(path))
+
+        with self.assertWarnsRegex(
+            UserWarning, "x.wav is longer, so it stays.*x-2.wav"
+        ):
+            written = stream.write(str(path), watched(1), 2, 32000, whole=lambda: False)
+        self.assertEqual((written.seconds, Path(written.path).name), (0.1, "x-2.wav"))
+        self.assertEqual((path.read_bytes(), seconds(written.path)), (before, 0.1))
+        lengths.clear()
+        stream.write(str(path), watched(4), 2, 32000, whole=lambda: False)
+        for got, want in zip(lengths, (0.2, 0.2, 0.3, 0.4), strict=True):
+            self.assertAlmostEqual(got, want)
+        self.assertAlmostEqual(seconds(path), 0.4)
+        stream.write(str(path), watched(1), 2, 32000)  # whole, as it was asked for
+        self.assertAlmostEqual(seconds(path), 0.1)
+        names = sorted(path.name for path in self.folder.iterdir())
+        self.assertEqual(names, ["x-2.wav", "x.wav"])
+
+    def test_killed_while_it_overwrites(self):
+        path = self.folder / "x.wav"
+        audio.save_audio(path, mx.full((32000 * 60, 2), 0.1), 32000)
+        before = path.read_bytes()
+        for signal in (signals.SIGKILL, signals.SIGTERM):
+            command = [*self.command(str(path), "100"), "--force"]
+            process = subprocess.Popen(command, stderr=subprocess.PIPE)
+            told = b""
+            while not re.search(rb" [1-9]\d?%", told):
+                told += process.stderr.read1(100)
+            process.send_signal(signal)
+            process.communicate()
+            self.assertEqual(path.read_bytes(), before)
+        beside = self.folder / "x-2.wav"
+        self.assertGreater(soundfile.info(beside).frames, 640)  # of the last one
+        names = sorted(path.name for path in self.folder.iterdir())
+        self.assertEqual(names, ["x-2.wav", "x.wav"])
+
+    def test_two_streams_of_one_name(self):
+        path = self.folder / "x.wav"
+
+        def pieces(other: bool):
+            for _ in range(3):
+                yield mx.full((3200, 1), 0.2)
+                if other:
+                    stream.write(str(path), pieces(False), 1, 32000)
+
+        with self.assertWarnsRegex(UserWarning, "Another program wrote .*x.wav"):
+            stream.write(str(path), pieces(True), 1, 32000)
+        self.assertAlmostEqual(soundfile.info(path).duration, 0.3)
+        first = stream.write(str(path), pieces(False), 1, 32000, overwrite=False)
+        self.assertEqual(Path(first.path).name, "x-2.wav")
+
+    def test_full_disk(self):
+        error = OSError(errno.ENOSPC, "No space left on device")
+        with patch("audio.WavStream.write", side_effect=error):
+            with self.assertRaisesRegex(OSError, "x.wav could not .* disk is full$"):
+                pieces = [mx.ones((9, 1))]
+                stream.write(str(self.folder / "x.wav"), pieces, 1, 32000)
 
     def test_wrong_command_lines(self):
         for arguments, pattern in (

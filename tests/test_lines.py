@@ -1,0 +1,146 @@
+"""Files of prompts: what is made, made again or left, and lines that cannot be made."""
+
+import json
+import os
+import time
+from contextlib import chdir
+from pathlib import Path
+from unittest.mock import patch
+
+import mlx.core as mx
+import soundfile
+from common import REFERENCE, ScriptTest, slow
+
+import lines
+from audio import save_audio
+
+
+class TestLines(ScriptTest):
+    model = str(REFERENCE / "stereo-audiocraft")
+
+    def setUp(self):
+        super().setUp()
+        self.enterContext(chdir(self.folder))
+
+    def script(self, *more: str) -> tuple[int, str, str]:
+        flags = ["--prompts", "p.jsonl", "--output", "x.wav", "--duration", "0.1"]
+        return self.run_script(*flags, "--model", self.model, *more)
+
+    def write(self, *settings: dict) -> None:
+        text = "".join(json.dumps(dict(prompt="a") | line) + "\n" for line in settings)
+        Path("p.jsonl").write_text(text)
+
+    def stamps(self) -> dict[str, int]:
+        return {p.name: p.stat().st_mtime_ns for p in Path().glob("*.wav")}
+
+    def test_what_is_made_again(self):
+        """What other settings were asked of, and nothing else, whatever the seed."""
+        save_audio("s.wav", mx.full((1300, 1), 0.1), 32000)
+        first = [{}, {"prompt": "b"}, {"audio_prompt": "s.wav"}, {"seed": 5}]
+        self.write(*first)
+        self.assertEqual(self.script()[0], 0)
+        before = self.stamps()
+        for change, flags, again, why in (
+            ([{}, {}, {}, {}], [], [], ""),
+            ([{}, {"temp": 0.5}, {}, {}], [], [2], "temp was 1.0 and is 0.5"),
+            ([{}, {}, {}, {"seed": 6}], [], [2, 4], "seed was 5 and is 6"),
+            ([{}, {}, {}, {"seed": 6}], [], [], ""),
+            (
+                [{}, {}, {"prompt_start": 0.01}, {"seed": 6}],
+                [],
+                [3],
+                "prompt_start was",
+            ),
+            ([{}] * 3 + [{"seed": 6}], ["--dtype", "bfloat16"], [1, 2, 3, 4], "dtype"),
+            ([{}] * 3 + [{"seed": 6}], ["--force"], [1, 2, 3, 4], ""),
+            ([{"loudness": None}] + [{}] * 2 + [{"seed": 6}], [], [], ""),
+        ):
+            with self.subTest(change=change, flags=flags):
+                self.write(*(a | b for a, b in zip(first, change)))
+                status, out, err = self.script(*flags)
+                self.assertEqual(status, 0, err)
+                changed = [f"x-{number}.wav" for number in again]
+                after = self.stamps()
+                found = [name for name in after if after[name] != before[name]]
+                self.assertEqual(sorted(found), changed)
+                self.assertEqual(out.count(" times real time"), len(again))
+                self.assertIn(why, err)
+                told = 0 if "--force" in flags else 4 - len(again)
+                self.assertEqual(err.count("skipped"), told, err)
+                before = after
+
+    def test_what_holds_no_settings_is_left(self):
+        self.write({}, {})
+        save_audio("x-1.wav", mx.full((1300, 1), 0.1), 32000)
+        before = Path("x-1.wav").read_bytes()
+        status, out, err = self.script()
+        self.assertEqual((status, Path("x-1.wav").read_bytes()), (0, before), err)
+        self.assertRegex(err, "skipped x-1.wav, which is there: .*holds no settings")
+        self.assertTrue(Path("x-2.wav").exists())
+        self.script("--force")
+        self.assertNotEqual(Path("x-1.wav").read_bytes(), before)
+
+    def test_a_folder_is_no_output(self):
+        os.mkdir("x-1.wav")
+        self.write({}, {})
+        for flags in ([], ["--force"]):
+            status, out, err = self.script(*flags)
+            self.assertEqual(status, 1)
+            self.assertRegex(err, "line 1: x-1.wav is no ordinary file")
+            self.assertTrue(soundfile.info("x-2.wav").frames)
+
+    def test_values_that_cannot_be(self):
+        """Each takes one line, and the last line of the file is made."""
+        bad = [
+            *({"audio_prompt": value} for value in (False, 0, 7, [], {}, ["a"])),
+            *({"melody": value} for value in (True, 1, {})),
+            *({"output": value} for value in (None, 3, [], "")),
+            *({"style": [1]}, {"prompt": None}, {"subtype": []}, {"subtype": 3}),
+            *({"duration": "1"}, {"temp": {}}, {"seed": None}, {"seed": 1.5}),
+            *({"peak": "x"}, {"top_k": [1]}, {"output": "a\0.wav"}, {"output": "/"}),
+            {"no_separate": 3, "melody": "a"},
+        ]
+        self.write(*bad, {})
+        status, out, err = self.script()
+        self.assertEqual((status, out.count(" times real time")), (1, 1))
+        errors = [line for line in err.split("\n") if ": error: " in line]
+        self.assertEqual(len(errors), len(bad), err)
+        for number, error in enumerate(errors, 1):
+            self.assertIn(f"p.jsonl, line {number}: ", error)
+        self.assertTrue(Path(f"x-{len(bad) + 1}.wav").exists())
+        self.assertNotIn("Traceback", err)
+
+    def test_names_that_differ_in_case(self):
+        self.write({"output": "Song.wav"}, {"output": "song.wav"})
+        with patch("outputs.ignores_case", return_value=True):
+            status, _, err = self.script()
+            self.assertEqual(status, 1)
+            self.assertIn("its output song.wav is that of line 1, too", err)
+        self.assertEqual(self.script()[0], 0)
+
+    def test_models_that_follow_nothing_are_told_before_loading(self):
+        save_audio("s.wav", mx.full((1300, 1), 0.1), 32000)
+        self.write({"melody": "s.wav"}, {"style": "s.wav"})
+        with patch("hub.hf_hub_download", side_effect=AssertionError):
+            for model in ("small", "facebook/musicgen-large"):
+                status, _, err = self.script("--model", model)
+                self.assertEqual(status, 1)
+                for number, kind in ((1, "melody"), (2, "style")):
+                    self.assertIn(f"line {number}: {kind} needs a model that", err)
+
+    @slow(8)
+    def test_many_bad_lines(self):
+        """Take seconds: the time grows with their number, not with its square."""
+        seconds = []
+        for count in (5_000, 40_000):
+            self.write(*[{"duration": -1}] * count)
+            began = time.process_time()
+            self.assertEqual(self.script()[0], 1)
+            seconds.append(time.process_time() - began)
+        self.assertLess(seconds[1], 8 * 2 * seconds[0])
+
+    def test_plain_lines(self):
+        Path("p.txt").write_text("drums\n\n  piano\n")
+        planned = lines.plan_file(Path("p.txt"), dict(seed=3, output="x.wav"))
+        told = [(job.prompt, job.line, job.fault) for job in planned]
+        self.assertEqual(told, [("drums", 1, None), ("piano", 3, None)])
