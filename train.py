@@ -381,8 +381,8 @@ def check_adapter_path(args: argparse.Namespace) -> Path:
     check_apart(args.output, {"model": local(args.model)})
     check_writable(args.output)
     folder = args.output.with_name(f"{args.output.name}.training")
-    folder.mkdir(exist_ok=True)
-    check_writable(folder / "checkpoint.safetensors")
+    if folder.exists():
+        check_writable(folder / "checkpoint.safetensors")
     return folder
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -175,6 +176,28 @@ class TestLora(ScriptTest):
         with patch("train.lm_loss", side_effect=KeyboardInterrupt):
             self.assertEqual(self.train("--steps", "2")[0], 130)
         self.assertEqual(self.train("--steps", "2", "--resume")[0], 0)
+
+    def test_what_cannot_be_written_is_told_before_the_training(self):
+        """And the model's own weights are never written."""
+        model = self.copy("mono-transformers")
+        weights = model / "model.safetensors"
+        os.link(weights, self.folder / "linked.safetensors")
+        folder = self.folder / "folder.safetensors.training"
+        folder.write_bytes(b"no folder")
+        before = weights.read_bytes()
+        for output, pattern in (
+            (weights, "must not be written, since it is read as the model"),
+            (self.folder / "linked.safetensors", "must not be written"),
+            (self.folder / "none" / "x.safetensors", "must exist"),
+            (self.folder / "folder.safetensors", "folder.safetensors.training"),
+            (self.folder / f"{'x' * 300}.safetensors", "too long"),
+        ):
+            with patch("train.MusicGen.from_pretrained") as load:
+                flags = ["--model", model, "--output", output]
+                status, _, _ = self.train("--steps", "1", *flags)
+            self.assertRegex(str(status), f"^train.py: error: .*{pattern}")
+            load.assert_not_called()
+        self.assertEqual(weights.read_bytes(), before)
 
     def test_loss_that_is_not_finite(self):
         def loss(model: MusicGen, *batch: mx.array) -> tuple:

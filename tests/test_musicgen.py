@@ -26,6 +26,31 @@ from musicgen import MusicGen, encode_text
 from options import Options
 
 
+class TestFrames(Test):
+    def test_whole_numbers_but_for_rounding(self):
+        """All others are cut, as in the original."""
+        model = MusicGen.from_pretrained("tiny")
+        grid = [round(0.02 * i, 2) for i in range(1, 1501)]
+        self.assertEqual(sum(int(50 * s) != i for i, s in enumerate(grid, 1)), 73)
+        for frames, seconds in enumerate(grid, 1):
+            self.assertEqual(model.frames_in(seconds), frames)
+        for seconds in np.random.default_rng(0).uniform(0.02, 600, 10_000):
+            self.assertEqual(model.frames_in(seconds), int(50 * seconds))
+        for seconds, frames in (
+            (2.3, 115),
+            (2.2999999, 114),
+            (2.31, 115),
+            (2.319, 115),
+        ):
+            self.assertEqual(model.frames_in(seconds), frames)
+        codes = model.generate_codes("bell", duration=2.3, temp=0)
+        self.assertEqual(codes.shape[1], 115)
+        take = model.steps("bell", duration=2.3, codes_prompt=codes[:, :114])
+        self.assertEqual(take.total, 1 + 3)
+        with self.assertRaisesRegex(ValueError, "The codes are 2.3 s long already"):
+            model.steps("bell", duration=2.3, codes_prompt=codes)
+
+
 class TestGenerate(Test):
     def test_greedy_codes(self):
         for name in TRANSFORMERS + AUDIOCRAFT:

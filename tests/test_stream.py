@@ -263,7 +263,8 @@ class TestStreamedFile(ScriptTest):
         with self.assertWarnsRegex(UserWarning, "Another program wrote .*x.wav"):
             stream.write(str(path), pieces(True), 1, 32000)
         self.assertAlmostEqual(soundfile.info(path).duration, 0.3)
-        first = stream.write(str(path), pieces(False), 1, 32000, overwrite=False)
+        with self.assertWarnsRegex(UserWarning, "Another program wrote .*x-2.wav"):
+            first = stream.write(str(path), pieces(False), 1, 32000, overwrite=False)
         self.assertEqual(Path(first.path).name, "x-2.wav")
 
     def test_full_disk(self):

@@ -3,15 +3,20 @@
 import argparse
 import io
 import itertools
+import json
 import math
+import signal
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from unittest.mock import Mock, patch
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from common import Test
+from safetensors import safe_open
 
+from settings import save_arrays
 from train_codec import first_codebooks
 from training import Training
 
@@ -93,6 +98,91 @@ class TestTraining(Test):
                     kept = training.path.read_bytes()
             self.assertEqual(training.path.read_bytes(), kept)
             training.path.unlink()
+
+    def test_ctrl_c_loses_nothing(self):
+        """Whenever it comes, a training that is resumed ends as it would have ended."""
+
+        def train(press_at: int | None = None, within: str = "", **told) -> list:
+            mx.random.seed(0)
+            model = nn.Linear(3, 1)
+
+            def loss(model: nn.Module, x: mx.array) -> tuple:
+                press("loss")
+                return (model(x) ** 2).sum(), mx.ones(1), {}
+
+            def press(place: str) -> None:
+                if training.done == press_at and within == place:
+                    signal.raise_signal(signal.SIGINT)
+
+            def batches() -> tuple[mx.array]:
+                numbers = training.random.random((1, 3))
+                press("batch")
+                return (mx.array(numbers.astype(np.float32)),)
+
+            training = self.training(model, loss, lr=0.1, **told)
+            with redirect_stdout(io.StringIO()):
+                training.run(batches, ("loss",), lambda: None)
+            return model.weight.tolist()
+
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.addCleanup(signal.signal, signal.SIGINT, before)
+        whole = train()
+        for within in ("batch", "loss"):
+            for step in (0, 1, 5, 8):
+                with self.assertRaises(KeyboardInterrupt):
+                    train(step, within)
+                self.assertEqual(train(resume=True), whole, (within, step))
+        self.assertEqual(signal.getsignal(signal.SIGINT), signal.default_int_handler)
+
+    def test_interrupted_at_once(self):
+        """What was drawn for a step that is not made is drawn again."""
+        training, drawn = self.training(nn.Linear(2, 1), self.sum_loss), []
+
+        def batches() -> tuple[mx.array]:
+            drawn.append(training.random.random())
+            raise KeyboardInterrupt
+
+        for _ in range(2):
+            with self.assertRaises(KeyboardInterrupt):
+                training.run(batches, ("loss",), lambda: None)
+            training = self.training(nn.Linear(2, 1), self.sum_loss, resume=True)
+        self.assertEqual(drawn[0], drawn[1])
+
+    def test_damaged_checkpoints(self):
+        training = self.training(nn.Linear(2, 1), self.sum_loss, {"a": mx.zeros(3)})
+        training.save()
+        arrays, path = mx.load(str(training.path)), training.path
+        mx.eval(arrays)
+        with safe_open(path, "numpy") as file:
+            metadata = json.loads(file.metadata()["training"])
+        random = metadata["random"]
+        wrong = [
+            metadata | {name: value}
+            for name in ("done", "passed", "settings", "random")
+            for value in (None, [], "x", -1, math.inf, [1, 2], True)
+        ]
+        for part in ({"state": 3}, {"state": {"state": "x"}}, {"bit_generator": "MT"}):
+            wrong.append(metadata | {"random": random | part})
+        wrong += [3, [], None, "x", {}]
+        damaged = [(arrays, json.dumps(other)) for other in wrong]
+        damaged += [(arrays, "{"), (arrays, "[" * 50_000)]
+        for name, array in arrays.items():
+            rest = {k: v for k, v in arrays.items() if k != name}
+            for change in (
+                {},
+                {name: mx.zeros((7,), array.dtype)},
+                {name: array.astype(mx.int8)},
+                {f"{name}.z": array, name: array},
+            ):
+                damaged.append((rest | change, json.dumps(metadata)))
+        for changed, text in damaged:
+            save_arrays(path, changed, {"training": text})
+            with self.assertRaisesRegex(
+                ValueError, "checkpoint.safetensors is damaged"
+            ):
+                self.training(
+                    nn.Linear(2, 1), self.sum_loss, {"a": mx.zeros(3)}, resume=True
+                )
 
     def test_codec_goes_on_with_its_codebooks(self):
         def training(resume: bool, change: int) -> Training:
