@@ -110,6 +110,17 @@ class TestLines(ScriptTest):
         self.assertTrue(Path(f"x-{len(bad) + 1}.wav").exists())
         self.assertNotIn("Traceback", err)
 
+    def test_what_a_line_reads_is_not_its_output(self):
+        save_audio("s.wav", mx.full((1300, 1), 0.1), 32000)
+        before = Path("s.wav").read_bytes()
+        os.symlink("s.wav", "link.wav")
+        reads = [{name: "s.wav"} for name in ("audio_prompt", "melody", "style")]
+        self.write(*(line | {"output": "link.wav"} for line in reads[:1]), *reads, {})
+        status, _, err = self.script("--force")
+        self.assertEqual((status, Path("s.wav").read_bytes()), (1, before))
+        self.assertRegex(err, "line 1: link.wav must not be written, since it is read")
+        self.assertTrue(Path("x-2.wav").exists() and Path("x-5.wav").exists())
+
     def test_names_that_differ_in_case(self):
         self.write({"output": "Song.wav"}, {"output": "song.wav"})
         with patch("outputs.ignores_case", return_value=True):
