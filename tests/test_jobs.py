@@ -314,7 +314,7 @@ class TestJobs(ScriptTest):
     def test_left_early(self):
         model = MusicGen.from_pretrained(self.model)
         own = dict(self.settings, duration=0.4, output=str(self.folder / "x.wav"))
-        planned = jobs.plan(["a", "b"], own | dict(peak=-1.0))
+        planned = jobs.plan(["a", "b"], own | dict(peak=-1.0, force=True))
         whole = make(model, planned)
         for stop, frames in ((3, 0), (4, 1), (20, 17)):
             (batch,) = jobs.run(model, planned, 8)
