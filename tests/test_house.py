@@ -258,7 +258,6 @@ class TestRequirements(Test):
             self.assertEqual(*map(len, numbers), name)
             self.assertLessEqual(*numbers, name)
 
-
     def test_uv_runs_the_command_with_the_same(self):
         text = (ROOT / "generate.py").read_text()
         block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", text).group(1)
