@@ -49,12 +49,10 @@ class TestTiny(Test):
 
     @slow(30)
     def test_quantized_prompts_are_followed(self):
-        for bits in (8, 4):
-            with self.subTest(bits=bits):
-                model = MusicGen.from_pretrained("tiny", mx.float32, q_bits=bits)
-                audio = model.generate(self.texts[:16], duration=3.0, seed=0)
-                self.assertFollowed(audio, 0.85, "register drums")
-                self.assertFollowed(audio, 0.75, "tempo timbre")
+        model = MusicGen.from_pretrained("tiny", mx.float32, q_bits=4)
+        audio = model.generate(self.texts[:16], duration=3.0, seed=0)
+        self.assertFollowed(audio, 0.85, "register drums")
+        self.assertFollowed(audio, 0.75, "tempo timbre")
 
     @slow(3)
     def test_stream_resume_and_batch(self):
@@ -79,7 +77,7 @@ class TestTiny(Test):
     def test_continuation_keeps_tempo_and_timbre(self):
         """Of a sound, with a text that says nothing of them."""
         kept = []
-        for clip in self.clips[:10]:
+        for clip in self.clips[:6]:
             sound = synth.render(clip, np.random.default_rng(1), 2.5)[:, None]
             options = dict(audio_prompt=mx.array(sound), drop_prompt=True, seed=2)
             audio = self.model.generate("a melody", duration=5.5, **options)
