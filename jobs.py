@@ -373,13 +373,15 @@ class Batch:
         start: Start | None = None,
     ):
         self._model, self._jobs, self._sounds = model, jobs, sounds
-        self._start, self._began = start, time.perf_counter()
+        self._start, self._began = start, 0.0
+        self.duration = jobs[0].options.duration  # seconds, of all of them
         self._takes: list[Take] = []
         self._prompt_frames = 0  # of the takes, the ones of an audio prompt
         self._failed: list[Result] = []
 
     def __iter__(self) -> Iterator[Take]:
         """Yields the take after each step. An error ends it, and is told by `save`."""
+        self._began = time.perf_counter()
         self._leave_out_unheard()
         try:
             if self._jobs:

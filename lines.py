@@ -90,7 +90,9 @@ def parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
     if not isinstance(line_settings, dict):
         raise ValueError(f"{path}, line {number} must be an object, got {line:.40}")
     overrides = {
-        ALIASES.get(k, k.replace("-", "_")): v for k, v in line_settings.items()
+        ALIASES.get(k, k.replace("-", "_")): v
+        for k, v in line_settings.items()
+        if v is not None or k == "prompt"  # null: as if it were not there
     }
     if unknown := overrides.keys() - {*ALL_KEYS}:
         raise ValueError(

@@ -6,15 +6,17 @@
         progress.to(0.5)
 
 Where stderr is no terminal nothing moves: what takes more than a minute says so, once a
-minute. A line that cannot be written is nobody's error. Stands alone.
+minute. A line that cannot be written is nobody's error. Needs messages.py
+beside it.
 """
 
 import sys
 import time
-from contextlib import suppress
-from typing import Any, TextIO
+from typing import TextIO
 
 from huggingface_hub.utils import tqdm
+
+from messages import Forgiving
 
 STAGE = "{desc}"
 COUNT = "{desc}: {percentage:3.0f}% {bar} {n:.1f} of {total:.1f} {unit}, {remaining}"
@@ -25,8 +27,8 @@ class Progress:
     """A line that says what is done now, and how far it is."""
 
     def __init__(self, shown: bool = True, stream: TextIO | None = None):
-        self._file = Steady(sys.stderr if stream is None else stream)
-        self._shown, self._moves = shown, shown and self._file.isatty()
+        self._file = Forgiving(sys.stderr if stream is None else stream)
+        self._shown, self._moves = shown, shown and is_terminal(self._file)
         form = dict(bar_format=STAGE, leave=False, dynamic_ncols=True, miniters=0)
         self._bar = tqdm(file=self._file, disable=not self._moves, **form)
         self._text, self._unit, self._last = "", "s", time.monotonic()
@@ -66,25 +68,13 @@ class Progress:
             print(text, file=self._file, flush=True)
 
 
-class Steady:
-    """A stream, or none, that takes all and never fails."""
+def say(line: str, stream: TextIO | None) -> None:
+    """Print a line to a stream, above what moves in the terminal."""
+    tqdm.write(line, file=Forgiving(stream))
 
-    def __init__(self, stream: TextIO | None):
-        self._stream = stream
 
-    def isatty(self) -> bool:
-        with suppress(AttributeError, OSError, ValueError):
-            return self._stream.isatty()
+def is_terminal(stream: TextIO | None) -> bool:
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):  # there is none, or it is closed
         return False
-
-    def write(self, text: str) -> int:
-        with suppress(AttributeError, OSError, ValueError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(AttributeError, OSError, ValueError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)

@@ -70,6 +70,7 @@ def is_asked(test: str, names: list[str]) -> bool:
 
 def stop(*_) -> None:
     """At SIGTERM, as at Ctrl-C: the processes end, too, and their files go."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

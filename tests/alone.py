@@ -43,6 +43,11 @@ def small_codec(encodec: ModuleType) -> nn.Module:
     return encodec.Encodec(encodec.EncodecConfig(target_bandwidths=(0.4,), **small))
 
 
+def try_arguments(arguments):
+    args = arguments.parse_arguments(["slow bell", "-m", "tiny", "-d", "2"])
+    assert (args.prompt, args.model, args.duration) == (["slow bell"], "tiny", 2.0)
+
+
 def try_audio(audio):
     audio.save_audio("a.wav", NOISE, 32000)
     assert audio.load_audio("a.wav", 16000, 2).shape == (16000, 2)

@@ -41,6 +41,15 @@ def exact(name: str) -> MusicGen:
     return MusicGen.from_pretrained(REFERENCE / name, mx.float32)
 
 
+# Runs generate.py so that it tells of every step, as a terminal would see it.
+TELLING = """
+import runpy
+import progress
+progress.MINUTE = 0
+runpy.run_path("generate.py", run_name="__main__")
+"""
+
+
 def slow(seconds: float) -> Callable:
     """Marks a test that takes so much of a CPU: test.py begins with the slowest."""
 

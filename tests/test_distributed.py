@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,9 +86,7 @@ class TestDistributed(Test):
             command + output, cwd=ROOT, capture_output=True, text=True
         )
         self.assertEqual(result.stdout.count(" seed "), 3, result.stdout)
-        seeds = {
-            line.split()[-1] for line in result.stdout.splitlines() if "seed" in line
-        }
+        seeds = set(re.findall(r"seed (\d+),", result.stdout))
         first = min(map(int, seeds))
         self.assertEqual(seeds, {str(first + i) for i in range(3)}, result.stdout)
         self.assertEqual(len(self.sounds("x")), 3)

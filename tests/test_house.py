@@ -23,8 +23,8 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 # Every import points to an earlier layer, from people at the end to leaves.
 LAYERS = """
-    options outputs messages together limits hub resample torch_file t5_files decoder parallel progress test
-    settings audio audiocraft t5
+    options outputs messages together limits hub resample torch_file t5_files decoder parallel test
+    settings audio audiocraft t5 progress
     training lora encodec_files loudness play stream synth demucs mert
     engine encodec melody
     encodec_stream style train_codec
@@ -32,7 +32,7 @@ LAYERS = """
     checkpoints
     musicgen
     jobs convert evaluate
-    lines train
+    lines train arguments
     generate benchmark
 """
 

@@ -94,9 +94,9 @@ class TestLines(ScriptTest):
         bad = [
             *({"audio_prompt": value} for value in (False, 0, 7, [], {}, ["a"])),
             *({"melody": value} for value in (True, 1, {})),
-            *({"output": value} for value in (None, 3, [], "")),
+            *({"output": value} for value in (3, [], "")),
             *({"style": [1]}, {"prompt": None}, {"subtype": []}, {"subtype": 3}),
-            *({"duration": "1"}, {"temp": {}}, {"seed": None}, {"seed": 1.5}),
+            *({"duration": "1"}, {"temp": {}}, {"seed": 1.5}),
             *({"peak": "x"}, {"top_k": [1]}, {"output": "a\0.wav"}, {"output": "/"}),
             {"no_separate": 3, "melody": "a"},
         ]

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import mlx.core as mx
 import numpy as np
 import soundfile
-from common import REFERENCE, ROOT, ScriptTest, slow
+from common import REFERENCE, ROOT, TELLING, ScriptTest, slow
 
 import audio
 import jobs
@@ -40,7 +40,9 @@ class TestStreamedFile(ScriptTest):
     def test_file_and_pipe(self):
         path = self.folder / "out.wav"
         result = subprocess.run(self.command(str(path)), capture_output=True, text=True)
-        self.assertRegex(result.stdout, r"^.*out.wav: 1.00 s of audio in .* seed 3\n$")
+        self.assertRegex(
+            result.stdout, r'^.*out.wav: 1.00 s of audio in .* seed 3, "drums"\n$'
+        )
         audio, rate = soundfile.read(path)
         self.assertEqual(rate, 32000)
         self.assertClose(mx.array(audio), mx.array(self.samples()), 1e-4)
@@ -51,7 +53,7 @@ class TestStreamedFile(ScriptTest):
         self.run_script("--again", path, "--stream", "--output", again)
         self.assertEqual(*(settings.read_settings(p) for p in (path, again)))
         self.assertClose(mx.array(soundfile.read(again)[0]), mx.array(audio), 1e-4)
-        self.assertIn(b"-: 1.00 s of audio", piped.stderr)
+        self.assertIn(b"standard output: 1.00 s of audio", piped.stderr)
 
     def test_closed_pipe_ends_the_run(self):
         process = subprocess.Popen(
@@ -134,11 +136,11 @@ class TestStreamedFile(ScriptTest):
         command = [
             part for part in command if part not in ("--stream", "--chunk", "0.1")
         ]
-        process = subprocess.Popen(
-            [*command, *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
+        command = [sys.executable, "-c", TELLING, *command[2:], *more]
+        ends = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = subprocess.Popen(command, cwd=ROOT, **ends)
         told = b""
-        while not re.search(rb" [1-9]\d?%", told):
+        while not re.search(rb"ing: (0\.[6-9]|[1-9])", told):
             more = process.stderr.read1(100)
             self.assertTrue(more, told)
             told += more
@@ -238,10 +240,12 @@ class TestStreamedFile(ScriptTest):
         audio.save_audio(path, mx.full((32000 * 60, 2), 0.1), 32000)
         before = path.read_bytes()
         for signal in (signals.SIGKILL, signals.SIGTERM):
-            command = [*self.command(str(path), "100"), "--force"]
-            process = subprocess.Popen(command, stderr=subprocess.PIPE)
+            command = [*self.command(str(path), "100")[2:], "--force"]
+            command = [sys.executable, "-c", TELLING, *command]
+            process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
             told = b""
-            while not re.search(rb" [1-9]\d?%", told):
+            while b"streaming: 1." not in told:
+                self.assertIsNone(process.poll(), told)
                 told += process.stderr.read1(100)
             process.send_signal(signal)
             process.communicate()

@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import mlx.core as mx
-from common import REFERENCE, ROOT, Test, slow
+from common import REFERENCE, ROOT, TELLING, Test, slow
 
 import together
 
@@ -39,14 +39,14 @@ class TestTogether(Test):
         prompts, log = self.folder / "p.txt", self.folder / "log"
         prompts.write_text("drums\n")
         command = [str(self.launcher), "-n", "2", "--backend", "ring", "-p"]
-        command += [str(free_port()), "--", sys.executable, str(ROOT / "generate.py")]
+        command += [str(free_port()), "--", sys.executable, "-c", TELLING]
         command += ["--prompts", str(prompts), "--output", str(self.folder / "x.wav")]
         command += ["--model", str(REFERENCE / "stereo-audiocraft"), "--seed", "3"]
         command += ["--duration", "600", "--tensor-parallel"]
         with open(log, "wb") as file:
             process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
         self.addCleanup(process.kill)
-        while b"%|" not in log.read_bytes():  # the bar shows steps
+        while b"generating: " not in log.read_bytes():
             self.assertIsNone(process.poll(), log.read_text())
             time.sleep(0.05)
         found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True)

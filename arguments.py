@@ -1,0 +1,457 @@
+"""The flags of generate.py: what they are, what goes together, what a file recalls.
+
+    args = parse_arguments(["happy rock", "--duration", "12"])
+    args.prompt, args.duration  # ["happy rock"], 12.0
+
+All that can be known before a model is loaded is checked here. Needs jobs.py, hub.py,
+settings.py, audio.py, outputs.py, messages.py, options.py and what these need beside
+it.
+"""
+
+import argparse
+import difflib
+import math
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import mlx.core as mx
+
+import jobs
+import settings
+from audio import check_bitrate, choose_subtype
+from hub import MODELS, check_name, follows, local
+from messages import one_line
+from options import row_seeds
+from outputs import check_apart, same_file
+
+
+def path(text: str) -> Path:
+    """A path, in which ~ is the home folder."""
+    return Path(os.path.expanduser(text))
+
+
+def name_of_file(text: str) -> str:
+    """The same as it was spelled, for a file's settings."""
+    return os.path.expanduser(text)
+
+
+SHORT = dict(prompt="-p", model="-m", duration="-d", output="-o", seed="-s")
+SWITCH = dict(action="store_true")
+FLAGS = {  # by groups: name, what it is, and how it is read
+    "what to play": {
+        "prompt": (
+            'a text; "" for anything, - for standard input; may be given several times',
+            dict(action="append"),
+        ),
+        "prompts": (
+            "file with a prompt in each line, or JSON objects with any of: "
+            f"{', '.join(jobs.ALL_KEYS)}. What is there with its settings is not made "
+            "again",
+            dict(type=path),
+        ),
+        "duration": (
+            "length in seconds; beyond the model's 30 (tiny: 8) a window slides "
+            "(default: %(default)s)",
+            dict(type=float, default=8.0),
+        ),
+        "seed": (
+            "number that fixes the take; further ones count up (default: any)",
+            dict(type=int),
+        ),
+        "takes": (
+            "how many of each prompt (default: %(default)s)",
+            dict(type=int, default=1),
+        ),
+        "negative_prompt": ("what to move away from", dict(default="")),
+    },
+    "the model": {
+        "model": (
+            f"{', '.join(MODELS)} (no download); a Hub id or a local folder (default: "
+            "%(default)s)",
+            dict(type=name_of_file, default="small"),
+        ),
+        "dtype": (
+            "of the decoder (default: float16 on a GPU, float32 on the CPU)",
+            dict(choices=["float16", "bfloat16", "float32"]),
+        ),
+        "q_bits": (
+            "quantize the decoder's layers while loading: 4 or 8 bits per weight",
+            dict(type=int, choices=[4, 8]),
+        ),
+        "adapter": ("file of train.py lora that changes the model", dict(type=path)),
+        "adapter_scale": (
+            "how much it does (default: %(default)s)",
+            dict(type=float, default=1.0),
+        ),
+    },
+    "where it goes": {
+        "output": (
+            "file to write: .wav, .flac, .ogg, .mp3 or .m4a; numbered where there are "
+            "several (default: prompt and seed, such as happy-rock-7.wav; of a file, its "
+            "name)",
+            dict(type=name_of_file),
+        ),
+        "force": ("overwrite what is there; of a file make every line", SWITCH),
+        "play": ("play what was made; with --stream, while it is made", SWITCH),
+        "stream": (
+            "write samples as they come; the output is a .wav, or - for a pipe",
+            SWITCH,
+        ),
+        "chunk": (
+            "seconds of sound written at a time (default: %(default)s)",
+            dict(type=float, default=0.5),
+        ),
+        "loudness": (
+            "LUFS to bring the output to, such as -14; a limiter keeps its true peak at "
+            "-1 dB or less (default: as it comes)",
+            dict(type=float),
+        ),
+        "peak": (
+            "dB of full scale to bring the output's true peak to (default: as it comes)",
+            dict(type=float),
+        ),
+        "subtype": (
+            "pcm_16 with dither (default), pcm_24 (wav, flac) or float (wav)",
+            dict(type=str.upper),
+        ),
+        "mp3_bitrate": (
+            "kbit/s of an .mp3, 8 to 320 (default: it varies)",
+            dict(type=int),
+        ),
+        "save_codes": ("file to keep the codes in: .safetensors", dict(type=path)),
+    },
+    "to begin with a sound": {
+        "audio_prompt": ("sound file to continue", dict(type=name_of_file)),
+        "prompt_start": (
+            "second of the sound file to begin at (default: 0)",
+            dict(type=float),
+        ),
+        "prompt_length": (
+            "seconds of the sound file to take (default: all)",
+            dict(type=float),
+        ),
+        "drop_prompt": ("leave what is continued out of the output", SWITCH),
+    },
+    "to follow a sound": {
+        "melody": (
+            "sound file whose tune to follow, with --model melody and the like",
+            dict(type=name_of_file),
+        ),
+        "melody_start": ("second of it to begin at (default: 0)", dict(type=float)),
+        "no_separate": (
+            "take the melody as it is, not the vocals and other instruments that Demucs "
+            "finds in it",
+            SWITCH,
+        ),
+        "show_melody": ("draw the notes of the melody", SWITCH),
+        "save_melody": (
+            "file to write the separated sound to",
+            dict(type=name_of_file),
+        ),
+        "style": (
+            "sound file in whose manner to play, with --model style",
+            dict(type=name_of_file),
+        ),
+        "style_start": (
+            "second of it at which the excerpt begins (default: any, by the seed)",
+            dict(type=float),
+        ),
+        "style_length": (
+            "seconds of the excerpt, 1.5 to 4.5 (default: 3)",
+            dict(type=float),
+        ),
+        "style_quantizers": (
+            "how much of the excerpt to keep to, 1 to 6; fewer are freer (default: 3)",
+            dict(type=int),
+        ),
+        "guidance_beta": (
+            "weight of the prompt beside the style, such as 5 (default: they count "
+            "alike)",
+            dict(type=float),
+        ),
+    },
+    "what was made before": {
+        "again": (
+            "sound or codes whose settings to use, but for the flags given beside",
+            dict(type=path),
+        ),
+        "resume": (
+            "file of codes to go on from, to a longer --duration",
+            dict(type=path),
+        ),
+        "redecode": (
+            "file of codes to make the sound of again, without generating",
+            dict(type=path),
+        ),
+    },
+    "how it is drawn": {
+        "temp": (
+            "sampling temperature; 0 takes the likeliest (default: %(default)s)",
+            dict(type=float, default=1.0),
+        ),
+        "top_k": (
+            "draw from this many likeliest codes, 1 to 2048 (default: %(default)s)",
+            dict(type=int, default=250),
+        ),
+        "top_p": (
+            "draw from the likeliest codes that together reach this probability, 0 to 1, "
+            "instead of the top k; 0 is off (default: %(default)s)",
+            dict(type=float, default=0.0),
+        ),
+        "guidance_coef": (
+            "weight of the prompt; 1 is no guidance (default: %(default)s)",
+            dict(type=float, default=3.0),
+        ),
+        "extend_stride": (
+            "seconds by which the window of long audio slides (default: 18; tiny: 4.8)",
+            dict(type=float),
+        ),
+        "batch_size": (
+            "takes at once (default: what memory holds; of a file at most "
+            f"{jobs.BATCH_OF_FILE})",
+            dict(type=int),
+        ),
+        "tensor_parallel": (
+            "share one model among the processes of mlx.launch",
+            SWITCH,
+        ),
+        "plain": (
+            "run the plain step and decode, which are slower and easy to follow",
+            SWITCH,
+        ),
+        "quiet": ("say nothing but warnings and errors", SWITCH),
+    },
+}
+EXAMPLES = """examples:
+  python generate.py "happy rock" --model tiny --play
+  python generate.py -p "epic strings" -m stereo-large -d 30 -o epic.flac
+  python generate.py --prompts songs.txt --output album/song.wav
+  python generate.py "8-bit arcade" -m melody --melody hummed.m4a
+  python generate.py "the same, longer" --audio-prompt song.mp3 --duration 60
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, and what may have been meant."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+
+    def parse_args(self, argv: list[str]) -> argparse.Namespace:
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            known = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            hint = f"; did you mean {known[0]}?" if known else ""
+            if not flag.startswith("-"):
+                hint = "; a prompt of several words stands in quotes"
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return args
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="generate.py",
+        usage='%(prog)s "happy rock" [flags]',
+        description="Generate music from a text with MusicGen.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    versions = (
+        f"MusicGen for MLX: mlx {mx.__version__}, Python {platform.python_version()}"
+    )
+    parser.add_argument("--version", action="version", version=versions)
+    parser.add_argument(
+        "text", nargs="?", metavar="PROMPT", help="what to play, as of --prompt"
+    )
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for name, (about, reads) in flags.items():
+            short = [SHORT[name]] if name in SHORT else []
+            flag = "--" + name.replace("_", "-")
+            group.add_argument(flag, *short, help=about, **reads)
+    return parser
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The flags, checked. Ends the process with a line where they cannot be."""
+    parser = make_parser()
+    args = parser.parse_args([*recalled(parser, argv), *argv])
+    if args.text is not None:
+        args.prompt = [*(args.prompt or []), args.text]
+    if args.output is None and args.prompts:
+        args.output = f"{args.prompts.stem}.wav"
+    try:
+        if args.prompt and "-" in args.prompt:
+            args.prompt = [read_input() if p == "-" else p for p in args.prompt]
+        check_arguments(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def read_input() -> str:
+    """The text on standard input. Raises ValueError where there is none."""
+    try:
+        return sys.stdin.read().strip()
+    except (AttributeError, OSError, ValueError) as error:
+        raise ValueError("--prompt - reads standard input, which is closed") from error
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError for what does not go together or cannot be made."""
+    for name in ("melody", "style"):
+        if getattr(args, name) and follows(args.model) not in (name, None):
+            raise ValueError(
+                f"--{name} needs a model that follows one, such as --model {name}; "
+                f"{args.model} does not"
+            )
+    if args.style and args.prompt is None and args.prompts is None:
+        args.prompt = [""]
+    if args.prompt is None and args.prompts is None:
+        raise ValueError('a prompt must be given, such as "happy rock", or --prompts')
+    if args.prompt is not None and args.prompts is not None:
+        raise ValueError("a prompt and --prompts must not be given together")
+    for name in ("takes", "batch_size"):
+        number = getattr(args, name)
+        if number is not None and not 1 <= number <= 10_000:
+            raise ValueError(f"{name} must be from 1 to 10000, got {number}")
+    if args.prompts is not None and args.takes != 1:
+        raise ValueError("--takes goes with --prompt; in a file repeat the line")
+    check_codes(args)
+    if args.adapter_scale != 1 and not args.adapter:
+        raise ValueError("--adapter-scale needs an --adapter")
+    if args.show_melody or args.save_melody:
+        check_melody(args)
+    check_name(args.model)
+    args.stream = args.stream or args.output == "-"
+    if args.play and args.output == "-":
+        raise ValueError("--play hears the sound itself, so not --output -")
+    if args.stream:
+        check_stream(args)
+    else:
+        choose_subtype(args.output or "x.wav", args.subtype)
+        check_bitrate(args.output or "x.wav", args.mp3_bitrate)
+    args.seed_is_given = args.seed is not None
+    if args.seed_is_given:
+        row_seeds(args.seed, rows=1)
+    values = vars(args) | {"prompt": "", "seed": args.seed or 0}
+    values["output"] = args.output or "x.wav"
+    check_files(args)
+    overrides = set() if args.prompts else None
+    jobs.make_job(values, overrides=overrides).options.check(max_duration=math.inf)
+    jobs.check_level(args.loudness, args.peak)
+
+
+OF_MODEL = ("model", "dtype", "q_bits", "adapter", "adapter_scale")
+RECALLED = {*jobs.ALL_KEYS, *OF_MODEL} - {"output", "mp3_bitrate"}
+KEPT = {"output", *jobs.LEVELS, "subtype", "mp3_bitrate"}  # flags beside --redecode
+REPLACES = {  # flags, and the settings of a file that they put out of force
+    "prompt": {"prompt"},
+    "text": {"prompt"},
+    "prompts": {"prompt"},
+    "audio_prompt": {*jobs.AUDIO_KEYS},
+    "melody": {*jobs.MELODY_KEYS},
+    "style": {*jobs.STYLE_KEYS},
+    "style_length": {"style_start"},
+    "model": {"adapter", "adapter_scale"},
+    "adapter": {"adapter_scale"},
+    "loudness": {"peak"},
+    "peak": {"loudness"},
+    "stream": {"loudness", "peak", "subtype", "drop_prompt"},
+    "output": {"subtype"},
+}
+
+
+def recalled(parser: Parser, argv: list[str]) -> list[str]:
+    """The settings of --again, --resume or --redecode, as flags to go before those
+    that are given."""
+    args, _ = parser.parse_known_args(argv)
+    sources = [p for p in (args.again, args.resume, args.redecode) if p is not None]
+    if not sources:
+        return []
+    given = {k for k, v in vars(args).items() if v != parser.get_default(k)}
+    if len(sources) > 1:
+        parser.error("--again, --resume and --redecode must not come together")
+    shaping = given & ({"prompts", "takes", *jobs.ALL_KEYS} - KEPT)
+    if args.redecode and shaping:
+        name = min(shaping).replace("_", "-")
+        parser.error(f"--redecode makes the sound of codes as they are, not --{name}")
+    if args.resume and args.audio_prompt:
+        parser.error("--resume goes on from codes, not from an --audio-prompt")
+    try:
+        record = settings.read_settings(sources[0])
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: error: {one_line(error)}\n")
+    replaced = set().union(*(REPLACES.get(name, ()) for name in given))
+    wanted = {k: record[k] for k in (RECALLED - replaced) & record.keys()}
+    flags = {f"--{k.replace('_', '-')}": v for k, v in wanted.items()}
+    chosen = {f: v for f, v in flags.items() if v is not None and v is not False}
+    return [flag if v is True else f"{flag}={v}" for flag, v in chosen.items()]
+
+
+def check_melody(args: argparse.Namespace) -> None:
+    """Raise ValueError for what does not go with --show-melody and --save-melody."""
+    if not args.melody:
+        raise ValueError("--show-melody and --save-melody need a --melody")
+    if args.prompts or args.redecode:
+        raise ValueError("--show-melody and --save-melody go with --prompt alone")
+    if args.save_melody:
+        choose_subtype(args.save_melody)
+        if args.output and same_file(args.save_melody, args.output):
+            raise ValueError(
+                f"--save-melody must be a file of its own: {args.save_melody}"
+            )
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Raise ValueError where a file to write is one that is read."""
+    inputs = {f"--{name}": getattr(args, name) for name in ("again", "resume")}
+    inputs |= {"--redecode": args.redecode, "--adapter": args.adapter}
+    inputs |= {"--prompts": args.prompts, "--audio-prompt": args.audio_prompt}
+    inputs |= {"--melody": args.melody, "--style": args.style}
+    inputs["--model"] = local(args.model)
+    for output in (args.output, args.save_codes, args.save_melody):
+        if output and output != "-":
+            check_apart(output, inputs)
+    if args.output and args.save_codes and same_file(args.output, args.save_codes):
+        raise ValueError(f"--save-codes must be a file of its own: {args.save_codes}")
+
+
+def check_codes(args: argparse.Namespace) -> None:
+    """Raise ValueError for what does not go with --save-codes and --resume."""
+    if not (args.save_codes or args.resume or args.redecode):
+        return
+    if args.prompts or len(args.prompt) > 1 or args.takes > 1:
+        raise ValueError("--save-codes, --resume and --redecode go with one take")
+    if args.tensor_parallel:
+        raise ValueError("--save-codes and --resume go without --tensor-parallel")
+    if args.redecode and (args.stream or args.output == "-"):
+        raise ValueError("--redecode has the whole at once, so not --stream")
+    if args.save_codes and args.save_codes.suffix != ".safetensors":
+        raise ValueError(f"--save-codes must end in .safetensors: {args.save_codes}")
+
+
+def check_stream(args: argparse.Namespace) -> None:
+    """Raise ValueError for what does not go with --stream."""
+    if args.prompts or len(args.prompt) > 1 or args.takes > 1 or args.drop_prompt:
+        raise ValueError(
+            "--stream makes one take of one prompt, with all of it: it does not go with "
+            "--prompts, --takes or --drop-prompt"
+        )
+    if args.tensor_parallel:
+        raise ValueError("--stream does not go with --tensor-parallel")
+    output = args.output or "x.wav"
+    if output != "-" and Path(output).suffix.lower() != ".wav":
+        raise ValueError(f"--stream writes .wav or -, got --output {args.output}")
+    if args.loudness is not None or args.peak is not None:
+        raise ValueError("--loudness and --peak need the whole, so not --stream")
+    if args.mp3_bitrate is not None:
+        raise ValueError("--mp3-bitrate goes with an .mp3, so not --stream")
+    if args.subtype not in (None, "PCM_16"):
+        raise ValueError(f"--stream writes pcm_16, not --subtype {args.subtype}")
+    if not 0.02 <= args.chunk < 1e6:
+        raise ValueError(f"--chunk must be at least 0.02 seconds, got {args.chunk}")
