@@ -119,7 +119,8 @@ def to_channels(audio: np.ndarray, channels: int) -> np.ndarray:
 def count_samples(path: str | Path, sampling_rate: int) -> int:
     """How many samples `load_audio` gives at `sampling_rate` Hz of the whole file, that
     are really there. Raises as that."""
-    if not Path(path).is_file():
+    path = os.path.expanduser(path)
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no sound file {path}.")
     changed = os.stat(path)
     count, rate = count_frames(str(path), changed.st_mtime_ns, changed.st_size)
@@ -167,7 +168,8 @@ def open_sound(path: str | Path) -> Iterator[soundfile.SoundFile]:
 
     Nothing is allocated by what its header promises. Raises as `load_audio`.
     """
-    if not Path(path).is_file():
+    path = os.path.expanduser(path)
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no sound file {path}.")
     try:
         with ExitStack() as stack:
@@ -512,7 +514,7 @@ def check_audio_path(
     choose_subtype(path, subtype)
     check_bitrate(path, bitrate)
     check_writable(path)
-    return Path(path)
+    return Path(os.path.expanduser(path))
 
 
 def check_bitrate(path: str | Path, bitrate: int | None) -> None:
@@ -528,7 +530,7 @@ def check_bitrate(path: str | Path, bitrate: int | None) -> None:
 
 def check_writable(path: str | Path) -> None:
     """Raise OSError unless a file can be written at `path`."""
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"The folder {path.parent} of {path.name} must exist.")
     if os.path.exists(path) and not path.is_file():

@@ -144,7 +144,7 @@ def text_encoder_of(weights: dict[str, mx.array]) -> dict[str, mx.array]:
 def locate(name: str) -> Path:
     """The folder of a model: a local one, or the Hub's cache of what it needs. Short
     names come first, and `tiny` is the folder beside this file; `./tiny` is another."""
-    folder = TINY if name == "tiny" else Path(name)
+    folder = TINY if name == "tiny" else Path(os.path.expanduser(name))
     if name and name not in SHORT_NAMES and os.path.isdir(folder):  # whatever the name
         return folder
     if name == "tiny":

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # Ctrl-C while the rest is imported is no traceback
 
 import argparse
 import json
+import os
 import re
 import sys
 import warnings
@@ -70,6 +71,7 @@ def convert(
     Raises FileExistsError when `target` is there already. What is written
     appears under its name only when it is whole.
     """
+    target = Path(os.path.expanduser(target))
     if target.exists() or target.is_symlink():
         raise FileExistsError(f"{target} exists already; choose another folder.")
     if not target.absolute().parent.is_dir():
@@ -107,6 +109,7 @@ def save(model: MusicGen, folder: Path) -> None:
 def is_converted(folder: Path) -> bool:
     """Whether `folder` is one that `convert` wrote."""
     try:
+        folder = Path(os.path.expanduser(folder))
         config = json.loads((folder / "config.json").read_text())
     except (OSError, RecursionError, ValueError):
         return False
@@ -117,7 +120,9 @@ def model_card(folder: Path, repo: str, source: str) -> str:
     """The README of `repo`, for a folder converted from `source`."""
     dtype = json.loads((folder / "config.json").read_text())["decoder_dtype"]
     source = MODELS.get(source, source)
-    if Path(source).exists():  # a folder of this machine means nothing elsewhere
+    if os.path.exists(
+        os.path.expanduser(source)
+    ):  # a folder of this machine means nothing elsewhere
         base, link = "", "MusicGen"
     else:
         base = f"base_model: {source}\n"
@@ -136,6 +141,7 @@ def upload(folder: Path, repo: str, source: str) -> None:
     """
     from huggingface_hub import HfApi
 
+    folder = Path(os.path.expanduser(folder))
     (folder / "README.md").write_text(model_card(folder, repo, source))
     api = HfApi()
     try:

@@ -3,7 +3,8 @@
 The hybrid transformer of Rouard et al. (https://arxiv.org/abs/2211.08553). One branch
 works on the spectrogram, the other on the waveform. Between their encoders and decoders
 a transformer lets each attend to the other. The stems are the sum of both outputs.
-Stands alone; audio.py and outputs.py are needed to split a file from the command line.
+Stands alone; hub.py is needed to see at once that there is no network, and audio.py and
+outputs.py are needed to split a file from the command line.
 
     model = HTDemucs.from_pretrained("adefossez/HTDemucs")
     audio = load_audio("song.mp3", model.sampling_rate, model.channels)  # of audio.py
@@ -62,8 +63,7 @@ class HTDemucsConfig:
     @classmethod
     def from_dict(cls, config: dict) -> "HTDemucsConfig":
         """Take the keys that name a size; others are ignored."""
-        names = {field.name for field in fields(cls)}
-        values = {k: v for k, v in config.items() if k in names}
+        values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
         return cls(**values | {"sources": tuple(config.get("sources", cls.sources))})
 
     @property
@@ -105,8 +105,7 @@ class Norm(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.weight = mx.ones((channels,))
-        self.bias = mx.zeros((channels,))
+        self.weight, self.bias = mx.ones((channels,)), mx.zeros((channels,))
 
     def __call__(self, x: mx.array) -> mx.array:
         x, _, squares = center(x)
@@ -167,8 +166,7 @@ class Upsample(nn.Module):
 
     def __init__(self, ins: int, outs: int):
         super().__init__()
-        self.weight = mx.zeros((2 * STRIDE * outs, ins))
-        self.bias = mx.zeros((outs,))
+        self.weight, self.bias = mx.zeros((2 * STRIDE * outs, ins)), mx.zeros((outs,))
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, L, W, C) -> (B, 4 L + 4, W, C')."""
@@ -232,8 +230,7 @@ class TransformerLayer(nn.Module):
         self.norm1 = nn.LayerNorm(D)
         self.norm_context = nn.LayerNorm(D) if cross else None
         self.norm2 = nn.LayerNorm(D)
-        self.linear1 = nn.Linear(D, hidden)
-        self.linear2 = nn.Linear(hidden, D)
+        self.linear1, self.linear2 = nn.Linear(D, hidden), nn.Linear(hidden, D)
         self.gamma_1, self.gamma_2 = Scale(D), Scale(D)
         self.norm_out = Norm(D)
 
@@ -253,8 +250,7 @@ class CrossTransformer(nn.Module):
         super().__init__()
         D, kinds = config.bottom_channels, range(config.t_layers)
         self._max_period = config.t_max_period
-        self.norm_in = nn.LayerNorm(D)
-        self.norm_in_t = nn.LayerNorm(D)
+        self.norm_in, self.norm_in_t = nn.LayerNorm(D), nn.LayerNorm(D)
         self.layers = [TransformerLayer(config, i % 2 == 1) for i in kinds]
         self.layers_t = [TransformerLayer(config, i % 2 == 1) for i in kinds]
 
@@ -348,11 +344,9 @@ class HTDemucs(nn.Module):
         self.encoder = [Encoder(a or 2 * C, b, config) for a, b in sizes]
         self.tencoder = [Encoder(a or C, b, config) for a, b in sizes]
         sizes.reverse()
-        self.decoder = [
-            Decoder(b, a or 2 * C * S, config, True, a is None) for a, b in sizes
-        ]
-        self.tdecoder = [
-            Decoder(b, a or C * S, config, False, a is None) for a, b in sizes
+        self.decoder, self.tdecoder = [  # of 2 numbers a bin, and of 1 a sample
+            [Decoder(b, a or n * C * S, config, n == 2, a is None) for a, b in sizes]
+            for n in (2, 1)
         ]
         self.freq_emb = nn.Embedding(config.nfft // 2 // STRIDE, widths[0])
         self.channel_upsampler = nn.Linear(widths[-1], D)
@@ -532,12 +526,23 @@ def arrange(name: str, weight: mx.array) -> mx.array:
 
 def locate(path_or_repo: str | Path) -> Path:
     """The one .safetensors file of a folder, or of the Hub's cache. Raises OSError."""
-    repo, folder = str(path_or_repo), Path(path_or_repo)
+    repo, folder = str(path_or_repo), Path(os.path.expanduser(path_or_repo))
     if repo == REPO or not folder.is_dir():  # `./adefossez/HTDemucs` is a folder
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
             wrong = f"'{repo}' must be a folder or a Hub id like {REPO}."
             raise FileNotFoundError(wrong)
-        folder = Path(snapshot_download(repo, allow_patterns="*.safetensors"))
+        reason = ""
+        if Path(__file__).with_name("hub.py").is_file():
+            from hub import no_network
+
+            reason = no_network()
+        options = dict(allow_patterns="*.safetensors", local_files_only=bool(reason))
+        try:
+            folder = Path(snapshot_download(repo, **options))
+        except (OSError, ValueError) as error:
+            why = isinstance(error, OSError) and reason or error
+            wrong = f"The Hub did not give Demucs, {repo}: {why}"
+            raise OSError(f"{wrong} Or name a folder with its file.") from error
     paths = sorted(folder.glob("*.safetensors"))
     if len(paths) != 1:
         wrong = f"{folder} must hold one .safetensors file, but holds {len(paths)}."
@@ -600,10 +605,8 @@ def check_fixed(settings: dict) -> None:
         for name in names.split():
             got = settings.get(name, value)
             if (got or None) != (value or None):  # an empty list counts as None
-                raise ValueError(
-                    f"{name} must be {value!r}, got {got!r:.80}. Other kinds of Demucs "
-                    "are not ported."
-                )
+                wrong = f"{name} must be {value!r}, got {got!r:.80}"
+                raise ValueError(f"{wrong}. Other kinds of Demucs are not ported.")
 
 
 def check_sizes(config: HTDemucsConfig) -> None:
@@ -619,15 +622,11 @@ def check_sizes(config: HTDemucsConfig) -> None:
         raise ValueError(f"sources must be different names, got {config.sources!r:.80}")
     last = 2 * STRIDE ** (config.depth - 1)
     if config.nfft % (last * STRIDE) or config.nfft // last <= KERNEL:
-        raise ValueError(
-            f"nfft must be a multiple of {last * STRIDE} and more than "
-            f"{last * KERNEL} for {config.depth} layers, got {config.nfft}."
-        )
-    if config.bottom_channels % config.t_heads or config.bottom_channels % 4:
-        raise ValueError(
-            "bottom_channels must be a multiple of t_heads and of 4, got "
-            f"{config.bottom_channels} and {config.t_heads} heads."
-        )
+        rule = f"a multiple of {last * STRIDE} and more than {last * KERNEL}"
+        raise ValueError(f"nfft must be {rule}, got {config.nfft}.")
+    if (D := config.bottom_channels) % (heads := config.t_heads) or D % 4:
+        rule = "a multiple of t_heads and of 4"
+        raise ValueError(f"bottom_channels must be {rule}, got {D} and {heads} heads.")
 
 
 def check_audio(audio: mx.array, channels: int) -> None:
@@ -649,7 +648,8 @@ def run(args: argparse.Namespace) -> None:
     """Separate one file and write its stems."""
     from audio import check_audio_path, load_audio, save_audio
 
-    if not Path(args.source).is_file():
+    source = Path(os.path.expanduser(args.source))
+    if not source.is_file():
         raise FileNotFoundError(f"There is no sound file {args.source}.")
     model = HTDemucs.from_pretrained(args.model)
     sources = model.config.sources
@@ -657,13 +657,14 @@ def run(args: argparse.Namespace) -> None:
     if unknown := set(names) - set(sources):
         choices = ", ".join(sources)
         raise ValueError(f"--stems must be of {choices}; got {min(unknown)!r}.")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    paths = {name: args.output_dir / f"{name}.wav" for name in names}
+    folder = Path(os.path.expanduser(args.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{name}.wav" for name in names}
     for path in paths.values():
         check_audio_path(path)
-        if path.resolve() == Path(args.source).resolve():
+        if path.resolve() == source.resolve():
             raise ValueError(f"{path} must not be the song: choose an --output-dir.")
-    audio = load_audio(args.source, model.sampling_rate, model.channels)
+    audio = load_audio(source, model.sampling_rate, model.channels)
     with tqdm(unit="piece") as bar:
         steps = model.separate_steps(audio, args.shifts, args.overlap)
         for done, bar.total, stems in steps:

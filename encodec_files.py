@@ -2,14 +2,15 @@
 
 transformers' form is `config.json` and `model.safetensors`, audiocraft's one
 `compression_state_dict.bin`, for which audiocraft.py and torch_file.py are needed
-beside this file; else it stands alone. What `python encodec.py` does is here, too, and
-needs audio.py.
+beside this file, as hub.py is to see at once that there is no network; else it stands
+alone. What `python encodec.py` does is here, too, and needs audio.py.
 
     path, settings, weights = read("32khz")  # or a Hub id, or a folder
 """
 
 import argparse
 import json
+import os
 import re
 import sys
 import warnings
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import mlx.core as mx
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 REPOS = {size: f"facebook/encodec_{size}" for size in ("24khz", "32khz", "48khz")}
@@ -32,7 +32,7 @@ def read(path_or_repo: str | Path) -> tuple[Path, dict, Weights]:
 
     Raises ValueError or OSError naming the file and what is wrong with it.
     """
-    path = Path(path_or_repo) / AUDIOCRAFT_FILE
+    path = Path(os.path.expanduser(path_or_repo)) / AUDIOCRAFT_FILE
     if str(path_or_repo) not in REPOS and path.is_file():
         from audiocraft import find_codec, load_package, read_codec
 
@@ -56,16 +56,23 @@ def read(path_or_repo: str | Path) -> tuple[Path, dict, Weights]:
 
 def locate(path_or_repo: str | Path) -> list[Path]:
     """The two FILES: in a local folder, or from the Hub through its cache."""
-    folder = Path(path_or_repo)
+    folder = Path(os.path.expanduser(path_or_repo))
     if str(path_or_repo) in REPOS or not folder.is_dir():  # `./32khz` is a folder
         repo = REPOS.get(str(path_or_repo), str(path_or_repo))
+        reason = ""
+        if Path(__file__).with_name("hub.py").is_file():
+            from hub import no_network
+
+            reason = no_network()
+        options = dict(local_files_only=bool(reason))
         try:
-            return [Path(hf_hub_download(repo, name)) for name in FILES]
-        except (HfHubHTTPError, OSError, ValueError) as error:
+            return [Path(hf_hub_download(repo, name, **options)) for name in FILES]
+        except (OSError, ValueError) as error:
+            why = isinstance(error, OSError) and reason or error
             raise OSError(
-                f"'{path_or_repo}' is none of {', '.join(REPOS)}, no local folder, and "
-                f"the Hub did not give it: {error}. To work offline, name a folder "
-                f"with {' and '.join(FILES)}."
+                f"The Hub did not give the codec {repo}, and there is no such folder: "
+                f"{why} To work offline, name a folder with {' and '.join(FILES)}; short "
+                f"names are {', '.join(REPOS)}."
             ) from error
     for name in FILES:
         if not (folder / name).is_file():

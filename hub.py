@@ -5,14 +5,23 @@ need.
 
 A short name comes before a folder of that name, which is `./small`. Of a short name
 exactly audiocraft's two files are fetched; of another repository these, or where it has
-none transformers' layout. Stands alone.
+none transformers' layout. Without a network the cache is read at once, for
+huggingface_hub tries for half a minute. Stands alone.
 """
 
+import difflib
 import os
 import re
+import socket
+import time
+from functools import lru_cache
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 AUDIOCRAFT_FILES = ("state_dict.bin", "compression_state_dict.bin")
@@ -32,6 +41,7 @@ MODELS = {
         "style",
     )
 } | {"tiny": str(Path(__file__).with_name("tiny"))}
+LOOK = 2.5  # seconds that the Hub's server has to answer
 
 
 def check_name(name: str) -> None:
@@ -40,8 +50,15 @@ def check_name(name: str) -> None:
     if not (name in MODELS or local(name) or hub_id):
         raise ValueError(
             f"model must be one of {', '.join(MODELS)}, a Hub id or a local folder, "
-            f"got '{name:.200}'."
+            f"got '{name:.200}'.{suggestion(name)}"
         )
+
+
+def suggestion(name: str) -> str:
+    """A question for a short name that is misspelt; else ""."""
+    word = name.lower().rpartition("/")[2].removeprefix("musicgen-")[:40]
+    near = difflib.get_close_matches(word, MODELS, 1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def local(name: str) -> Path | None:
@@ -49,8 +66,9 @@ def local(name: str) -> Path | None:
     beside this file, never one of the current directory: that is `./tiny`."""
     if name == "tiny":
         return Path(MODELS[name])
-    is_folder = name not in MODELS and name != "" and os.path.isdir(name)
-    return Path(name) if is_folder else None
+    path = os.path.expanduser(name)
+    is_folder = name not in MODELS and name != "" and os.path.isdir(path)
+    return Path(path) if is_folder else None
 
 
 def follows(name: str) -> str | None:
@@ -75,27 +93,85 @@ def fetch(name: str) -> Path:
     """The Hub's cache of what a model needs, by short name or Hub id. Raises ValueError
     for what is neither, OSError where the Hub does not give it."""
     check_name(name)
-    repo = MODELS.get(name, name)
+    repo, reason = MODELS.get(name, name), no_network()
+    options = dict(local_files_only=bool(reason))
     try:
         try:
-            paths = [hf_hub_download(repo, file) for file in AUDIOCRAFT_FILES]
+            paths = [hf_hub_download(repo, f, **options) for f in AUDIOCRAFT_FILES]
             return Path(paths[0]).parent
         except EntryNotFoundError:
             if name in MODELS:
                 raise
-            return fetch_transformers(repo)
+            return fetch_transformers(repo, **options)
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        why = isinstance(error, OSError) and reason or error
         raise OSError(
-            f"The Hub did not give {repo}: {error} To work offline, take --model tiny "
-            f"or a local folder with {' and '.join(AUDIOCRAFT_FILES)}, T5 in t5-base/ "
-            "and, for stereo, the codec in encodec_32khz/; or one that convert.py wrote."
+            f"The Hub did not give the model {repo}: {why} To work offline, take --model "
+            f"tiny or a local folder with {' and '.join(AUDIOCRAFT_FILES)}, "
+            "T5 in t5-base/ and, for stereo, the codec in encodec_32khz/; or one that "
+            "convert.py wrote."
         ) from error
 
 
-def fetch_transformers(repo: str) -> Path:
+def fetch_transformers(repo: str, **options) -> Path:
     common = ["config.json", "spiece.model", "preprocessor_config.json"]
     files = ["model*.safetensors", "model.safetensors.index.json"]
-    folder = Path(snapshot_download(repo, allow_patterns=common + files))
+    folder = Path(snapshot_download(repo, allow_patterns=common + files, **options))
     if not any(folder.glob("model*.safetensors")):
-        snapshot_download(repo, allow_patterns=common + ["pytorch_model*"])
+        weights = ["pytorch_model*"]
+        snapshot_download(repo, allow_patterns=common + weights, **options)
     return folder
+
+
+def no_network() -> str:
+    """Why only the Hub's cache can be read, as a sentence; "" where the Hub is asked.
+
+    It is asked where its server answers within LOOK seconds, and unseen where a proxy
+    stands between, or the environment sets HF_HUB_OFFLINE to 0.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set, and it is not in the cache."
+    url = urlsplit(constants.ENDPOINT)
+    if os.environ.get("HF_HUB_OFFLINE") or getproxies().keys() & {url.scheme, "all"}:
+        return ""
+    port = url.port or {"http": 80}.get(url.scheme, 443)
+    if not url.hostname or answers(url.hostname, port, int(time.monotonic() // 10)):
+        return ""
+    return (
+        f"there is no network ({url.hostname} does not answer), and it is not in the "
+        "cache. Connect, and try again; where the network is slow, set HF_HUB_OFFLINE=0."
+    )
+
+
+@lru_cache(1)
+def answers(host: str, port: int, now: int) -> bool:
+    """Whether a server takes a connection by IPv4 or IPv6. One look serves the parts
+    of a model: `now` counts ten seconds."""
+    found: SimpleQueue = SimpleQueue()
+
+    def look(family: int) -> None:
+        found.put(connects(family, host, port))
+
+    for family in (
+        socket.AF_INET,
+        socket.AF_INET6,
+    ):  # the lookup of a name has no limit
+        Thread(target=look, args=(family,), daemon=True).start()
+    end = time.monotonic() + LOOK
+    try:
+        return any(found.get(timeout=max(0, end - time.monotonic())) for _ in range(2))
+    except Empty:
+        return False
+
+
+def connects(family: int, host: str, port: int) -> bool:
+    try:
+        found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+        for *kind, _, address in found:
+            with socket.socket(*kind) as connection:
+                connection.settimeout(LOOK)
+                if not connection.connect_ex(address):
+                    return True
+    except (OSError, ValueError):  # the name is not found, or none
+        pass
+    return False

@@ -12,6 +12,7 @@ needed to save one.
 """
 
 import json
+import os
 import math
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def read_adapter(path: str | Path) -> tuple[dict[str, mx.array], dict[str, Any]]
 
     Raises FileNotFoundError, or ValueError for a file that is damaged or no adapter.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise FileNotFoundError(f"There is no adapter {path}.")
     try:

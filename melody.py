@@ -264,7 +264,13 @@ def published_demucs() -> "HTDemucs":
     """The published separation, loaded once."""
     from demucs import HTDemucs
 
-    return HTDemucs.from_pretrained()
+    try:
+        return HTDemucs.from_pretrained()
+    except OSError as error:
+        raise OSError(
+            f"{error} Without it, --no-separate (separate=False) follows the sound as "
+            "it is."
+        ) from error
 
 
 def draw(chroma: mx.array, width: int = 72) -> str:
@@ -353,7 +359,7 @@ def main() -> None:
     parser.add_argument("source", help="sound file to read")
     args = parser.parse_args()
     try:
-        if not Path(args.source).is_file():
+        if not os.path.isfile(os.path.expanduser(args.source)):
             raise FileNotFoundError(f"There is no sound file {args.source}.")
         print(draw(extract_chroma(load_audio(args.source, RATE, 1), RATE)))
     except (OSError, ValueError) as error:

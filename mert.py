@@ -4,7 +4,8 @@ The music model of Li et al. (https://arxiv.org/abs/2306.00107) with 95 M parame
 HuBERT (https://arxiv.org/abs/2106.07447) that was trained on music. Convolutions turn
 24 000 samples a second into 75 frames, and a transformer relates these, in float32.
 Stands alone; torch_file.py is needed beside it to read the published
-`pytorch_model.bin`, and audio.py to read a sound file from the command line.
+`pytorch_model.bin`, hub.py to see at once that there is no network, and audio.py to
+read a sound file from the command line.
 
     model = MERT.from_pretrained("m-a-p/MERT-v1-95M")
     features = model(audio)  # (B, N) at model.sampling_rate -> (B, T, 768)
@@ -26,7 +27,6 @@ if sys.platform == "darwin":  # where an M5 rounds the factors of float32 produc
 import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
 
 REPO = "m-a-p/MERT-v1-95M"
 FILES = ("config.json", "pytorch_model.bin")
@@ -293,14 +293,22 @@ def locate(path_or_repo: str | Path) -> list[Path]:
 
     Raises OSError where one is missing.
     """
-    folder = Path(path_or_repo)
+    folder = Path(os.path.expanduser(path_or_repo))
     if not folder.is_dir():
+        reason = ""
+        if Path(__file__).with_name("hub.py").is_file():
+            from hub import no_network
+
+            reason = no_network()
+        options = dict(local_files_only=bool(reason))
         try:
-            return [Path(hf_hub_download(str(path_or_repo), name)) for name in FILES]
-        except (HfHubHTTPError, OSError, ValueError) as error:
+            repo = str(path_or_repo)
+            return [Path(hf_hub_download(repo, name, **options)) for name in FILES]
+        except (OSError, ValueError) as error:
+            why = isinstance(error, OSError) and reason or error
             raise OSError(
-                f"'{path_or_repo}' is no local folder, and the Hub did not give it: "
-                f"{error}. To work offline, name a folder with {' and '.join(FILES)}."
+                f"The Hub did not give MERT, {repo}, and there is no such folder: {why} "
+                f"To work offline, name a folder with {' and '.join(FILES)}."
             ) from error
     for name in FILES:
         if not (folder / name).is_file():
@@ -324,7 +332,7 @@ def main() -> None:
     parser.add_argument("--model", default=REPO, help="folder or Hub id (%(default)s)")
     args = parser.parse_args()
     try:
-        if not Path(args.source).is_file():
+        if not os.path.isfile(os.path.expanduser(args.source)):
             raise FileNotFoundError(f"There is no sound file {args.source}.")
         demo(MERT.from_pretrained(args.model), args.source)
     except (OSError, ValueError) as error:

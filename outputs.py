@@ -41,7 +41,7 @@ def default_name(prompt: str, seed: int, suffix: str = ".wav") -> str:
 
 def free(path: str | Path) -> Path:
     """The path, or with the first number from 2 on under which nothing is there."""
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     numbered, number = path, 2
     while is_there(numbered):
         numbered = path.with_stem(f"{path.stem}-{number}")
@@ -52,7 +52,7 @@ def free(path: str | Path) -> Path:
 def is_there(path: str | Path) -> bool:
     """Whether something would be lost by writing there: an empty file would not."""
     try:
-        found = os.stat(path)
+        found = os.stat(os.path.expanduser(path))
     except (OSError, ValueError):
         return False
     return not stat.S_ISREG(found.st_mode) or found.st_size > 0
@@ -83,13 +83,14 @@ def check_apart(output: str | Path, inputs: dict[str, str | Path | None]) -> Non
 
 def weights_in(folder: str | Path) -> Iterable[str]:
     """Paths of a model's files in a folder, and in its folders; none of a file."""
-    for place, _, names in os.walk(folder):
+    for place, _, names in os.walk(os.path.expanduser(folder)):
         named = (name for name in names if name.endswith(WEIGHTS))
         yield from (os.path.join(place, name) for name in named)
 
 
 def same_file(path: str | Path, other: str | Path) -> bool:
     """Whether both name one file, be it there or not."""
+    path, other = os.path.expanduser(path), os.path.expanduser(other)
     try:
         return os.path.samefile(path, other)
     except (OSError, ValueError):  # one of them is not there
@@ -127,7 +128,9 @@ def whole_file(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
     Each writer has its own, and the last one wins. Raises OSError where it cannot be
     written, FileExistsError where a file is there that is not to be overwritten.
     """
-    target = Path(path).resolve()  # where a link points to, so that the link stays
+    target = Path(
+        os.path.expanduser(path)
+    ).resolve()  # where a link points to, so that the link stays
     try:
         part, file = open_hidden(target)
         with file, contextlib.ExitStack() as stack:
@@ -158,7 +161,7 @@ def open_hidden(target: Path) -> tuple[Path, BinaryIO]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A hidden folder beside `path`, which takes its name at the end, or is gone.
     Raises OSError, too, where somebody else took the name meanwhile."""
-    target = Path(os.path.abspath(path))
+    target = Path(os.path.abspath(os.path.expanduser(path)))
     while True:
         part = hidden_path(target)
         part.mkdir()

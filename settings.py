@@ -65,7 +65,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
     Raises FileNotFoundError, or ValueError for a file that is damaged or holds none.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     if path.suffix == ".safetensors":
@@ -153,7 +153,7 @@ def load_codes(path: str | Path) -> tuple[mx.array, dict[str, Any]]:
 
     Raises FileNotFoundError, or ValueError for a file that is damaged or has no codes.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     try:

@@ -14,6 +14,7 @@ that it hears more than five spectra. Needs audio.py and outputs.py beside it.
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -285,6 +286,7 @@ def make(
 
 def listen(count: int, folder: Path, clips: list[Clip] = KNOWN) -> None:
     """Write clips with their captions to a folder, and print the captions."""
+    folder = Path(os.path.expanduser(folder))
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(count):
         _, text, sound = make(seed, clips)

@@ -1,17 +1,17 @@
 """T5's published files -> settings, weights by our names, and a tokenizer's file.
 
 They are `config.json`, `model.safetensors` and `spiece.model`, in a local folder or on
-the Hub. Stands alone.
+the Hub. Stands alone; hub.py is needed to see at once that there is no network.
 
     settings, weights, spiece = read("google-t5/t5-base")
 """
 
 import json
+import os
 from pathlib import Path
 
 import mlx.core as mx
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 FILES = ("config.json", "model.safetensors", "spiece.model")
@@ -35,14 +35,22 @@ def read(path_or_repo: str | Path) -> tuple[dict, Weights, Path]:
 
 def locate(path_or_repo: str | Path) -> list[Path]:
     """The three FILES: in a local folder, or from the Hub through its cache."""
-    folder = Path(path_or_repo)
+    folder = Path(os.path.expanduser(path_or_repo))
     if not folder.is_dir():
+        reason = ""
+        if Path(__file__).with_name("hub.py").is_file():
+            from hub import no_network
+
+            reason = no_network()
+        options = dict(local_files_only=bool(reason))
         try:
-            return [Path(hf_hub_download(str(path_or_repo), name)) for name in FILES]
-        except (HfHubHTTPError, OSError, ValueError) as error:
+            repo = str(path_or_repo)
+            return [Path(hf_hub_download(repo, name, **options)) for name in FILES]
+        except (OSError, ValueError) as error:
+            why = isinstance(error, OSError) and reason or error
             raise OSError(
-                f"'{path_or_repo}' is no local folder, and the Hub did not give it: "
-                f"{error}. To work offline, name a folder with {', '.join(FILES)}."
+                f"The Hub did not give T5, {repo}, and there is no such folder: {why} "
+                f"To work offline, name a folder with {', '.join(FILES)}."
             ) from error
     for name in FILES:
         if not (folder / name).is_file():

@@ -25,6 +25,7 @@ import argparse
 import hashlib
 import io
 import json
+import os
 import sys
 import tempfile
 import warnings
@@ -296,7 +297,7 @@ def read_caption(lines: Path, number: int, line: str) -> tuple[Path, str]:
             f"{lines}, line {number} must hold a file name and a caption that is not "
             f"empty, got {line:.40}"
         )
-    return lines.parent / file, text
+    return lines.parent / os.path.expanduser(file), text
 
 
 def clip_codes(model: MusicGen, path: Path) -> mx.array:
@@ -457,6 +458,8 @@ def parse_arguments() -> argparse.Namespace:
         add("--seed", type=int, default=0, help="(default: %(default)s)")
         add("--resume", action="store_true", help="go on from the last checkpoint")
     args = parser.parse_args()
+    for name in {"data", "output"} & vars(args).keys():
+        setattr(args, name, Path(os.path.expanduser(getattr(args, name))))
     if args.command == "synth" and args.clips is None:
         args.clips = CLIPS["codec" if args.codec else "lm"]
     for name in ("steps", "batch", "lr", "seconds", "clips", "rank", "crop", "listen"):

@@ -23,9 +23,9 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 # Every import points to an earlier layer, from people at the end to leaves.
 LAYERS = """
-    options outputs messages together limits hub resample torch_file t5_files decoder parallel test
-    settings audio audiocraft t5 progress
-    training lora encodec_files loudness play stream synth demucs mert
+    options outputs messages together limits hub resample torch_file decoder parallel test
+    settings audio audiocraft t5_files progress
+    training lora encodec_files loudness play stream synth demucs mert t5
     engine encodec melody
     encodec_stream style train_codec
     prompt conditioning published

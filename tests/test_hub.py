@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from contextlib import chdir
 from unittest.mock import patch
 
@@ -16,6 +18,8 @@ import convert
 import demucs
 import encodec_files
 import hub
+import melody
+import mert
 import t5_files
 from musicgen import MusicGen
 
@@ -24,7 +28,7 @@ class TestHub(Test):
     def test_what_is_fetched_of_the_transformers_layout(self):
         calls = []
 
-        def snapshot(repo: str, allow_patterns: list[str]) -> str:
+        def snapshot(repo: str, allow_patterns: list[str], **options) -> str:
             calls.append(allow_patterns)
             return str(self.folder)
 
@@ -114,7 +118,37 @@ class TestHub(Test):
 
     def test_unknown_name(self):
         with self.assertRaisesRegex(ValueError, "one of small, .*, style, tiny, a Hub"):
-            MusicGen.from_pretrained("smal")
+            MusicGen.from_pretrained("nobody knows this")
+
+    def test_a_misspelt_name_gets_a_question(self):
+        for name, meant in (
+            ("smal", "small"),
+            ("Stereo_Melody", "stereo-melody"),
+            ("musicgen-medium", "medium"),
+            ("nobody knows this", None),
+            (f"{self.folder}/no-such-folder", None),
+        ):
+            with self.assertRaises(ValueError) as caught:
+                MusicGen.from_pretrained(name)
+            question = str(caught.exception).partition("'.")[2]
+            self.assertEqual(question, f" Did you mean {meant}?" if meant else "")
+
+    def test_a_path_from_home(self):
+        codec = REFERENCE / "stereo-audiocraft/encodec_32khz"
+        with patch.dict(os.environ, HOME=str(ROOT)):
+            hub.check_name("~/tiny")
+            self.assertTrue(hub.same_model("~/tiny", "tiny"))
+            MusicGen.from_pretrained("~/tiny")
+        with patch.dict(os.environ, HOME=str(codec.parent)):
+            encodec_files.read("~/encodec_32khz")
+            encodec_files.read("~")  # audiocraft's file names the folder beside it
+            t5_files.read("~/t5-base")
+        (self.folder / "stems").mkdir()
+        for name in ("stems/x.safetensors", *mert.FILES):
+            (self.folder / name).touch()
+        with patch.dict(os.environ, HOME=str(self.folder)):
+            self.assertTrue(demucs.locate("~/stems").is_file())
+            self.assertTrue(mert.locate("~")[1].is_file())
 
     def test_short_name_fetches_exactly_what_it_needs(self):
         folders = {
@@ -124,7 +158,7 @@ class TestHub(Test):
         }
         fetched, cache = [], self.folder / "hub"
 
-        def download(repo: str, name: str) -> str:
+        def download(repo: str, name: str, **options) -> str:
             fetched.append((repo, name))
             (cache / repo).mkdir(parents=True, exist_ok=True)
             return shutil.copy(folders[repo] / name, cache / repo / name)
@@ -171,3 +205,124 @@ class TestHub(Test):
             result = run(name)
             self.assertEqual(result.returncode, 0, result.stderr)
         self.assertRegex(run("nothing").stderr, "To work offline, take --model tiny")
+
+
+class TestNoNetwork(Test):
+    """With a server of this machine as the Hub, or none."""
+
+    def setUp(self):
+        super().setUp()
+        hub.answers.cache_clear()
+        self.addCleanup(hub.answers.cache_clear)
+        proxies = ("http_proxy", "https_proxy", "all_proxy", "HF_HUB_OFFLINE")
+        names = {name for proxy in proxies for name in (proxy, proxy.upper())}
+        self.enterContext(patch.dict(os.environ))
+        for name in names:
+            os.environ.pop(name, None)
+        self.enterContext(patch.object(hub.constants, "HF_HUB_OFFLINE", False))
+        self.server = self.enterContext(socket.create_server(("127.0.0.1", 0)))
+        self.port = self.server.getsockname()[1]
+        self.set_endpoint(f"http://localhost:{self.port}")
+
+    def set_endpoint(self, url: str) -> None:
+        self.enterContext(patch.object(hub.constants, "ENDPOINT", url))
+
+    def test_a_server_that_answers(self):
+        self.assertEqual(hub.no_network(), "")
+
+    def test_one_look_serves_the_parts_of_a_model(self):
+        with patch("hub.connects", return_value=True) as connects:
+            self.assertEqual((hub.no_network(), hub.no_network()), ("", ""))
+        self.assertLessEqual(connects.call_count, 2)  # by IPv4 and IPv6
+
+    def test_no_server(self):
+        self.server.close()
+        self.assertRegex(hub.no_network(), r"^there is no network \(localhost does not")
+
+    def test_a_name_that_nobody_answers_for(self):
+        """The lookup may take half a minute, as of Wi-Fi that leads nowhere."""
+
+        def slow(*_) -> list:
+            time.sleep(5)
+            return []
+
+        with patch("hub.socket.getaddrinfo", slow), patch("hub.LOOK", 0.2):
+            start = time.monotonic()
+            self.assertIn("no network", hub.no_network())
+            self.assertLess(time.monotonic() - start, 3)
+        self.assertLess(hub.LOOK, 3)
+
+    def test_one_kind_of_address_is_enough(self):
+        for works in (socket.AF_INET, socket.AF_INET6):
+            hub.answers.cache_clear()
+            with patch("hub.connects", lambda family, *_: family == works):
+                self.assertEqual(hub.no_network(), "")
+
+    def test_nobody_looks_behind_a_proxy_or_where_told(self):
+        self.server.close()
+        for name, value in (
+            ("HTTP_PROXY", "http://proxy:3128"),
+            ("all_proxy", "http://proxy:3128"),
+            ("HF_HUB_OFFLINE", "0"),
+        ):
+            with patch.dict(os.environ, {name: value}):
+                self.assertEqual(hub.no_network(), "", name)
+        with patch.dict(os.environ, {"https_proxy": "http://proxy:3128"}):
+            self.assertIn("no network", hub.no_network())  # the Hub's address is http
+        self.set_endpoint("no-scheme")
+        self.assertEqual(hub.no_network(), "")
+        with patch.object(hub.constants, "HF_HUB_OFFLINE", True):
+            self.assertIn("HF_HUB_OFFLINE is set", hub.no_network())
+
+    def test_each_part_is_named_with_the_ways_out(self):
+        self.server.close()
+        out = "there is no network .localhost does not answer.*cache. Connect, and .*"
+        cache = patch.object(hub.constants, "HF_HUB_CACHE", str(self.folder))
+        for name, ask, pattern in (
+            ("model", lambda: hub.fetch("small"), "model facebook/.*--model tiny"),
+            ("other", lambda: hub.fetch("some/one"), "model some/one.*--model tiny"),
+            (
+                "T5",
+                lambda: t5_files.read("google-t5/t5-base"),
+                "T5, google-t5/t5-base, .*name a folder",
+            ),
+            (
+                "codec",
+                lambda: encodec_files.read("32khz"),
+                "codec facebook/encodec_32khz, .*name a folder",
+            ),
+            (
+                "MERT",
+                lambda: mert.MERT.from_pretrained(),
+                "MERT, m-a-p/.*name a folder",
+            ),
+            ("Demucs", demucs.HTDemucs.from_pretrained, "Demucs, ade.*name a folder"),
+            ("melody", melody.published_demucs, "Demucs, .*--no-separate"),
+        ):
+            with self.subTest(name), cache:
+                start = time.monotonic()
+                with self.assertRaisesRegex(OSError, pattern) as caught:
+                    ask()
+                self.assertRegex(str(caught.exception), out)
+                self.assertLess(time.monotonic() - start, 3)
+
+    def test_what_is_in_the_cache_is_found(self):
+        """Of a repository that the Hub does not know."""
+        self.server.close()
+        for repo, files in (
+            ("some/one", hub.AUDIOCRAFT_FILES),
+            ("some/t5", t5_files.FILES),
+            ("some/codec", encodec_files.FILES),
+            ("some/mert", mert.FILES),
+            ("some/stems", ("x.safetensors",)),
+        ):
+            folder = self.folder / f"models--{repo.replace('/', '--')}"
+            for file in (*(f"snapshots/{'0' * 40}/{f}" for f in files), "refs/main"):
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                (folder / file).write_text("0" * 40)
+        with patch.object(hub.constants, "HF_HUB_CACHE", str(self.folder)):
+            self.assertEqual(hub.fetch("some/one").name, "0" * 40)
+            self.assertEqual(len(t5_files.locate("some/t5")), 3)
+            self.assertEqual(len(encodec_files.locate("some/codec")), 2)
+            self.assertEqual(len(mert.locate("some/mert")), 2)
+            self.assertEqual(demucs.locate("some/stems").name, "x.safetensors")
