@@ -12,8 +12,8 @@ needed to save one.
 """
 
 import json
-import os
 import math
+import os
 from pathlib import Path
 from typing import Any
 

@@ -52,7 +52,7 @@ from prompt import check_codes, encode_prompt
 from settings import save_arrays
 from t5 import T5Config, Tokenizer
 from train_codec import CODEC, CODEC_FILE, load_codec, make_clips, to_float, train_codec
-from training import Training
+from training import ENDLESS, Training, counted, wipe
 
 DECODER = DecoderConfig(
     vocab_size=512,
@@ -136,7 +136,8 @@ def encode_clips(codec: Encodec, count: int) -> tuple[list[synth.Clip], mx.array
     """Make clips, and encode them: the clips, and codes (B, T, K) in uint16."""
     clips, sounds, codes = [], [], []
     seeds = range(10**6, 10**6 + count)  # not those that the codec was trained on
-    for clip, sound in make_clips(seeds, synth.KNOWN):
+    made = make_clips(seeds, synth.KNOWN)
+    for clip, sound in counted(made, count, "making and encoding clips", "clips"):
         clips.append(clip)
         sounds.append(sound)
         if len(sounds) == 50 or len(clips) == count:
@@ -271,6 +272,7 @@ def visible(folder: Path) -> list[Path]:
 
 def skip(reason: str) -> None:
     """Tell what is left out."""
+    wipe()
     print(f"train.py: skipped: {one_line(reason)}", file=sys.stderr)
 
 
@@ -356,7 +358,8 @@ def load_clips(model: MusicGen, folder: Path) -> tuple[list[str], list[mx.array]
     no clip is left.
     """
     texts, codes = [], []
-    for path, text in find_clips(folder):
+    clips = find_clips(folder)
+    for path, text in counted(clips, len(clips), "encoding clips", "clips"):
         try:
             codes.append(clip_codes(model, path))
             texts.append(text)
@@ -454,7 +457,7 @@ def parse_arguments() -> argparse.Namespace:
         add("--steps", type=int, default=steps, help="(default: %(default)s)")
         add("--batch", type=int, default=batch, help="clips a step (%(default)s)")
         add("--lr", type=float, default=lr, help="learning rate (%(default)s)")
-        add("--seconds", type=float, default=1e9, help="stop after this much training")
+        add("--seconds", type=float, default=ENDLESS, help="of training (no limit)")
         add("--seed", type=int, default=0, help="(default: %(default)s)")
         add("--resume", action="store_true", help="go on from the last checkpoint")
     args = parser.parse_args()
@@ -496,6 +499,7 @@ def main() -> None:
     try:
         run(args)
     except (OSError, RuntimeError, ValueError) as error:
+        wipe()
         sys.exit(f"train.py: error: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -22,7 +22,7 @@ import synth
 from audio import save_audio
 from encodec import Encodec, EncodecConfig, TransposedKernel, nearest
 from settings import save_arrays
-from training import Training
+from training import Training, counted
 
 CODEC = EncodecConfig(
     target_bandwidths=(1.8,),  # 4 codebooks of 512
@@ -203,7 +203,8 @@ def train_codec(args: argparse.Namespace) -> None:
     training = Training(codec, loss, args, folder, state, settings)
     random = training.random
     kinds = synth.KNOWN + synth.clips_of("any")
-    clips = make_clips(range(args.clips), kinds)
+    made = make_clips(range(args.clips), kinds)
+    clips = counted(made, args.clips, "making clips", "clips")
     sounds = mx.array(np.stack([sound for _, sound in clips]))
     crop = mx.arange(synth.RATE)
 

@@ -4,16 +4,18 @@
     training.run(batches, names=("loss",), write=save)
 
 It takes steps of AdamW, prints the losses, and keeps a checkpoint in `folder`, from
-which it can be resumed. Needs settings.py and outputs.py beside it.
+which it can be resumed. On a terminal a bar shows the time left. Needs settings.py,
+outputs.py and progress.py beside it.
 """
 
 import json
 import math
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,10 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from safetensors import SafetensorError, safe_open
 
+from progress import Progress
 from settings import save_arrays
+
+ENDLESS = 1e9  # seconds that stand for no limit
 
 
 class Training:
@@ -165,7 +170,8 @@ class Training:
         """
         with between_steps() as asked:
             try:
-                self._train(batches, names, write, asked)
+                with self._bar() as show:
+                    self._train(batches, names, write, asked, show)
             except RuntimeError as error:  # of MLX: what was to be computed is lost
                 raise RuntimeError(self.how_to_go_on(error)) from error
         if signal.SIGINT in asked:
@@ -180,13 +186,16 @@ class Training:
         names: tuple[str, ...],
         write: Callable[[], None],
         asked: list[int],
+        show: Callable[[], None],
     ) -> None:
-        """Take the steps of `run`, until a signal is `asked`, and save the checkpoint."""
+        """Take the steps of `run`, until a signal is `asked`, and save the checkpoint.
+        `show` is called after each."""
         start = time.perf_counter() - self.passed
         losses, last_print, last_save = [], 0.0, 0.0
         while self.done < self.steps and self.passed < self.seconds and not asked:
             losses.append(self.draw_and_step(batches))
             self.passed = time.perf_counter() - start
+            show()
             if self.passed - last_print < 30 and self.done < self.steps:
                 continue
             self.tell(losses, names)  # first: a loss that is not finite ends it
@@ -198,6 +207,17 @@ class Training:
         if losses:
             self.tell(losses, names)
         self.save()
+
+    @contextmanager
+    def _bar(self) -> Iterator[Callable[[], None]]:
+        """A bar of what is left: of the seconds where these are limited, else of the
+        steps. Gives what moves it."""
+        timed = self.seconds < ENDLESS
+        place = lambda: self.passed if timed else self.done  # noqa: E731
+        first, last = place(), self.seconds if timed else self.steps
+        text = f"training from step {self.done} on" if self.done else "training"
+        with bar(text, last - first, "s" if timed else "steps") as to:
+            yield lambda: to(place() - first)
 
     def draw_and_step(self, batches: Callable[[], tuple[mx.array, ...]]) -> mx.array:
         """Take a step on the next batch. One that is interrupted is saved as it was
@@ -229,7 +249,41 @@ class Training:
                 "--lr may help."
             )
         text = ", ".join(f"{name} {mean:.4f}" for name, mean in zip(names, means))
+        wipe()
         print(f"{self.passed:.0f} s, step {self.done}: {text}", flush=True)
+
+
+def on_terminal() -> bool:
+    """Whether stderr is a terminal."""
+    with suppress(AttributeError, OSError, ValueError):  # it is gone, or closed
+        return sys.stderr.isatty()
+    return False
+
+
+@contextmanager
+def bar(text: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
+    """A bar with the time left, where stderr is a terminal. Gives what moves it to an
+    amount."""
+    with Progress(on_terminal()) as shows:
+        shows.begin(text, total, unit)
+        yield shows.to
+
+
+def counted(items: Iterable, total: int, text: str, unit: str) -> Iterator:
+    """The items, under a bar that counts those that are done."""
+    with bar(text, total, unit) as to:
+        for done, item in enumerate(items, 1):
+            yield item
+            to(done)
+
+
+def wipe() -> None:
+    """Empty the line that a bar stands in, so that another can be printed there. The
+    bar comes back below it."""
+    if on_terminal():
+        with suppress(OSError, ValueError):
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
 
 
 def read_progress(metadata: Any) -> tuple[dict[str, Any], int, float]:

@@ -92,7 +92,5 @@ class TestEncodecFiles(Test):
         repo = "facebook/encodec_24khz"
         self.assertEqual(fetched, [(repo, name) for name in encodec_files.FILES])
         with patch("encodec_files.hf_hub_download", side_effect=OSError("offline")):
-            with self.assertRaisesRegex(
-                OSError, "codec a/b, .* offline, .* 24khz,"
-            ):
+            with self.assertRaisesRegex(OSError, "codec a/b, .* offline, .* 24khz,"):
                 Encodec.from_pretrained("a/b")

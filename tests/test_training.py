@@ -7,7 +7,7 @@ import json
 import math
 import signal
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from unittest.mock import Mock, patch
 
 import mlx.core as mx
@@ -18,7 +18,28 @@ from safetensors import safe_open
 
 from settings import save_arrays
 from train_codec import first_codebooks
-from training import Training
+from training import Training, counted
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Gone(Terminal):
+    """A terminal that somebody has closed."""
+
+    def write(self, text: str) -> int:
+        raise OSError(5, "Input/output error")
+
+    flush = isatty = lambda self: self.write("")
+
+
+class Going(Gone):
+    """One that is closed after the question whether it is one."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 class TestTraining(Test):
@@ -53,6 +74,60 @@ class TestTraining(Test):
         with patch("training.time.perf_counter", clock), redirect_stdout(io.StringIO()):
             training.run(lambda: (mx.ones((1, 2)),), ("loss",), keep)
         self.assertEqual(kept, [3, 6, 8])
+
+    def run_on(self, terminal: io.StringIO, stdout: io.StringIO, **told) -> Training:
+        """A training of which each look at the clock takes ten seconds."""
+        training = self.training(nn.Linear(2, 1), self.sum_loss, **told)
+        clock = Mock(side_effect=itertools.count(0, 10))
+        with patch("training.time.perf_counter", clock), redirect_stdout(stdout):
+            with redirect_stderr(terminal):
+                training.run(lambda: (mx.ones((1, 2)),), ("loss",), lambda: None)
+        return training
+
+    def test_bar_with_the_time_left(self):
+        plain, quiet = io.StringIO(), io.StringIO()
+        self.run_on(quiet, plain)
+        self.assertEqual(quiet.getvalue(), "")  # no terminal, no word
+        self.assertEqual(plain.getvalue().count(": loss 0.0000\n"), 3)
+        for told, text in (
+            ({}, r"training:   0% .* 0.0 of 9.0 steps, \?"),
+            ({"seconds": 80}, r"training:   0% .* 0.0 of 80.0 s, \?"),
+        ):
+            terminal, lines = Terminal(), io.StringIO()
+            self.run_on(terminal, lines, **told)
+            self.assertRegex(terminal.getvalue(), text)
+            if not told:
+                self.assertEqual(lines.getvalue(), plain.getvalue())
+
+    def test_bar_of_a_training_that_goes_on(self):
+        self.run_on(Terminal(), io.StringIO(), steps=4)
+        terminal = Terminal()
+        self.run_on(terminal, io.StringIO(), steps=9, resume=True)
+        self.assertRegex(
+            terminal.getvalue(), r"training from step 4 on: .* of 5.0 steps"
+        )
+
+    def test_lines_and_bar_on_one_terminal(self):
+        """A line begins where the bar was wiped away."""
+        terminal = Terminal()
+        self.run_on(terminal, terminal)
+        for text in terminal.getvalue().split("loss 0.0000\n")[:-1]:
+            self.assertRegex(text, r"\r\x1b\[K\d+ s, step \d: $")
+        last = terminal.getvalue().rpartition("loss 0.0000\n")[2]
+        self.assertEqual(last.strip(" \r"), "")
+
+    def test_a_terminal_that_is_gone_costs_nothing(self):
+        for terminal in (Gone(), Going(), None):
+            lines = io.StringIO()
+            self.assertEqual(self.run_on(terminal, lines).done, 9)
+            self.assertEqual(lines.getvalue().count("loss"), 3)
+
+    def test_what_is_counted(self):
+        terminal = Terminal()
+        with redirect_stderr(terminal):
+            self.assertEqual([*counted("abc", 3, "encoding", "clips")], [*"abc"])
+        self.assertRegex(terminal.getvalue(), r"encoding:   0% .* 0.0 of 3.0 clips, \?")
+        self.assertEqual(terminal.getvalue().split("\r")[-1], "")
 
     def test_a_gradient_that_is_no_number_changes_little(self):
         model = nn.Linear(2, 1, bias=False)
