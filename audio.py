@@ -623,7 +623,12 @@ def wav_header(channels: int, rate: int, size: int, comment: str = "") -> bytes:
     return struct.pack("<4sI", b"RIFF", whole) + chunks
 
 
+def warn(message: Warning | str, *_) -> None:
+    print(f"audio.py: warning: {message}", file=sys.stderr)
+
+
 def main() -> None:
+    warnings.showwarning = warn
     parser = argparse.ArgumentParser(description="Convert a sound file.")
     parser.add_argument("source", help="sound file to read")
     parser.add_argument("target", help="sound file to write")
@@ -635,7 +640,7 @@ def main() -> None:
         check_audio_path(args.target, bitrate=args.mp3_bitrate)
         rate = args.sampling_rate
         if rate is not None and not 1000 <= rate <= 192_000:
-            raise ValueError(f"sampling_rate must be 1000 to 192000, got {rate}.")
+            raise ValueError(f"--sampling-rate must be 1000 to 192000 Hz, got {rate}.")
         audio, rate = read_sound(args.source, rate, args.channels)
         save_audio(args.target, audio, rate, bitrate=args.mp3_bitrate)
     except (OSError, RuntimeError, ValueError) as error:

@@ -143,8 +143,8 @@ def one_each(name: str, values: Any, count: int) -> list:
         return [values] * count
     if len(values) != count:
         raise ValueError(
-            f"{name} must be one sound, or one for each of {count} prompts, got "
-            f"{len(values)}."
+            f"{name} must be one sound, or a list of {count}, one for each prompt, got "
+            f"a list of {len(values)}."
         )
     return list(values)
 
@@ -161,9 +161,11 @@ def check_follows(model: "MusicGen", kind: str) -> None:
     "condition" for any."""
     if kind == "condition" and model.conditioner is None:
         raise ValueError("condition must go with a model that follows a sound.")
-    if kind not in ("condition", getattr(model.conditioner, "kind", None)):
+    followed = getattr(model.conditioner, "kind", "the text alone")
+    if kind not in ("condition", followed):
         raise ValueError(
-            f"{kind} must go with a {kind} model, such as '{kind}'; this is none."
+            f"{kind} must go with a {kind} model, such as '{kind}', but "
+            f"{model.name or 'this model'} follows {followed}."
         )
 
 

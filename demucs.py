@@ -685,7 +685,7 @@ def main() -> None:
     add("--output-dir", type=Path, default=Path("stems"), help="(default: stems)")
     add("--stems", help="stems to write, such as vocals,drums (default: all)")
     add("--model", default=REPO, help="folder or Hub repository (default: %(default)s)")
-    add("--shifts", type=int, default=0, help="passes to take the mean of (default: 0)")
+    add("--shifts", type=int, default=0, help="passes to average (default: 0)")
     add("--overlap", type=float, default=0.25, help="of the pieces (default: 0.25)")
     logging.set_verbosity_error()  # hides the Hub's retries; failures are reported
     try:

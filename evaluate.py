@@ -19,6 +19,7 @@ synth.py and all that these need beside it.
 
 import argparse
 import sys
+import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -311,7 +312,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
+def warn(message: Warning | str, *_) -> None:
+    print(f"evaluate.py: warning: {message}", file=sys.stderr)
+
+
 def main() -> None:
+    warnings.showwarning = warn
     parser = Parser(description="Measure the tiny model.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="model whose takes to measure")

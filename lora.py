@@ -73,7 +73,7 @@ def add_adapters(decoder: nn.Module, rank: int, scale: float) -> None:
     """
     if has_adapters(decoder):
         raise ValueError(
-            "The model has an adapter already, beside quantized layers. Load it again."
+            "The model has an adapter already. Load the model again for another one."
         )
     width = decoder.config.hidden_size
     if type(rank) is not int or not 1 <= rank <= width:

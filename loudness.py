@@ -194,7 +194,12 @@ def to_peak(audio: np.ndarray, peak: float) -> np.ndarray:
     return audio * (from_decibels(peak) / highest) if highest > 0 else audio
 
 
+def warn(message: Warning | str, *_) -> None:
+    print(f"loudness.py: warning: {message}", file=sys.stderr)
+
+
 def main() -> None:
+    warnings.showwarning = warn
     parser = argparse.ArgumentParser(description="Measure and set loudness.")
     parser.add_argument("source", help="sound file to read, mono or stereo")
     parser.add_argument("--loudness", type=float, help="LUFS to bring it to")

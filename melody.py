@@ -254,7 +254,8 @@ def isolate_melody(audio: mx.array, sampling_rate: int, demucs: "HTDemucs") -> m
     if np.abs(melody).max() < SILENCE:
         raise ValueError(
             "melody must have a voice or an instrument besides drums and bass, but "
-            "Demucs finds none. To follow the sound as it is, turn the separation off."
+            "Demucs finds none. --no-separate (separate=False) follows the sound as it "
+            "is."
         )
     return mx.array(resample(melody, demucs.sampling_rate, sampling_rate))
 

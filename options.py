@@ -120,9 +120,9 @@ def row_seeds(seed: int | list[int] | None, rows: int) -> list[int]:
         seed = [int(seed) + row for row in range(rows)]
     seeds = list(seed) if isinstance(seed, list | tuple) else []
     if len(seeds) != rows or not all(is_whole(s) and 0 <= s < 2**64 for s in seeds):
-        raise ValueError(
-            f"seed must be a number from 0 to 2**64 - 1, or {rows} of them, got {seed}."
-        )
+        many = f"{rows}, or a list of {rows}" if rows > 1 else "1"
+        got = seeds[0] if len(seeds) == rows == 1 else seed
+        raise ValueError(f"seed must be a number from 0 to 2**64 - {many}, got {got}.")
     return [int(s) for s in seeds]
 
 

@@ -128,6 +128,6 @@ def check_codes(model: "MusicGen", codes: mx.array) -> None:
         or codes.max().item() >= config.vocab_size
     ):
         raise ValueError(
-            f"The codes must be of {config.num_codebooks} codebooks with "
-            f"{config.vocab_size} entries, as this model's are; they are not."
+            f"The codes must be numbers from 0 to {config.vocab_size - 1} in "
+            f"{config.num_codebooks} codebooks: take the model that they were made with."
         )

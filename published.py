@@ -109,7 +109,7 @@ def find_t5(path: Path, cfg: dict[str, Any]) -> tuple[Path, Path | str]:
     that folder if it is there, else the Hub id."""
     name = cfg.get("conditioners.description.t5.name", "t5-base")
     if not isinstance(name, str) or not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):
-        raise ValueError(f"{path} names a T5 that cannot be.")
+        raise ValueError(f"{path} must name a T5 of the Hub, got {name!r:.80}.")
     local = path.with_name(name.split("/")[-1])
     repo = name if "/" in name else f"google-t5/{name}"
     return local, local if local.is_dir() else repo

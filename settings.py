@@ -53,11 +53,11 @@ def check_types(settings: dict[str, Any], path: Path) -> None:
         kind = KINDS.get(name, str | int | float | None)  # bool is an int
         if not isinstance(value, kind) or name in KINDS and value is True:
             raise ValueError(
-                f"{path} has a setting {name} that cannot be: {value!r:.60}"
+                f"{path} is damaged: its setting {name} is of a wrong type, {value!r:.60}"
             )
     frames = settings.get("prompt_frames", 0)
     if not 0 <= frames < 10**9:
-        raise ValueError(f"{path} has prompt_frames that cannot be: {frames!r:.60}")
+        raise ValueError(f"{path} is damaged: its prompt_frames are {frames!r:.60}.")
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import argparse
 import itertools
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -302,7 +303,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
+def warn(message: Warning | str, *_) -> None:
+    print(f"synth.py: warning: {message}", file=sys.stderr)
+
+
 def main() -> None:
+    warnings.showwarning = warn
     parser = Parser(description="Make clips with captions.")
     parser.add_argument("--listen", type=int, default=8, help="how many (default: 8)")
     parser.add_argument("--timbre", choices=VOICES, help="only clips of this timbre")

@@ -436,8 +436,8 @@ def parse_arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     tiny = commands.add_parser("synth", help="train the tiny model from nothing")
     part = tiny.add_mutually_exclusive_group(required=True)
-    part.add_argument("--codec", action="store_true", help="first: the codec")
-    part.add_argument("--lm", action="store_true", help="then: T5 and the decoder")
+    part.add_argument("--codec", action="store_true", help="train the codec: first")
+    part.add_argument("--lm", action="store_true", help="train T5 and decoder: second")
     part.add_argument("--listen", type=int, help="only write this many clips to OUTPUT")
     add = tiny.add_argument
     add("--output", type=Path, default=Path("tiny-new"), help="(default: tiny-new)")
@@ -447,17 +447,18 @@ def parse_arguments() -> argparse.Namespace:
     add = lora.add_argument
     add("--model", required=True, help="short name, Hub id or folder")
     add("--data", type=Path, required=True, help="folder of clips with captions")
-    add("--output", type=Path, default=Path("adapter.safetensors"))
+    output = Path("adapter.safetensors")
+    add("--output", type=Path, default=output, help="(default: %(default)s)")
     add("--rank", type=int, default=16, help="of the adapter (default: %(default)s)")
-    add("--crop", type=float, default=10.0, help="seconds a step (%(default)s)")
+    add("--crop", type=float, default=10.0, help="seconds of a clip (%(default)s)")
     add("--dtype", choices=["float16", "bfloat16", "float32"])
     add("--q-bits", type=int, choices=[4, 8], help="quantize all but the adapter")
     for command, steps, batch, lr in ((tiny, 14_500, 24, 1e-3), (lora, 500, 1, 1e-4)):
         add = command.add_argument
-        add("--steps", type=int, default=steps, help="(default: %(default)s)")
-        add("--batch", type=int, default=batch, help="clips a step (%(default)s)")
+        add("--steps", type=int, default=steps, help="how many (%(default)s)")
+        add("--batch", type=int, default=batch, help="clips in a step (%(default)s)")
         add("--lr", type=float, default=lr, help="learning rate (%(default)s)")
-        add("--seconds", type=float, default=ENDLESS, help="of training (no limit)")
+        add("--seconds", type=float, default=ENDLESS, help="to stop after (never)")
         add("--seed", type=int, default=0, help="(default: %(default)s)")
         add("--resume", action="store_true", help="go on from the last checkpoint")
     args = parser.parse_args()
@@ -465,6 +466,12 @@ def parse_arguments() -> argparse.Namespace:
         setattr(args, name, Path(os.path.expanduser(getattr(args, name))))
     if args.command == "synth" and args.clips is None:
         args.clips = CLIPS["codec" if args.codec else "lm"]
+    check_numbers(parser, args)
+    return args
+
+
+def check_numbers(parser: Parser, args: argparse.Namespace) -> None:
+    """End with an error for numbers that cannot be."""
     for name in ("steps", "batch", "lr", "seconds", "clips", "rank", "crop", "listen"):
         if (value := getattr(args, name, None)) is not None and not value > 0:
             parser.error(f"--{name} must be above 0, got {value}")
@@ -475,7 +482,6 @@ def parse_arguments() -> argparse.Namespace:
             )
     if getattr(args, "crop", 1) < 0.1:
         parser.error(f"--crop must be at least 0.1 s, got {args.crop}")
-    return args
 
 
 def run(args: argparse.Namespace) -> None:
@@ -491,7 +497,13 @@ def run(args: argparse.Namespace) -> None:
         train_lm(args)
 
 
+def warn(message: Warning | str, *_) -> None:
+    wipe()
+    print(f"train.py: warning: {one_line(message)}", file=sys.stderr)
+
+
 def main() -> None:
+    warnings.showwarning = warn
     signal.signal(signal.SIGINT, signal.default_int_handler)
     leave_nothing()
     sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)

@@ -291,9 +291,9 @@ def read_progress(metadata: Any) -> tuple[dict[str, Any], int, float]:
     KeyError for what cannot be."""
     settings, done, passed = (metadata[k] for k in ("settings", "done", "passed"))
     if type(settings) is not dict or type(done) is not int or done < 0:
-        raise ValueError("settings or steps that cannot be")
+        raise ValueError("its settings or steps are wrong")
     if type(passed) not in (int, float) or not 0 <= passed < 1e12:
-        raise ValueError("seconds that cannot be")
+        raise ValueError("its seconds are wrong")
     return settings, done, passed
 
 

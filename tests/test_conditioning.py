@@ -241,7 +241,7 @@ class TestNewConditioner(Test):
             (text, dict(melody=self.rising.audio), "^melody must go with a melody mo"),
             (self.model, dict(melody=self.rising.audio), "^melody must go with a melo"),
             (self.model, dict(style=self.rising.audio), "^style must go with a style"),
-            (self.model, dict(condition=[self.rising]), "one for each of 2 .* got 1"),
+            (self.model, dict(condition=[self.rising]), "2, one for each .* list of 1"),
             (self.model, dict(style_start=1.0), "^style_start must come with a style"),
             (follows, dict(melody=tune, style=tune), "^style must go with a style mo"),
             (

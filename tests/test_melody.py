@@ -261,7 +261,7 @@ class TestMelodyModels(Test):
             exact("mono-transformers").generate_codes("a", melody=self.tune(0))
         model = exact("melody-transformers")
         for tune, pattern in (
-            ([self.tune(0)], "one for each of 2 prompts, got 1"),
+            ([self.tune(0)], "a list of 2, one for each prompt, got a list of 1"),
             (mx.zeros((99, 1)), "at least 0.512 s"),
             ([None, mx.zeros((32000, 1))], "must not be silent"),
         ):

@@ -93,8 +93,14 @@ class TestOptions(Test):
         first, second = options.row_seeds(None, rows=2)
         self.assertEqual(second, first + 1)
         self.assertNotEqual(options.row_seeds(None, rows=1), [first])
+        with self.assertRaises(ValueError) as caught:
+            options.row_seeds([-1], 1)
+        want = "seed must be a number from 0 to 2**64 - 1, got -1."
+        self.assertEqual(str(caught.exception), want)
         for seed in (-1, 2**64, 2**64 - 1, [1], [1, 2, 3], [1, 0.5], 1.5, "1", True):
-            with self.assertRaisesRegex(ValueError, "^seed must be .* or 2 of them"):
+            with self.assertRaisesRegex(
+                ValueError, "^seed must be .* or a list of 2, got"
+            ):
                 options.row_seeds(seed, rows=2)
 
     def test_batch_size_and_dtype(self):

@@ -132,7 +132,7 @@ class TestPrompt(Test):
             mx.zeros((1, 3, 8), mx.int32),
         ):
             with self.assertRaisesRegex(
-                ValueError, "^The codes must be of 4 codebooks with 64 entries"
+                ValueError, "^The codes must be numbers from 0 to 63 in 4 codebooks"
             ):
                 check_codes(model, bad)
         for bad in (good[0], mx.concatenate([good, good])):

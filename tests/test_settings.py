@@ -113,7 +113,9 @@ class TestSettings(ScriptTest):
                 flag, self.folder / "bad.safetensors", "--output", output, *more
             )
             self.assertEqual(status, 1)
-            self.assertRegex(err, "generate.py: error: The codes must be of 8.*\n$")
+            self.assertRegex(
+                err, "generate.py: error: The codes must be .* in 8 codebooks: .*\n$"
+            )
         for flags in (["--takes", "2"], ["--save-codes", "x.npz"]):
             status, _, err = self.run_script("--resume", path, *flags)
             self.assertEqual(status, 2)
@@ -171,7 +173,7 @@ class TestSettings(ScriptTest):
                 output = ["--output", self.folder / "no.wav"]
                 status, _, err = self.run_script(flag, path, *output)
                 self.assertEqual(status, 1, wrong)
-                self.assertRegex(err, "^generate.py: error: .* cannot be: .*\n$")
+                self.assertRegex(err, "^generate.py: error: .* is damaged: .*\n$")
         self.assertEqual([*self.folder.iterdir()], [path])
 
     def test_flags_replace_settings(self):

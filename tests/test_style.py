@@ -174,7 +174,7 @@ class TestStyle(Test):
     def test_bad_input(self):
         model, tune = exact(self.name), self.tunes[0]
         for options, pattern in (
-            (dict(style=[tune]), "one for each of 2 prompts, got 1"),
+            (dict(style=[tune]), "a list of 2, one for each prompt, got a list of 1"),
             (dict(style=tune[:64000]), "at least the 3 s .* got 2 s"),
             (dict(style=tune, style_length=1.4), "from 1.5 to 4.5 s, got 1.4"),
             (dict(style=tune, style_length=9), "from 1.5 to 4.5 s, got 9"),
