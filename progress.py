@@ -27,7 +27,7 @@ class Progress:
     """A line that says what is done now, and how far it is."""
 
     def __init__(self, shown: bool = True, stream: TextIO | None = None):
-        self._file = Forgiving(sys.stderr if stream is None else stream)
+        self._file = forgiving(sys.stderr if stream is None else stream)
         self._shown, self._moves = shown, shown and is_terminal(self._file)
         form = dict(bar_format=STAGE, leave=False, dynamic_ncols=True, miniters=0)
         self._bar = tqdm(file=self._file, disable=not self._moves, **form)
@@ -70,7 +70,12 @@ class Progress:
 
 def say(line: str, stream: TextIO | None) -> None:
     """Print a line to a stream, above what moves in the terminal."""
-    tqdm.write(line, file=Forgiving(stream))
+    tqdm.write(line, file=forgiving(stream))
+
+
+def forgiving(stream: TextIO | None) -> Forgiving:
+    """The stream itself, if it is so: tqdm knows what shares a terminal by that."""
+    return stream if isinstance(stream, Forgiving) else Forgiving(stream)
 
 
 def is_terminal(stream: TextIO | None) -> bool:

@@ -1,11 +1,13 @@
 """One line that says what goes on."""
 
 import io
+import sys
 from unittest.mock import patch
 
 from common import Test
 
 import progress
+from messages import Forgiving
 from progress import Progress
 
 
@@ -52,6 +54,17 @@ class TestProgress(Test):
             use(stream)
         want = "loading small,take 1 of 2: 0.5 s,take 1 of 2: 30.0 s,decoding,"
         self.assertEqual(stream.getvalue().replace("\n", ","), want)
+
+    def test_lines_stand_above(self):
+        terminal = Forgiving(Terminal())  # as generate.py has both
+        with patch("sys.stdout", terminal), patch("sys.stderr", terminal):
+            with Progress() as shows:
+                shows.begin("take 1 of 2", 30.0)
+                progress.say("x.wav is made", sys.stdout)
+        lines = [
+            line.strip() for line in terminal.getvalue().replace("\n", "\r").split("\r")
+        ]
+        self.assertIn("x.wav is made", lines)
 
     def test_once_a_minute(self):
         stream = io.StringIO()
