@@ -13,7 +13,6 @@ from common import REFERENCE, ROOT, Test
 
 import audio
 import convert
-import demucs
 import lora
 import outputs
 import settings

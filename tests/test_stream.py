@@ -146,7 +146,7 @@ class TestStreamedFile(ScriptTest):
             told += more
         for _ in range(times):
             process.send_signal(signals.SIGINT)
-            time.sleep(0.02)
+            time.sleep(0.005)  # less than it takes to decode and write
         told += process.stderr.read()
         process.stderr.close()
         return process.wait(), told.decode()
