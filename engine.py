@@ -107,11 +107,18 @@ class Lane:
             # Now, for compiled steps would compute again whatever is still lazy.
             mx.eval(self._text_kv, self._positions)
         self._cache = decoder.make_cache(len(text.mask), steps)
-        self._enter, *self._between, self._leave = compile_blocks(
-            decoder, self._text_kv
-        )
-        self._half = len(self._between) // 2
+        self._half = (len(self._cache) - 1) // 2
+        self._compiled = threading.local()
         self.prefix: mx.array | None = None
+
+    @property
+    def _blocks(self) -> list[Callable]:
+        """Compiled by each thread for itself. MLX keeps what it compiled by thread and
+        by a function's address. What one function left in several threads would stay,
+        and be taken for a later one at the same address."""
+        if not hasattr(self._compiled, "blocks"):
+            self._compiled.blocks = compile_blocks(self._decoder, self._text_kv)
+        return self._compiled.blocks
 
     def rewind(self, sound: Condition | None) -> None:
         for layer in self._cache:
@@ -137,17 +144,18 @@ class Lane:
     def lower(self, tokens: mx.array) -> State:
         """The lower layers' part of a step on tokens (R, 1, K)."""
         with mx.stream(self._stream):
-            state = self._enter(tokens, self._positions[self._cache[0].offset])
+            state = self._blocks[0](tokens, self._positions[self._cache[0].offset])
             return self._climb(state, 0, self._half)
 
     def upper(self, state: State) -> mx.array:
         """Logits (R, 1, K, V), from what the lower layers gave."""
         with mx.stream(self._stream):
-            x, *qkv = self._climb(state, self._half, len(self._between))
-            return self._leave(x, attend_past(self._cache[-1], *qkv))
+            x, *qkv = self._climb(state, self._half, len(self._cache) - 1)
+            return self._blocks[-1](x, attend_past(self._cache[-1], *qkv))
 
     def _climb(self, state: State, first: int, end: int) -> State:
-        for cache, block in zip(self._cache[first:end], self._between[first:end]):
+        blocks = self._blocks[1:-1]
+        for cache, block in zip(self._cache[first:end], blocks[first:end]):
             x, *qkv = state
             state = block(x, attend_past(cache, *qkv))
         return state

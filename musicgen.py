@@ -17,6 +17,7 @@ with a sound, prompt.py is needed; to follow one, conditioning.py.
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -505,15 +506,18 @@ class PlainStep:
 def make_step_sampler(options: Options) -> Callable[..., mx.array]:
     """A function from logits (R, 1, K, V), keys (B, 2), which codebooks are free (K,)
     and what the others hold (B, 1, K), to tokens (B, 1, K)."""
-    draw = make_sampler(options.temp, options.top_k, options.top_p)
+    names = ("temp", "top_k", "top_p", "guidance_coef", "guidance_beta")
+    numbers = ((name, getattr(options, name)) for name in names)
+    return partial(sample, **{name: float(x) for name, x in numbers if x is not None})
 
-    @mx.compile  # as one, so that rounding does not depend on how it is called
-    def sample(
-        logits: mx.array, keys: mx.array, free: mx.array, given: mx.array
-    ) -> mx.array:
-        return mx.where(free, draw(guide(logits, options), keys), given)
 
-    return sample
+@mx.compile  # as one, so that rounding does not depend on how it is called
+def sample(
+    logits: mx.array, keys: mx.array, free: mx.array, given: mx.array, **numbers: float
+) -> mx.array:
+    options = Options(**numbers)
+    draw = make_sampler(options.temp, int(options.top_k), options.top_p)
+    return mx.where(free, draw(guide(logits, options), keys), given)
 
 
 def guide(logits: mx.array, options: Options) -> mx.array:

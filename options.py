@@ -61,25 +61,21 @@ class Options:
         for name in ("duration", "temp", "top_p", "guidance_coef", *STYLE_OPTIONS):
             number = getattr(self, name)
             if not (number is None and name in STYLE_OPTIONS or is_number(number)):
-                raise ValueError(f"{name} must be a number, got {number!r}.")
-        frame, stride = f"1/{frame_rate}", self.extend_stride
-        slides = isinstance(stride, Real) and 1 / frame_rate <= stride < max_duration
+                raise ValueError(f"{name} must be a number below 1e6, got {number!r}.")
+        frame, least, stride = f"1/{frame_rate} s", 1 / frame_rate, self.extend_stride
+        slides = stride is None or is_number(stride) and least <= stride < max_duration
         several = is_whole(self.top_k) and 1 <= self.top_k <= 2048
         whole = isinstance(self.style_quantizers, Integral | None)
-        longest = f"less than the longest window of {max_duration:g} seconds"
+        longest = f" of {max_duration:g} s" if max_duration < 1e6 else ""
         greedy = "for greedy decoding use temp=0"
         for name, holds, rule in (
-            (
-                "duration",
-                self.duration >= 1 / frame_rate,
-                f"at least a frame, {frame} s",
-            ),
+            ("duration", self.duration >= least, f"at least a frame, {frame}"),
             # dividing by less overflows
             ("temp", self.temp == 0 or self.temp >= 1e-3, "0 (greedy) or 0.001 up"),
             ("top_k", several, f"between 1 and 2048 (all); {greedy}"),
             ("top_p", 0 <= self.top_p <= 1, "between 0 (off) and 1"),
             ("negative_prompt", isinstance(self.negative_prompt, str), "a text"),
-            ("extend_stride", stride is None or slides, f"from {frame} to {longest}"),
+            ("extend_stride", slides, f"from {frame} to less than a window{longest}"),
             ("style_start", (self.style_start or 0) >= 0, "0 s or more"),
             ("style_quantizers", whole, "whole"),
         ):

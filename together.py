@@ -16,6 +16,7 @@ import select
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -109,6 +110,7 @@ def end_with(message: str) -> None:
     """End the process, whatever its threads wait for."""
     try:
         os.write(2, f"\ngenerate.py: error: {message}\n".encode())
+        time.sleep(0.2)  # MLX 0.32.3's launcher reads only what lives
     except OSError:  # nobody reads it
         pass
     os._exit(1)

@@ -26,7 +26,7 @@ class TestOptions(Test):
             (
                 "extend_stride",
                 (0, 30, 31, "1", math.nan),
-                "from 1/50 to less than .* 30",
+                "from 1/50 s to less than .* 30",
             ),
             ("guidance_beta", (math.nan, "1"), "a number"),
             ("style_start", (-1,), "0 s or more"),
@@ -41,7 +41,7 @@ class TestOptions(Test):
                         Options(**{name: value}).check()
         with self.assertRaisesRegex(ValueError, "1/25 s, got 0.02"):
             Options(duration=0.02).check(frame_rate=25)
-        with self.assertRaisesRegex(ValueError, "less than .* 8 seconds, got 8.0"):
+        with self.assertRaisesRegex(ValueError, "less than .* 8 s, got 8.0"):
             Options(extend_stride=8.0).check(max_duration=8)
         Options(duration=0.02, temp=0, top_k=np.int64(1), extend_stride=29).check()
         with self.assertRaisesRegex(ValueError, "negative_prompt needs guidance"):

@@ -89,6 +89,44 @@ TAKES = """
     same(np.concatenate(list(map(np.array, pieces))), whole[0])
     same(make(0), want[0])
 """
+WORKERS = """
+    model = MusicGen.from_pretrained(ROOT / "tiny")
+    options = [
+        dict(prompts=prompt, duration=0.3, seed=1, temp=temp, guidance_coef=coef)
+        for prompt in ("slow bell", "fast low saw", "sad guitar")
+        for temp, coef in ((1, 3), (0.5, np.float32(5)))
+    ]
+    options[0]["negative_prompt"] = "noise"
+    want = [np.array(model.generate_codes(**one)) for one in options]
+
+    async def take(one):
+        steps = iter(model.steps(**one))
+        while (step := await asyncio.to_thread(next, steps, None)) is not None:
+            made = step
+        return made.codes
+
+    async def serve(round):  # the pool's threads share the steps of two takes
+        chosen = [(round + i) % len(options) for i in range(2)]
+        made = await asyncio.gather(*(take(options[i]) for i in chosen))
+        for i, codes in zip(chosen, made):
+            same(codes, want[i])
+
+    async def serve_all():
+        for round in range(len(options)):
+            await serve(round)
+    asyncio.run(serve_all())
+
+    # begun here, ended and freed in another thread; then others here
+    for i in range(2 * len(options)):
+        i, model.plain = i % len(options), i >= len(options)
+        steps = iter(model.steps(**options[i]))
+        next(steps), next(steps)
+        rest = [steps]
+        del steps
+        in_threads(lambda: [None for _ in rest.pop()])
+        for j in range(len(options)):
+            same(model.generate_codes(**options[j]), want[j])
+"""
 PARTS = """
     from demucs import HTDemucs
     from encodec import Encodec
@@ -159,6 +197,12 @@ class TestThreads(Test):
     @slow(2)
     def test_style(self):
         self.take("style-audiocraft", options="style=mx.tile(noise, (12, 1))")
+
+    @slow(6)
+    def test_workers(self):
+        """MLX keeps what it compiled by thread and by a function's address: a function
+        at the same address must not meet what another one left there."""
+        self.run_program(WORKERS)
 
     @slow(2)
     def test_parts(self):

@@ -1,6 +1,7 @@
 """Processes of mlx.launch that end together."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -76,9 +77,30 @@ class TestTogether(Test):
                 self.assertTrue(self.ended(numbers))
                 process.wait(30)
                 log = (self.folder / "log").read_text()
-                if which:  # what the first one says reaches the log
-                    self.assertRegex(log, "error: another process that shares .* ended")
+                # The survivor says so, unless the launcher was first to end it.
+                said = re.findall("error: another process that shares .* ended", log)
+                said += re.findall("was killed|exited with code -15", log)
+                wanted = 2 if number == signal.SIGTERM else 1
+                self.assertGreaterEqual(len(said), wanted, log)
                 self.assertNotIn("Traceback", log)
+
+    def test_the_end_of_another_is_told(self):
+        """And it ends a process whose main thread waits for something else."""
+        script = (
+            "import socket, time; from unittest.mock import Mock\n"
+            "from together import Peers\n"
+            "peers = Peers(Mock(size=lambda: 1))\n"
+            "link, other = socket.socketpair()\n"
+            "peers._links = [link]\n"
+            "with peers.watched('the other one has ended.'):\n"
+            "    other.close()\n"
+            "    time.sleep(30)\n"
+        )
+        run = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True
+        )
+        message = "generate.py: error: the other one has ended."
+        self.assertEqual((run.returncode, run.stderr.strip()), (1, message))
 
     @slow(4)
     def test_a_launcher_that_is_gone_ends_all(self):
