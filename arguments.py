@@ -21,7 +21,7 @@ import mlx.core as mx
 
 import jobs
 import settings
-from audio import check_bitrate, choose_subtype
+from audio import SUBTYPES, check_bitrate, choose_subtype
 from hub import MODELS, check_name, follows, local
 from messages import one_line
 from options import row_seeds
@@ -83,18 +83,19 @@ FLAGS = {  # by groups: name, what it is, and how it is read
         ),
         "adapter": ("file of train.py lora that changes the model", dict(type=path)),
         "adapter_scale": (
-            "how much it does (default: %(default)s)",
+            "how far it changes it: 0 not at all, 1 as it was trained (default: "
+            "%(default)s)",
             dict(type=float, default=1.0),
         ),
     },
     "where it goes": {
         "output": (
             "file to write: .wav, .flac, .ogg, .mp3 or .m4a; numbered where there are "
-            "several (default: prompt and seed, such as happy-rock-7.wav; of a file, its "
-            "name)",
+            "several (default: prompt and seed, such as happy-rock-7.wav; with --prompts, "
+            "that file's name)",
             dict(type=name_of_file),
         ),
-        "force": ("overwrite what is there; of a file make every line", SWITCH),
+        "force": ("overwrite what is there; with --prompts, make every line", SWITCH),
         "play": ("play what was made; with --stream, while it is made", SWITCH),
         "stream": (
             "write samples as they come; the output is a .wav, or - for a pipe",
@@ -209,8 +210,10 @@ FLAGS = {  # by groups: name, what it is, and how it is read
             "seconds by which the window of long audio slides (default: 18; tiny: 4.8)",
             dict(type=float),
         ),
+    },
+    "how it runs": {
         "batch_size": (
-            "takes at once (default: what memory holds; of a file at most "
+            "takes at once (default: what memory holds; with --prompts at most "
             f"{jobs.BATCH_OF_FILE})",
             dict(type=int),
         ),
@@ -228,7 +231,7 @@ FLAGS = {  # by groups: name, what it is, and how it is read
 EXAMPLES = """examples:
   python generate.py "happy rock" --model tiny --play
   python generate.py -p "epic strings" -m stereo-large -d 30 -o epic.flac
-  python generate.py --prompts songs.txt --output album/song.wav
+  python generate.py --prompts songs.txt --output song.wav
   python generate.py "8-bit arcade" -m melody --melody hummed.m4a
   python generate.py "the same, longer" --audio-prompt song.mp3 --duration 60
 """
@@ -237,8 +240,10 @@ EXAMPLES = """examples:
 class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong, and what may have been meant."""
 
+    source = ""  # of what is parsed, where it is no command line
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(self.source + message)}\n")
 
     def parse_args(self, argv: list[str]) -> argparse.Namespace:
         args, unknown = self.parse_known_args(argv)
@@ -246,7 +251,7 @@ class Parser(argparse.ArgumentParser):
             flag = unknown[0].partition("=")[0]
             known = difflib.get_close_matches(flag, self._option_string_actions, 1)
             hint = f"; did you mean {known[0]}?" if known else ""
-            if not flag.startswith("-"):
+            if flag == "-" or not flag.startswith("-"):
                 hint = "; a prompt of several words stands in quotes"
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return args
@@ -296,9 +301,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def read_input() -> str:
     """The text on standard input. Raises ValueError where there is none."""
     try:
-        return sys.stdin.read().strip()
+        text = sys.stdin.read().strip()
     except (AttributeError, OSError, ValueError) as error:
         raise ValueError("--prompt - reads standard input, which is closed") from error
+    if not text:
+        raise ValueError('standard input is empty; for any music give --prompt ""')
+    return text
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -329,12 +337,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_name(args.model)
     args.stream = args.stream or args.output == "-"
     if args.play and args.output == "-":
-        raise ValueError("--play hears the sound itself, so not --output -")
+        raise ValueError("--play does not go with --output -: leave one of them out")
     if args.stream:
         check_stream(args)
     else:
-        choose_subtype(args.output or "x.wav", args.subtype)
-        check_bitrate(args.output or "x.wav", args.mp3_bitrate)
+        choose_subtype(args.output or "a .wav", args.subtype)
+        check_bitrate(args.output or "a .wav", args.mp3_bitrate)
     args.seed_is_given = args.seed is not None
     if args.seed_is_given:
         row_seeds(args.seed, rows=1)
@@ -379,9 +387,9 @@ def recalled(parser: Parser, argv: list[str]) -> list[str]:
     shaping = given & ({"prompts", "takes", *jobs.ALL_KEYS} - KEPT)
     if args.redecode and shaping:
         name = min(shaping).replace("_", "-")
-        parser.error(f"--redecode makes the sound of codes as they are, not --{name}")
+        parser.error(f"--redecode takes codes as they are: leave out --{name}")
     if args.resume and args.audio_prompt:
-        parser.error("--resume goes on from codes, not from an --audio-prompt")
+        parser.error("--resume goes on from codes: leave out --audio-prompt")
     try:
         record = settings.read_settings(sources[0])
     except (OSError, ValueError) as error:
@@ -390,7 +398,11 @@ def recalled(parser: Parser, argv: list[str]) -> list[str]:
     wanted = {k: record[k] for k in (RECALLED - replaced) & record.keys()}
     flags = {f"--{k.replace('_', '-')}": v for k, v in wanted.items()}
     chosen = {f: v for f, v in flags.items() if v is not None and v is not False}
-    return [flag if v is True else f"{flag}={v}" for flag, v in chosen.items()]
+    found = [flag if v is True else f"{flag}={v}" for flag, v in chosen.items()]
+    parser.source = f"{sources[0]}: "
+    parser.parse_known_args(found)
+    parser.source = ""
+    return found
 
 
 def check_melody(args: argparse.Namespace) -> None:
@@ -409,6 +421,8 @@ def check_melody(args: argparse.Namespace) -> None:
 
 def check_files(args: argparse.Namespace) -> None:
     """Raise ValueError where a file to write is one that is read."""
+    if args.prompts and args.prompts.suffix.lower() in SUBTYPES:
+        raise ValueError(f"--prompts must be a text file, got {args.prompts}")
     inputs = {f"--{name}": getattr(args, name) for name in ("again", "resume")}
     inputs |= {"--redecode": args.redecode, "--adapter": args.adapter}
     inputs |= {"--prompts": args.prompts, "--audio-prompt": args.audio_prompt}
@@ -430,7 +444,7 @@ def check_codes(args: argparse.Namespace) -> None:
     if args.tensor_parallel:
         raise ValueError("--save-codes and --resume go without --tensor-parallel")
     if args.redecode and (args.stream or args.output == "-"):
-        raise ValueError("--redecode has the whole at once, so not --stream")
+        raise ValueError("--redecode writes a file: leave out --stream and --output -")
     if args.save_codes and args.save_codes.suffix != ".safetensors":
         raise ValueError(f"--save-codes must end in .safetensors: {args.save_codes}")
 
@@ -448,9 +462,11 @@ def check_stream(args: argparse.Namespace) -> None:
     if output != "-" and Path(output).suffix.lower() != ".wav":
         raise ValueError(f"--stream writes .wav or -, got --output {args.output}")
     if args.loudness is not None or args.peak is not None:
-        raise ValueError("--loudness and --peak need the whole, so not --stream")
+        raise ValueError(
+            "--loudness and --peak need the whole take: leave out --stream"
+        )
     if args.mp3_bitrate is not None:
-        raise ValueError("--mp3-bitrate goes with an .mp3, so not --stream")
+        raise ValueError("--mp3-bitrate needs an .mp3: leave out --stream")
     if args.subtype not in (None, "PCM_16"):
         raise ValueError(f"--stream writes pcm_16, not --subtype {args.subtype}")
     if not 0.02 <= args.chunk < 1e6:

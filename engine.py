@@ -327,8 +327,10 @@ def quantize_model(model: "MusicGen", bits: int, group_size: int = 64) -> None:
         quantize(model.decoder, bits, group_size)
         model.config.quantization = {"bits": bits, "group_size": group_size}
     elif before["bits"] != bits:
-        wrong = f"is quantized already, with {before}; q_bits cannot be {bits}"
-        raise ValueError(f"{model.name} {wrong}.")
+        raise ValueError(
+            f"{model.name} has {before['bits']} bits a weight already: leave out q_bits, "
+            f"or quantize the original to {bits}."
+        )
 
 
 BITS, GROUP_SIZES = (2, 3, 4, 6, 8), (32, 64, 128)
@@ -344,8 +346,7 @@ def check_quantization(settings: dict[str, int]) -> None:
         value = settings[name]
         if type(value) is not int or value not in choices:
             raise ValueError(
-                f"quantization must give bits and group_size, q_{name} of {choices}, "
-                f"got {value!r}."
+                f"q_{name} must be one of {', '.join(map(str, choices))}, got {value!r}."
             )
 
 

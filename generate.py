@@ -50,7 +50,7 @@ from hub import local, same_model
 from jobs import Job, Result, Sounds, Start
 from messages import Forgiving, one_line
 from musicgen import MusicGen, Take
-from outputs import check_new, leave_nothing
+from outputs import check_new, in_words, leave_nothing
 from progress import Progress, say
 from together import Peers, signals_at_once
 
@@ -92,15 +92,15 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
 
 def choose_jobs(args: argparse.Namespace, group: mx.distributed.Group) -> list[Job]:
     """What this process is to make. Says which lines of a file are left out, and why."""
-    planned = make_jobs(args)
+    every = planned = make_jobs(args)
     if not args.tensor_parallel:
-        planned = jobs.share(planned, group)
+        planned = jobs.share(every, group)
     if args.prompts is None:
         return planned
     given = {name: getattr(args, name) for name in OF_MODEL}
     given = {name: value for name, value in given.items() if value is not None}
     given |= dict(adapter=args.adapter and str(args.adapter))
-    wanted, messages = lines.left(planned, given, args.force)
+    wanted, messages = lines.left(planned, given, args.force, every)
     if not args.tensor_parallel:
         tell_all(messages)
         return wanted
@@ -438,7 +438,7 @@ def tell_stop(args: argparse.Namespace, seconds: float) -> int:
     elif args.takes > 1 or len(args.prompt) > 1:
         report("stopped.")
     else:
-        report("stopped. With --save-codes, --resume could go on from here.")
+        report("stopped. Give --save-codes next time, to be able to go on.")
     return 130
 
 
@@ -476,7 +476,11 @@ def main() -> None:
     logging.set_verbosity_error()  # the Hub's retries; the end result is reported
     try:
         sys.exit(run(args))
-    except (OSError, RuntimeError, ValueError) as error:
+    except OSError as error:  # of the system, or with a message of ours
+        file = f"{error.filename}: " if error.filename else ""
+        report(f"error: {file}{in_words(error)}")
+        sys.exit(1)
+    except (RuntimeError, ValueError) as error:
         report(f"error: {error}")
         sys.exit(1)
     except KeyboardInterrupt:

@@ -15,6 +15,7 @@ that follow a sound go with conditioning.py, and melody.py or style.py.
 import functools
 import itertools
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -92,8 +93,8 @@ class Job:
             check_audio_path(self.output, self.subtype, self.mp3_bitrate)
         if self.loudness is not None and self.options.duration < SHORTEST:
             raise ValueError(
-                f"loudness is measured over {SHORTEST} s; the duration must be as "
-                f"much, got {self.options.duration:g}."
+                f"loudness needs a duration of {SHORTEST} s or more, got "
+                f"{self.options.duration:g}."
             )
         for path in self.inputs().values():
             if reads and not Path(path).is_file():
@@ -107,7 +108,9 @@ class Job:
         """Samples (N, C) brought to the loudness or peak that is asked for."""
         audio = np.array(audio)
         if self.loudness is not None and len(audio) < SHORTEST * sampling_rate:
-            warnings.warn(f"{self.output} is too short to bring it to a loudness.")
+            warnings.warn(
+                f"{self.output} is shorter than {SHORTEST} s: its loudness stays as it is."
+            )
             return audio
         if self.loudness is not None:
             return to_loudness(audio, sampling_rate, self.loudness)
@@ -139,10 +142,13 @@ class Job:
 
 def check_level(loudness: float | None, peak: float | None) -> None:
     """Raise ValueError for a level that cannot be."""
-    for name, level, least in (("loudness", loudness, -70), ("peak", peak, -100)):
+    for name, level, least, unit in (
+        ("loudness", loudness, -70, "LUFS"),
+        ("peak", peak, -100, "dB"),
+    ):
         number = isinstance(level, int | float) and least <= level <= 0
         if not (level is None or number):
-            raise ValueError(f"{name} must be from {least} to 0 dB, got {level!r}.")
+            raise ValueError(f"{name} must be from {least} to 0 {unit}, got {level!r}.")
     if loudness is not None and peak is not None:
         raise ValueError("loudness and peak must not be given together.")
 
@@ -156,6 +162,14 @@ STYLE_KEYS = ("style", *STYLE_OPTIONS)
 ALL_KEYS = (*dict.fromkeys((*KEYS, *AUDIO_KEYS, *MELODY_KEYS, *STYLE_KEYS)),)
 
 
+def sound_name(key: str, path: Any) -> str | None:
+    """A path, in which ~ is the home folder, or None for none. Raises ValueError, which
+    has the `key`, for what is no path."""
+    if not isinstance(path, str | Path | None) or "\0" in str(path):
+        raise ValueError(f"{key} must name a sound file, got {path!r:.80}.")
+    return os.path.expanduser(path) if path else None
+
+
 def make_audio_prompt(path, start, length, drop) -> AudioPrompt | None:
     """From values of AUDIO_KEYS. Raises ValueError naming a bad one."""
     for name, seconds, least in (
@@ -164,23 +178,21 @@ def make_audio_prompt(path, start, length, drop) -> AudioPrompt | None:
     ):
         number = type(seconds) in (int, float) and least <= seconds < 1e6
         if seconds is not None and not number:
-            raise ValueError(f"{name} must be {least} s or more, got {seconds!r}.")
-    if not isinstance(path, str | Path | None):
-        raise ValueError(f"audio_prompt must name a sound file, got {path!r}.")
+            raise ValueError(f"{name} must be {least:g} s or more, got {seconds!r}.")
+    path = sound_name("audio_prompt", path)
     if drop not in (None, False, True):
         raise ValueError(f"drop_prompt must be true or false, got {drop!r}.")
     if not path and (start is not None or length is not None or drop):
         raise ValueError(
             "prompt_start, prompt_length and drop_prompt need an audio_prompt."
         )
-    return AudioPrompt(str(path), start or 0.0, length, bool(drop)) if path else None
+    return AudioPrompt(path, start or 0.0, length, bool(drop)) if path else None
 
 
 def make_melody(path, start, no_separate, overrides: set[str]) -> MelodyFile | None:
     """From values of MELODY_KEYS. Raises ValueError naming a bad one, or one of the
     job's `overrides`, which is no default of a file of prompts, without a melody."""
-    if not isinstance(path, str | Path | None):
-        raise ValueError(f"melody must name a sound file, got {path!r}.")
+    path = sound_name("melody", path)
     if start is not None and not (type(start) in (int, float) and 0 <= start < 1e6):
         raise ValueError(f"melody_start must be 0 s or more, got {start!r}.")
     if no_separate not in (None, False, True):
@@ -188,18 +200,16 @@ def make_melody(path, start, no_separate, overrides: set[str]) -> MelodyFile | N
     lone = {"melody_start": start is not None, "no_separate": no_separate}
     if not path and any(given and name in overrides for name, given in lone.items()):
         raise ValueError("melody_start and no_separate need a melody.")
-    return MelodyFile(str(path), start or 0.0, not no_separate) if path else None
+    return MelodyFile(path, start or 0.0, not no_separate) if path else None
 
 
 def make_style(values: dict[str, Any], overrides: set[str]) -> tuple[str | None, dict]:
     """The path among values of STYLE_KEYS, and the options. Raises ValueError naming a
     bad path, or one of the job's `overrides` options without one, as `make_melody`."""
-    path = values.get("style")
-    if not isinstance(path, str | Path | None):
-        raise ValueError(f"style must name a sound file, got {path!r}.")
+    path = sound_name("style", values.get("style"))
     given = {k: v for k in STYLE_OPTIONS if (v := values.get(k)) is not None}
     if path:
-        return str(path), given
+        return path, given
     if lone := given.keys() & overrides:
         raise ValueError(f"{min(lone)} must come with a style.")
     return None, {}
@@ -217,7 +227,7 @@ def make_job(
     options |= {k: values[k] for k in OPTIONS if k in values and k not in STYLE_KEYS}
     options = Options(**options)
     output = values["output"]
-    if not isinstance(output, str | Path) or not str(output):
+    if not isinstance(output, str | Path) or not str(output) or "\0" in str(output):
         raise ValueError(f"output must name a file, got {output!r}.")
     levels = [values.get(key) for key in LEVELS]
     first = (values["prompt"], values["seed"], Path(output))
@@ -288,7 +298,9 @@ class Sounds:
         model, rate = self._model, self._model.sampling_rate
         first = find_start("prompt_start", path, start, rate)
         if length is not None and not 1 <= int(length * rate):
-            raise ValueError(f"prompt_length must be above 0 s, got {length:g}.")
+            raise ValueError(
+                f"prompt_length must be {1 / rate:g} s or more, got {length}."
+            )
         count = None if length is None else int(length * rate)
         most = int(job.options.duration * rate) + 1
         audio = load_audio(path, rate, model.channels, first, min(count or most, most))
@@ -573,8 +585,8 @@ def check(
     Processes that share a model, the `group`, agree: what one of them cannot make
     they all leave. Only the first of them writes.
     """
-    writes = to_files and (group is None or group.rank() == 0)
-    errors = {}
+    first = group is None or group.rank() == 0
+    writes, errors = to_files and first, {}
     for i, job in enumerate(jobs):
         try:
             job.check(writes, reads)
@@ -582,6 +594,10 @@ def check(
             errors[i] = error
     if group is not None:
         bad = agree([int(i in errors) for i in range(len(jobs))], group)
-        elsewhere = ValueError("Another process cannot make it.")
+        told = agree([int(i in errors) * first for i in range(len(jobs))], group)
+        for i in errors:
+            if not told[i]:
+                warnings.warn(f"Process {group.rank()} cannot make it: {errors[i]}")
+        elsewhere = ValueError("Another process cannot make it, and says why.")
         errors = {i: errors.get(i, elsewhere) for i, wrong in enumerate(bad) if wrong}
     return [Result(jobs[i], error) for i, error in errors.items()]

@@ -19,7 +19,7 @@ import mlx.core as mx
 from hub import follows, same_model
 from jobs import ALL_KEYS, Job, agree, make_job, numbered
 from options import Options
-from outputs import identity, is_there
+from outputs import identity, in_words, is_there
 from settings import read_settings
 
 ALIASES = {"guidance": "guidance_coef", "negative": "negative_prompt"}
@@ -75,6 +75,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be a text in UTF-8: {error}") from error
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {in_words(error)}.") from error
     filled = [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
     named = path.suffix in (".json", ".jsonl", ".ndjson")
     json_lines = named or bool(filled) and filled[0][1].startswith(("{", "["))
@@ -85,8 +87,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         line_settings = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+    except json.JSONDecodeError as error:
+        wrong = f"is no JSON: {error.msg} at character {error.pos + 1}"
+        raise ValueError(f"{path}, line {number} {wrong}.") from error
+    except (ValueError, RecursionError) as error:  # too long a number, or too deep
+        raise ValueError(f"{path}, line {number} is no JSON: {error}.") from error
     if not isinstance(line_settings, dict):
         raise ValueError(f"{path}, line {number} must be an object, got {line:.40}")
     overrides = {
@@ -105,30 +110,52 @@ def parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def left(
-    jobs: list[Job], given: dict[str, Any], force: bool = False
+    jobs: list[Job],
+    given: dict[str, Any],
+    force: bool = False,
+    every: list[Job] | None = None,
 ) -> tuple[list[Job], list[str]]:
     """Jobs that are to be made, and why the others are not, or are made again.
 
     `given` are settings of the model by their names in a sound file. What is there is
     made again where other settings stand in it, or where `force` says so; what holds
-    none is left alone, for it may be anybody's.
+    none is left alone, for it may be anybody's. What a line of `every` one reads is not
+    overwritten by another: that is a fault.
     """
     wanted, messages = [], []
+    read_by = {
+        identity(path): job.line
+        for job in (jobs if every is None else every)
+        for path in job.inputs().values()
+    }
     for job in jobs:
-        if force or job.fault or not is_there(job.output) or job.output.is_dir():
+        if job.fault or not is_there(job.output) or job.output.is_dir():
             wanted.append(job)
             continue
-        try:
-            changed = differences(job, given, read_settings(job.output))
-        except (OSError, ValueError) as error:
-            messages.append(f"skipped {job.output}, which is there: {error}")
-            continue
-        if changed:
-            wanted.append(replace(job, overwrite=True))
-            messages.append(f"{job.output} is made again: {'; '.join(changed)}")
+        message = "" if force else already_made(job, given)
+        if message.startswith("skipped"):
+            messages.append(message)
+        elif (line := read_by.get(identity(job.output), job.line)) != job.line:
+            fault = f"its output {job.output} is what line {line} reads: rename one."
+            wanted.append(replace(job, fault=fault))
         else:
-            messages.append(f"skipped {job.output}: it is there, with these settings")
+            wanted.append(replace(job, overwrite=True))
+            messages += [message] if message else []
     return wanted, messages
+
+
+def already_made(job: Job, given: dict[str, Any]) -> str:
+    """Why a job whose file is there is skipped, or is made again."""
+    try:
+        changed = differences(job, given, read_settings(job.output))
+    except (OSError, ValueError):
+        return (
+            f"skipped {job.output}, which is there but was not made by generate.py: "
+            "--force overwrites it"
+        )
+    if changed:
+        return f"{job.output} is made again: {'; '.join(changed)}"
+    return f"skipped {job.output}: it is there, with these settings"
 
 
 def agreed(

@@ -59,9 +59,8 @@ class MusicGen(nn.Module):
         self.read_text_encoder: Callable[[], dict] | None = None  # after it was freed
 
     def __repr__(self) -> str:
-        return (
-            f"MusicGen({self.name!r}, {self.decoder.dtype}, {self.channels} channels)"
-        )
+        dtype = str(self.decoder.dtype).removeprefix("mlx.core.")
+        return f"MusicGen({self.name!r}, {dtype}, channels={self.channels})"
 
     @property
     def sampling_rate(self) -> int:

@@ -61,18 +61,19 @@ class Options:
         for name in ("duration", "temp", "top_p", "guidance_coef", *STYLE_OPTIONS):
             number = getattr(self, name)
             if not (number is None and name in STYLE_OPTIONS or is_number(number)):
-                raise ValueError(f"{name} must be a number below 1e6, got {number!r}.")
+                raise ValueError(
+                    f"{name} must be a finite number below 1e6, got {number!r}."
+                )
         frame, least, stride = f"1/{frame_rate} s", 1 / frame_rate, self.extend_stride
         slides = stride is None or is_number(stride) and least <= stride < max_duration
         several = is_whole(self.top_k) and 1 <= self.top_k <= 2048
         whole = isinstance(self.style_quantizers, Integral | None)
         longest = f" of {max_duration:g} s" if max_duration < 1e6 else ""
-        greedy = "for greedy decoding use temp=0"
         for name, holds, rule in (
             ("duration", self.duration >= least, f"at least a frame, {frame}"),
             # dividing by less overflows
             ("temp", self.temp == 0 or self.temp >= 1e-3, "0 (greedy) or 0.001 up"),
-            ("top_k", several, f"between 1 and 2048 (all); {greedy}"),
+            ("top_k", several, "from 1 to 2048; for greedy decoding give temp=0"),
             ("top_p", 0 <= self.top_p <= 1, "between 0 (off) and 1"),
             ("negative_prompt", isinstance(self.negative_prompt, str), "a text"),
             ("extend_stride", slides, f"from {frame} to less than a window{longest}"),
@@ -83,7 +84,7 @@ class Options:
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}.")
         if self.negative_prompt and self.copies == 1:
             raise ValueError(
-                "negative_prompt needs guidance, which guidance_coef 1 leaves out."
+                "A negative_prompt needs guidance: give a guidance_coef other than 1."
             )
 
 
@@ -134,4 +135,4 @@ DTYPES = {name: getattr(mx, name) for name in ("float16", "bfloat16", "float32")
 def check_dtype(dtype: mx.Dtype | None) -> None:
     """Raise ValueError unless it is None or one that a decoder can have."""
     if dtype is not None and dtype not in [*DTYPES.values()]:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}.")
+        raise ValueError(f"dtype must be mx.{', mx.'.join(DTYPES)}, got {dtype!r}.")

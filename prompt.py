@@ -71,9 +71,9 @@ def check_length(model: "MusicGen", samples: int, frames: int) -> None:
     hop, rate = model.config.audio_encoder.hop_length, model.sampling_rate
     if samples > (frames - 1) * hop:
         raise ValueError(
-            f"The audio prompt is {samples / rate:g} s long, but the duration is "
-            f"{frames * hop / rate:g} s, which must be a frame of {hop / rate:g} s more: "
-            "give a longer duration or a shorter prompt."
+            f"The audio prompt is {samples / rate:g} s long, but a duration of "
+            f"{frames * hop / rate:g} s has room for {(frames - 1) * hop / rate:g} s: "
+            "give a longer duration, or take less of the prompt."
         )
 
 

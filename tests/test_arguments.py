@@ -5,9 +5,11 @@ import io
 import os
 from unittest.mock import patch
 
+import mlx.core as mx
 from common import ScriptTest
 
 import arguments
+import settings
 from arguments import FLAGS, make_parser, parse_arguments
 
 
@@ -44,6 +46,9 @@ class TestArguments(ScriptTest):
         for stdin in (None, closed):
             with patch("sys.stdin", stdin):
                 self.assertIn("standard input, which is closed", self.refused("-"))
+        with patch("sys.stdin", io.StringIO(" \n")):
+            self.assertIn("standard input is empty", self.refused("-"))
+        self.assertIn("stands in quotes", self.refused("-", "-"))
 
     def test_prompt_of_a_file_recalled(self):
         out = self.folder / "x.wav"
@@ -51,6 +56,12 @@ class TestArguments(ScriptTest):
         self.assertEqual(status, 0)
         self.assertEqual(parse_arguments(["--again", str(out)]).prompt, ["drums"])
         self.assertEqual(parse_arguments(["b", "--again", str(out)]).prompt, ["b"])
+
+    def test_a_setting_of_a_file_that_cannot_be(self):
+        path = self.folder / "c.safetensors"
+        settings.save_codes(path, mx.zeros((1, 9, 4), mx.uint32), {"temp": "hot"})
+        said = self.refused("--again", str(path), "-m", "tiny")
+        self.assertIn(f"{path}: argument --temp: invalid float value: 'hot'", said)
 
     def test_did_you_mean(self):
         for wrong, right in (("--modle", "--model"), ("--Duration=3", "--duration")):
@@ -85,7 +96,15 @@ class TestArguments(ScriptTest):
         )
 
     def test_play_and_a_pipe(self):
-        self.assertIn("not --output -", self.refused("a", "--play", "-o", "-"))
+        self.assertIn("leave one of them out", self.refused("a", "--play", "-o", "-"))
+
+    def test_an_output_that_nobody_named(self):
+        said = self.refused("a", "-m", "tiny", "--mp3-bitrate", "128")
+        self.assertIn("mp3_bitrate must go with an .mp3, got a .wav.", said)
+
+    def test_limits_that_are_not_known_yet(self):
+        said = self.refused("a", "-m", "tiny", "--extend-stride", "0")
+        self.assertIn("must be from 1/50 s to less than a window, got 0.0.", said)
 
 
 class TestWhatIsSaid(ScriptTest):

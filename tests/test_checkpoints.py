@@ -48,7 +48,10 @@ class TestCheckpoints(Test):
             {"bits": 4, "group_size": 32, "mode": 1},
         ):
             path.write_text(json.dumps(config | {"quantization": wrong}))
-            self.fails("config.json does not load: quantization must give", folder)
+            self.fails(
+                "config.json does not load: (quantization must give|q_.* must be)",
+                folder,
+            )
 
     def test_shards(self):
         folder = self.converted("mono-transformers")
@@ -88,7 +91,7 @@ class TestCheckpoints(Test):
         source = str(REFERENCE / "mono-transformers")
         convert.convert(source, folder, mx.float32, 8, 32)
         MusicGen.from_pretrained(folder, q_bits=8)
-        with self.assertRaisesRegex(ValueError, "is quantized already"):
+        with self.assertRaisesRegex(ValueError, "has 8 bits a weight already"):
             MusicGen.from_pretrained(folder, q_bits=4)
 
     def test_stored_dtype_on_a_gpu(self):
@@ -263,7 +266,7 @@ class TestCheckpoints(Test):
 
     def test_dtype_must_be_a_float(self):
         for dtype in (mx.int32, "float16", mx.complex64):
-            with self.assertRaisesRegex(ValueError, "dtype must be one of float16"):
+            with self.assertRaisesRegex(ValueError, "dtype must be mx.float16"):
                 MusicGen.from_pretrained(REFERENCE / "mono-transformers", dtype)
 
     def test_tiny_lies_beside_the_scripts(self):

@@ -297,7 +297,10 @@ class TestCommandLine(ScriptTest):
         for bad, pattern in (
             (["--mp3-bitrate", "7"], "from 8 to 320"),
             (["--mp3-bitrate", "64", "--output", "x.ogg"], "go with an .mp3"),
-            (["--mp3-bitrate", "64", "--stream", "--output", "x.wav"], "not --stream"),
+            (
+                ["--mp3-bitrate", "64", "--stream", "--output", "x.wav"],
+                "leave out --stream",
+            ),
         ):
             status, _, err = self.run_script(*flags, self.folder / "z.mp3", *bad)
             self.assertEqual(status, 2)

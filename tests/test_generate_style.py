@@ -145,7 +145,7 @@ class TestStyleCommands(FollowingTest):
             ([*with_style, "--style-quantizers", "7"], 1, "from 1 to 6"),
             ([*with_style, "--style-start", "3"], 1, "at most 2 s"),
             ([*with_style, "--style-start", "-3"], 2, "0 s or more"),
-            ([*with_style, "--guidance-beta", "nan"], 2, "must be a number"),
+            ([*with_style, "--guidance-beta", "nan"], 2, "must be a finite number"),
             (["--guidance-beta", "5"], 2, "come with a style"),
             (["--style-start", "1"], 2, "come with a style"),
             ([*with_style, "--melody", self.tune], 1, "go with a melody model"),

@@ -368,7 +368,7 @@ class TestJobs(ScriptTest):
         with patch.object(soundfile.SoundFile, "read", spy):
             status, _, err = self.script(self.lines(*lines))
         self.assertEqual(status, 1)
-        self.assertIn("line 3: The audio prompt is 60 s long, but the duration is", err)
+        self.assertIn("line 3: The audio prompt is 60 s long, but a duration of", err)
         self.assertEqual(err.count("line "), 1)
         self.assertLess(sum(sizes), 0.5 * 44100)
 

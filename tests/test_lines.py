@@ -75,7 +75,9 @@ class TestLines(ScriptTest):
         before = Path("x-1.wav").read_bytes()
         status, out, err = self.script()
         self.assertEqual((status, Path("x-1.wav").read_bytes()), (0, before), err)
-        self.assertRegex(err, "skipped x-1.wav, which is there: .*holds no settings")
+        self.assertRegex(
+            err, "skipped x-1.wav, .* was not made by generate.py: --force"
+        )
         self.assertTrue(Path("x-2.wav").exists())
         self.script("--force")
         self.assertNotEqual(Path("x-1.wav").read_bytes(), before)
@@ -118,8 +120,44 @@ class TestLines(ScriptTest):
         self.write(*(line | {"output": "link.wav"} for line in reads[:1]), *reads, {})
         status, _, err = self.script("--force")
         self.assertEqual((status, Path("s.wav").read_bytes()), (1, before))
-        self.assertRegex(err, "line 1: link.wav must not be written, since it is read")
+        self.assertIn("line 1: its output link.wav is what line 4 reads", err)
         self.assertTrue(Path("x-2.wav").exists() and Path("x-5.wav").exists())
+
+    def test_what_another_line_reads_is_not_overwritten(self):
+        save_audio("a.wav", mx.full((1300, 1), 0.1), 32000)
+        before = Path("a.wav").read_bytes()
+        self.write({"audio_prompt": "a.wav"}, {"output": "a.wav"}, {})
+        status, _, err = self.script("--force")
+        self.assertEqual((status, Path("a.wav").read_bytes()), (1, before))
+        self.assertIn("line 2: its output a.wav is what line 1 reads", err)
+        self.assertTrue(Path("x-1.wav").exists() and Path("x-3.wav").exists())
+
+    def test_a_line_goes_on_from_another(self):
+        """What is made already may be read: nothing is overwritten."""
+        self.write({"output": "a.wav"}, {"audio_prompt": "a.wav", "duration": 0.2})
+        self.assertEqual(self.script()[0], 1)  # a.wav is not there yet
+        status, _, err = self.script()
+        self.assertEqual((status, Path("x-2.wav").exists()), (0, True), err)
+
+    def test_home_folder(self):
+        save_audio("a.wav", mx.full((1300, 1), 0.1), 32000)
+        self.write({"audio_prompt": "~/a.wav"}, {"audio_prompt": "~/b.wav"})
+        with patch.dict(os.environ, HOME=os.getcwd()):
+            _, _, err = self.script()
+        self.assertTrue(Path("x-1.wav").exists(), err)
+        self.assertIn(f"There is no sound file {os.getcwd()}/b.wav", err)
+
+    def test_what_is_no_file_of_prompts(self):
+        os.mkdir("folder")
+        Path("p.jsonl").write_text('{"prompt": "a"}\n{"prompt": a}\n')
+        for name, why in (
+            ("no.txt", "no.txt cannot be read: No such file or directory."),
+            ("folder", "folder cannot be read: Is a directory."),
+            ("in.wav", "--prompts must be a text file, got in.wav"),
+            ("p.jsonl", "p.jsonl, line 2 is no JSON: Expecting value at character 12."),
+        ):
+            err = self.run_script("--prompts", name, "--model", self.model)[2]
+            self.assertEqual(err, f"generate.py: error: {why}\n")
 
     def test_names_that_differ_in_case(self):
         self.write({"output": "Song.wav"}, {"output": "song.wav"})

@@ -146,7 +146,7 @@ class TestGenerate(Test):
     def test_is_told_in_one_line(self):
         model = MusicGen.from_pretrained(REFERENCE / "stereo-audiocraft")
         self.assertRegex(
-            repr(model), r"^MusicGen\('.*stereo-audiocraft', .*float32, 2 channels\)$"
+            repr(model), r"^MusicGen\('.*stereo-audiocraft', float32, channels=2\)$"
         )
 
     def test_help_names_every_option(self):

@@ -15,23 +15,27 @@ class TestOptions(Test):
         Options().check()
         for name, values, rule in (
             ("duration", (0, 0.01, -1), "at least a frame, 1/50 s"),
-            ("duration", (math.nan, math.inf, 10**400, "1", None, True), "a number"),
+            (
+                "duration",
+                (math.nan, math.inf, 10**400, "1", None, True),
+                "a finite number below 1e6",
+            ),
             ("temp", (-0.1, 1e-39), r"0 \(greedy\) or 0.001 up"),
-            ("temp", (math.nan, "1", None), "a number"),
-            ("top_k", (0, 2049, 2.5, True, "1", None), r"between 1 and 2048 \(all\)"),
+            ("temp", (math.nan, "1", None), "a finite number below 1e6"),
+            ("top_k", (0, 2049, 2.5, True, "1", None), "from 1 to 2048; "),
             ("top_p", (-0.1, 1.1), r"between 0 \(off\) and 1"),
-            ("top_p", (math.nan, None), "a number"),
-            ("guidance_coef", (math.nan, math.inf, "1"), "a number"),
+            ("top_p", (math.nan, None), "a finite number below 1e6"),
+            ("guidance_coef", (math.nan, math.inf, "1"), "a finite number below 1e6"),
             ("negative_prompt", (3, None), "a text"),
             (
                 "extend_stride",
                 (0, 30, 31, "1", math.nan),
                 "from 1/50 s to less than .* 30",
             ),
-            ("guidance_beta", (math.nan, "1"), "a number"),
+            ("guidance_beta", (math.nan, "1"), "a finite number below 1e6"),
             ("style_start", (-1,), "0 s or more"),
-            ("style_start", (math.nan, "1"), "a number"),
-            ("style_length", (math.inf, "1"), "a number"),
+            ("style_start", (math.nan, "1"), "a finite number below 1e6"),
+            ("style_length", (math.inf, "1"), "a finite number below 1e6"),
             ("style_quantizers", (2.5,), "whole"),
         ):
             for value in values:
@@ -112,5 +116,7 @@ class TestOptions(Test):
         for dtype in (None, mx.float16, mx.bfloat16, mx.float32):
             options.check_dtype(dtype)
         for dtype in (mx.int32, mx.complex64, "float16", np.float32):
-            with self.assertRaisesRegex(ValueError, "^dtype must be one of float16"):
+            with self.assertRaisesRegex(
+                ValueError, "^dtype must be mx.float16, mx.bfloat16"
+            ):
                 options.check_dtype(dtype)

@@ -61,7 +61,7 @@ class TestPrompt(Test):
         self.assertSame(
             encode_prompt(model, integers[:, 0], 9), encode_prompt(model, integers, 9)
         )
-        with self.assertRaisesRegex(ValueError, "prompt is 0.137813 s long, but the"):
+        with self.assertRaisesRegex(ValueError, "prompt is 0.137813 s long, but a"):
             encode_prompt(model, path, 6)
         with self.assertRaisesRegex(FileNotFoundError, "no sound file none.wav"):
             encode_prompt(model, "none.wav", 6)
@@ -92,8 +92,8 @@ class TestPrompt(Test):
         model = exact("mono-audiocraft")
         start_with(model, noise(4 * 640), None, 0.1)
         message = (
-            "The audio prompt is 0.0800312 s long, but the duration is 0.1 s, which must "
-            "be a frame of 0.02 s more: give a longer duration or a shorter prompt."
+            "The audio prompt is 0.0800312 s long, but a duration of 0.1 s has room for "
+            "0.08 s: give a longer duration, or take less of the prompt."
         )
         with self.assertRaisesRegex(ValueError, f"^{re.escape(message)}$"):
             start_with(model, noise(4 * 640 + 1), None, 0.1)

@@ -122,7 +122,7 @@ class TestSettings(ScriptTest):
             self.assertRegex(err, "^generate.py: error: .*--save-codes.*\n$")
         status, _, err = self.run_script("--redecode", path, "--stream")
         self.assertEqual(status, 2)
-        self.assertRegex(err, "^generate.py: error: --redecode has the whole.*\n$")
+        self.assertRegex(err, "^generate.py: error: --redecode writes a file.*\n$")
 
     def refused(self, *flags: str, status: int, pattern: str) -> None:
         """The flags get one line, and leave no file."""
@@ -196,14 +196,17 @@ class TestSettings(ScriptTest):
         flags = ["-p", "drums", "--model", self.model, "--duration", "0.4"]
         self.make("x.wav", *flags, "--save-codes", path)
         for more, pattern in (
-            (["--redecode", path, "--temp", "0.1"], "--redecode makes the sound"),
+            (
+                ["--redecode", path, "--temp", "0.1"],
+                "--redecode takes codes as they are",
+            ),
             (["--redecode", path, "--again", path], "must not come together"),
             (["--resume", path, "--audio-prompt", "a.wav"], "goes on from codes"),
         ):
             self.refused(*more, status=2, pattern=pattern)
         for more, pattern in (
             (["--save-codes", "/none/x.safetensors"], "folder /none"),
-            (["--loudness", "-14", "--duration", "0.3"], "loudness is measured"),
+            (["--loudness", "-14", "--duration", "0.3"], "loudness needs a duration"),
         ):
             self.refused(*flags, *more, status=1, pattern=pattern)
         spelled = os.path.relpath(self.model)

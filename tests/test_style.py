@@ -183,7 +183,7 @@ class TestStyle(Test):
             (dict(style=tune, style_quantizers=0), "from 1 to 6, got 0"),
             (dict(style=tune, style_quantizers=7), "from 1 to 6, got 7"),
             (dict(style=tune, style_quantizers=1.5), "must be whole"),
-            (dict(style=tune, guidance_beta=math.nan), "must be a number"),
+            (dict(style=tune, guidance_beta=math.nan), "must be a finite number"),
             (dict(guidance_beta=5), "come with a style"),
             (dict(style_quantizers=3), "style_quantizers must come with a style"),
             (dict(style=[tune, None], guidance_beta=5), "come with a style for each"),
