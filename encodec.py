@@ -285,7 +285,14 @@ class Quantizer(nn.Module):
         return mx.stack(codes, axis=-1)
 
     def decode(self, codes: mx.array) -> mx.array:
-        """Codes (B, T, K) -> embeddings (B, T, D)."""
+        """Codes (B, T, K) -> embeddings (B, T, D). Raises ValueError for what are none:
+        MLX would read whatever lies beyond a codebook."""
+        K, entries = len(self.layers), len(self.layers[0].codebook.embed)
+        whole = isinstance(codes, mx.array) and mx.issubdtype(codes.dtype, mx.integer)
+        fits = whole and codes.ndim == 3 and 1 <= codes.shape[2] <= K
+        if not fits or codes.size and not 0 <= codes.min() <= codes.max() < entries:
+            kind = f"integers from 0 to {entries - 1}, (B, T, K) with K up to {K}"
+            raise ValueError(f"codes must be {kind}, got {codes!r:.80}.")
         return sum(
             layer.codebook.embed[codes[..., k]]
             for k, layer in enumerate(self.layers[: codes.shape[-1]])

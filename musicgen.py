@@ -217,7 +217,10 @@ class MusicGen(nn.Module):
         return rows_that_fit(self, options)
 
     def decode(self, codes: mx.array) -> mx.array:
-        """Samples (B, N, C) of codes (B, T, K), N = T * hop_length."""
+        """Samples (B, N, C) of codes (B, T, K), N = T * hop_length. Raises ValueError for
+        what are no codes of this model."""
+        if codes.ndim != 3 or codes.shape[2] != self.config.decoder.num_codebooks:
+            raise ValueError(f"codes must be those of {self.name}, got {codes.shape}.")
         norm = self.config.audio_encoder.norm_type
         if self.plain or norm != "weight_norm":  # group norm looks at all samples
             return by_channel(self.audio_encoder.decode_chunk, codes, self.channels)

@@ -68,6 +68,7 @@ class Options:
         slides = stride is None or is_number(stride) and least <= stride < max_duration
         several = is_whole(self.top_k) and 1 <= self.top_k <= 2048
         whole = isinstance(self.style_quantizers, Integral | None)
+        guided = not self.negative_prompt or self.copies > 1
         longest = f" of {max_duration:g} s" if max_duration < 1e6 else ""
         for name, holds, rule in (
             ("duration", self.duration >= least, f"at least a frame, {frame}"),
@@ -76,16 +77,13 @@ class Options:
             ("top_k", several, "from 1 to 2048; for greedy decoding give temp=0"),
             ("top_p", 0 <= self.top_p <= 1, "between 0 (off) and 1"),
             ("negative_prompt", isinstance(self.negative_prompt, str), "a text"),
+            ("guidance_coef", guided, "other than 1 beside a negative_prompt"),
             ("extend_stride", slides, f"from {frame} to less than a window{longest}"),
             ("style_start", (self.style_start or 0) >= 0, "0 s or more"),
             ("style_quantizers", whole, "whole"),
         ):
             if not holds:
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}.")
-        if self.negative_prompt and self.copies == 1:
-            raise ValueError(
-                "A negative_prompt needs guidance: give a guidance_coef other than 1."
-            )
 
 
 def is_number(value: Any) -> bool:

@@ -261,17 +261,7 @@ class T5(nn.Module):
         return model, tokenizer
 
 
-def demo(model: T5, tokenizer: Tokenizer, texts: list[str]) -> None:
-    """Print each text's ids and the size of its states."""
-    states, mask = model.encode([tokenizer.encode(text) for text in texts])
-    for text, state, used in zip(texts, states, mask):
-        length = used.sum().item()
-        print(f"{text!r}: {length} tokens, states {state[:length].shape}")
-        print("  ids", tokenizer.encode(text))
-
-
 if __name__ == "__main__":
-    try:
-        demo(*T5.from_pretrained("google-t5/t5-base"), ["happy rock", "calm piano"])
-    except (OSError, ValueError) as error:
-        sys.exit(f"t5.py: error: {' '.join(str(error).split())}")
+    import t5_files
+
+    t5_files.main(T5)

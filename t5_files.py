@@ -6,8 +6,10 @@ the Hub. Stands alone; hub.py is needed to see at once that there is no network.
     settings, weights, spiece = read("google-t5/t5-base")
 """
 
+import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -86,3 +88,24 @@ def sanitize(weights: Weights) -> Weights:
         if not mx.issubdtype(weight.dtype, mx.floating):
             raise ValueError(f"{name} must hold floats, but holds {weight.dtype}")
     return {name: weight.astype(mx.float32) for name, weight in kept.items()}
+
+
+def main(encoder: type) -> None:
+    """Print the ids of texts and the size of their states. `encoder`: the class."""
+    parser = argparse.ArgumentParser(description="Encode texts with T5.")
+    parser.add_argument("text", nargs="*", default=["happy rock", "calm piano"])
+    parser.add_argument(
+        "--model",
+        default="google-t5/t5-base",
+        help="a Hub id or a folder (default: %(default)s)",
+    )
+    args = parser.parse_args()
+    try:
+        model, tokenizer = encoder.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        sys.exit(f"t5.py: error: {' '.join(str(error).split())}")
+    ids = [tokenizer.encode(text) for text in args.text]
+    states, _ = model.encode(ids)
+    for text, row, state in zip(args.text, ids, states):
+        print(f"{text!r}: {len(row)} tokens, states {state[: len(row)].shape}")
+        print("  ids", row)

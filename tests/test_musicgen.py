@@ -143,6 +143,29 @@ class TestGenerate(Test):
             want = single.generate_codes("drums", duration=0.1, temp=0)
             self.assertSame(codes[:, 0], want[:, 0])
 
+    def test_codes_that_are_none(self):
+        """MLX would read what lies beyond the codebooks."""
+        for name in ("mono-audiocraft", "stereo-transformers"):
+            model = MusicGen.from_pretrained(REFERENCE / name)
+            K = model.config.decoder.num_codebooks
+            good = mx.full((1, 9, K), 63)
+            for plain in (False, True):
+                model.plain = plain
+                self.assertEqual(model.decode(good).shape[1], 9 * 640)
+                for bad in (
+                    good + 1,
+                    good - 64,
+                    good + 10**6,
+                    good.astype(mx.float32),
+                    good[0],
+                    good[..., 1:],
+                    good.swapaxes(1, 2),
+                    mx.concatenate([good, good], axis=2),
+                    np.array(good),
+                ):
+                    with self.assertRaisesRegex(ValueError, "^codes must be .*, got "):
+                        model.decode(bad)
+
     def test_is_told_in_one_line(self):
         model = MusicGen.from_pretrained(REFERENCE / "stereo-audiocraft")
         self.assertRegex(

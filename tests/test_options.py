@@ -48,7 +48,9 @@ class TestOptions(Test):
         with self.assertRaisesRegex(ValueError, "less than .* 8 s, got 8.0"):
             Options(extend_stride=8.0).check(max_duration=8)
         Options(duration=0.02, temp=0, top_k=np.int64(1), extend_stride=29).check()
-        with self.assertRaisesRegex(ValueError, "negative_prompt needs guidance"):
+        with self.assertRaisesRegex(
+            ValueError, "guidance_coef must be other than 1 beside a neg"
+        ):
             Options(negative_prompt="a", guidance_coef=1).check()
         Options(negative_prompt="a").check()
 

@@ -1,12 +1,12 @@
 """The tokenizer and T5. The published ids want the real model of google-t5/t5-base,
 looked for in ../shared/t5 and in the Hub's cache."""
 
-import io
 import json
 import math
 import shutil
+import subprocess
+import sys
 import unittest
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import mlx.core as mx
@@ -150,7 +150,15 @@ class TestT5(Test):
         weights = t5_files.sanitize({"shared.weight": mx.zeros((2, 2), mx.float16)})
         self.assertEqual(weights["shared.weight"].dtype, mx.float32)
 
-    def test_demo(self):
-        with redirect_stdout(io.StringIO()) as output:
-            t5.demo(*T5.from_pretrained(REFERENCE / "t5-gated"), ["a piano"])
-        self.assertIn("'a piano': ", output.getvalue())
+    def test_command_line(self):
+        def run(*flags):
+            command = [sys.executable, "t5.py", *flags]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            return done.returncode, done.stdout, done.stderr
+
+        status, out, err = run("a piano", "--model", str(REFERENCE / "t5-gated"))
+        self.assertEqual((status, err), (0, ""))
+        self.assertRegex(out, r"^'a piano': (\d+) tokens, states \(\1, \d+\)\n  ids \[")
+        status, _, err = run("--model", str(self.folder))
+        self.assertEqual(status, 1)
+        self.assertRegex(err, "^t5.py: error: .*config.json.*\n$")
