@@ -90,7 +90,7 @@ class TestTraining(Test):
         self.assertEqual(quiet.getvalue(), "")  # no terminal, no word
         self.assertEqual(plain.getvalue().count(": loss 0.0000\n"), 3)
         for told, text in (
-            ({}, r"training:   0% .* 0.0 of 9.0 steps, \?"),
+            ({}, r"training:   0% .* 0.0 of 9.0 steps, \? left"),
             ({"seconds": 80}, r"training:   0% .* 0.0 of 80.0 s, \?"),
         ):
             terminal, lines = Terminal(), io.StringIO()
