@@ -148,8 +148,9 @@ def upload(folder: Path, repo: str, source: str) -> None:
         api.create_repo(repo, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder)
     except Exception as error:  # the network's, the Hub's or the disk's
+        why = str(error).rstrip(". \n")
         raise OSError(
-            f"The Hub did not take {repo}: {error} {folder} is whole: the same "
+            f"The Hub did not take {repo}: {why}. {folder} is whole: the same "
             "command uploads it."
         ) from error
     print(f"Uploaded to https://huggingface.co/{repo}")

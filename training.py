@@ -238,7 +238,10 @@ class Training:
         advice = "take a smaller --batch or a shorter --crop"
         if "Interactivity" in str(error):  # macOS's watchdog
             advice = "let the display sleep, or set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1"
-        return f"The GPU stopped in step {self.done}: {error} To go on: {advice}; {onward}."
+        why = str(error).rstrip(". \n")
+        return (
+            f"The GPU stopped in step {self.done}: {why}. To go on: {advice}; {onward}."
+        )
 
     def tell(self, losses: list[mx.array], names: tuple[str, ...]) -> None:
         """Print the mean of losses (n,). Raises ValueError where it is not finite."""
