@@ -280,6 +280,7 @@ class TestNoNetwork(Test):
     def test_each_part_is_named_with_the_ways_out(self):
         self.server.close()
         out = "there is no network .localhost does not answer.*cache. Connect, and .*"
+        out += r"HF_HUB_OFFLINE=0\. "
         cache = patch.object(hub.constants, "HF_HUB_CACHE", str(self.folder))
         for name, ask, pattern in (
             ("model", lambda: hub.fetch("small"), "model facebook/.*--model tiny"),
@@ -308,6 +309,21 @@ class TestNoNetwork(Test):
                     ask()
                 self.assertRegex(str(caught.exception), out)
                 self.assertLess(time.monotonic() - start, 3)
+
+    def test_reasons_end_as_sentences(self):
+        """Whether the Hub's own message ends in a full stop or not."""
+        for error in ("offline", "offline.", "offline.\n"):
+            for module, ask in (
+                (hub, lambda: hub.fetch("some/one")),
+                (t5_files, lambda: t5_files.read("some/one")),
+                (encodec_files, lambda: encodec_files.read("some/one")),
+                (mert, lambda: mert.MERT.from_pretrained("some/one")),
+            ):
+                wrong = dict(side_effect=OSError(error))
+                with patch.object(module, "hf_hub_download", **wrong):
+                    wanted = "and there is no such folder: offline. To work offline, "
+                    with self.assertRaisesRegex(OSError, wanted):
+                        ask()
 
     def test_parts_without_hub_py(self):
         """What is copied without it waits for nothing, and prints nothing."""
