@@ -428,7 +428,7 @@ def check_fixed(
             continue
         if name not in fixed:
             raise ValueError(
-                f"{name} is no setting of {part}, but it is set to {value}"
+                f"{name} is set to {value} in {part}, which this program does not know"
             )
         text = str(value).lower() if str(value) in ("True", "False") else str(value)
         if fixed[name] and text not in fixed[name]:

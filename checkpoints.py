@@ -14,7 +14,6 @@ config of absurd sizes.
 
 import json
 import os
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,9 +148,8 @@ def locate(name: str) -> Path:
         return folder
     if name == "tiny":
         raise FileNotFoundError(
-            f"{folder} must hold config.json, model.safetensors and spiece.model. Copy "
-            "that folder along with the scripts, or train it: python train.py synth "
-            f"--codec --output {shlex.quote(str(folder))}, then with --lm for --codec."
+            f"{folder} must hold config.json, model.safetensors and spiece.model: copy "
+            "that folder, too, from where these scripts are from."
         )
     from hub import fetch
 

@@ -31,8 +31,9 @@ from engine import BITS, GROUP_SIZES, quantize_model
 from hub import MODELS, check_name
 from messages import Forgiving, one_line
 from musicgen import MusicGen
-from outputs import leave_nothing, reason_in, whole_folder
+from outputs import is_there, leave_nothing, reason_in, whole_folder
 
+FILES = ("config.json", "model.safetensors", "spiece.model")
 CARD = """---
 library_name: mlx
 license: {license}
@@ -135,21 +136,27 @@ def model_card(folder: Path, repo: str, source: str) -> str:
 
 
 def upload(folder: Path, repo: str, source: str) -> None:
-    """Publish a converted folder on the Hub, with a model card.
+    """Publish a converted folder on the Hub, with a model card: its README.md, which is
+    made where none is there.
 
     Raises OSError when the Hub does not take it.
     """
     from huggingface_hub import HfApi
 
     folder = Path(os.path.expanduser(folder))
-    (folder / "README.md").write_text(model_card(folder, repo, source))
+    card = folder / "README.md"
+    if is_there(card):
+        print(f"{card} is there already and is uploaded as it is")
+    else:
+        card.write_text(model_card(folder, repo, source))
     api = HfApi()
     try:
         api.create_repo(repo, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder)
     except Exception as error:  # the network's, the Hub's or the disk's
+        why = str(error).rstrip(". \n")
         raise OSError(
-            f"The Hub did not take {repo}: {error} {folder} is whole: the same "
+            f"The Hub did not take {repo}: {why}. {folder} is whole: the same "
             "command uploads it."
         ) from error
     print(f"Uploaded to https://huggingface.co/{repo}")

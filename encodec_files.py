@@ -17,7 +17,8 @@ import warnings
 from pathlib import Path
 
 import mlx.core as mx
-from huggingface_hub import hf_hub_download
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 REPOS = {size: f"facebook/encodec_{size}" for size in ("24khz", "32khz", "48khz")}
@@ -59,19 +60,16 @@ def locate(path_or_repo: str | Path) -> list[Path]:
     folder = Path(os.path.expanduser(path_or_repo))
     if str(path_or_repo) in REPOS or not folder.is_dir():  # `./32khz` is a folder
         repo = REPOS.get(str(path_or_repo), str(path_or_repo))
-        reason = ""
-        if Path(__file__).with_name("hub.py").is_file():
-            from hub import no_network
-
-            reason = no_network()
+        reason = no_network(repo)
         options = dict(local_files_only=bool(reason))
         try:
             return [Path(hf_hub_download(repo, name, **options)) for name in FILES]
         except (OSError, ValueError) as error:
             why = isinstance(error, OSError) and reason or error
+            why = str(why).rstrip(". \n")
             raise OSError(
                 f"The Hub did not give the codec {repo}, and there is no such folder: "
-                f"{why} To work offline, name a folder with {' and '.join(FILES)}; short "
+                f"{why}. To work offline, name a folder with {' and '.join(FILES)}; short "
                 f"names are {', '.join(REPOS)}."
             ) from error
     for name in FILES:
@@ -81,6 +79,25 @@ def locate(path_or_repo: str | Path) -> list[Path]:
                 f"but {name} is missing."
             )
     return [folder / name for name in FILES]
+
+
+def no_network(repo: str) -> str:
+    """Why only the Hub's cache can be read, as a sentence; "" where the Hub is asked.
+
+    Without hub.py it is asked for one file, once: to fetch one, huggingface_hub tries
+    for half a minute.
+    """
+    if Path(__file__).with_name("hub.py").is_file():
+        import hub
+
+        return hub.no_network()
+    try:
+        get_hf_file_metadata(hf_hub_url(repo, FILES[0]))
+    except HfHubHTTPError:  # the Hub has answered
+        return ""
+    except Exception as error:  # of the library that huggingface_hub asks with
+        return f"{error}, and it is not in the cache."
+    return ""
 
 
 def read_files(config: Path, weights: Path) -> tuple[Path, dict, Weights]:

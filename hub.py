@@ -46,6 +46,10 @@ LOOK = 2.5  # seconds that the Hub's server has to answer
 
 def check_name(name: str) -> None:
     """Raise ValueError for what is no short name, Hub id or local folder."""
+    if re.match(r"[.~/]|.*/(.*/|$)", name) and not local(name):
+        if os.path.exists(os.path.expanduser(name)):
+            raise ValueError(f"{name:.200} is no folder.")
+        raise ValueError(f"There is no folder {name:.200}.")
     hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not os.path.exists(name)
     if not (name in MODELS or local(name) or hub_id):
         raise ValueError(
@@ -105,9 +109,11 @@ def fetch(name: str) -> Path:
             return fetch_transformers(repo, **options)
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         why = isinstance(error, OSError) and reason or error
+        why = str(why).rstrip(". \n")
+        here = "" if name in MODELS else ", and there is no such folder"
         raise OSError(
-            f"The Hub did not give the model {repo}: {why} To work offline, take --model "
-            f"tiny or a local folder with {' and '.join(AUDIOCRAFT_FILES)}, "
+            f"The Hub did not give the model {repo}{here}: {why}. To work offline, take "
+            f"--model tiny or a local folder with {' and '.join(AUDIOCRAFT_FILES)}, "
             "T5 in t5-base/ and, for stereo, the codec in encodec_32khz/; or one that "
             "convert.py wrote."
         ) from error

@@ -26,7 +26,8 @@ if sys.platform == "darwin":  # where an M5 rounds the factors of float32 produc
 
 import mlx.core as mx
 import mlx.nn as nn
-from huggingface_hub import hf_hub_download
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError
 
 REPO = "m-a-p/MERT-v1-95M"
 FILES = ("config.json", "pytorch_model.bin")
@@ -277,6 +278,25 @@ def check_config(config: MERTConfig) -> None:
         )
 
 
+def no_network(repo: str) -> str:
+    """Why only the Hub's cache can be read, as a sentence; "" where the Hub is asked.
+
+    Without hub.py it is asked for one file, once: to fetch one, huggingface_hub tries
+    for half a minute.
+    """
+    if Path(__file__).with_name("hub.py").is_file():
+        import hub
+
+        return hub.no_network()
+    try:
+        get_hf_file_metadata(hf_hub_url(repo, FILES[0]))
+    except HfHubHTTPError:  # the Hub has answered
+        return ""
+    except Exception as error:  # of the library that huggingface_hub asks with
+        return f"{error}, and it is not in the cache."
+    return ""
+
+
 def read_config(path: Path) -> dict:
     """The settings in a `config.json`. Raises ValueError where there are none."""
     try:
@@ -295,19 +315,16 @@ def locate(path_or_repo: str | Path) -> list[Path]:
     """
     folder = Path(os.path.expanduser(path_or_repo))
     if not folder.is_dir():
-        reason = ""
-        if Path(__file__).with_name("hub.py").is_file():
-            from hub import no_network
-
-            reason = no_network()
+        repo = str(path_or_repo)
+        reason = no_network(repo)
         options = dict(local_files_only=bool(reason))
         try:
-            repo = str(path_or_repo)
             return [Path(hf_hub_download(repo, name, **options)) for name in FILES]
         except (OSError, ValueError) as error:
             why = isinstance(error, OSError) and reason or error
+            why = str(why).rstrip(". \n")
             raise OSError(
-                f"The Hub did not give MERT, {repo}, and there is no such folder: {why} "
+                f"The Hub did not give MERT, {repo}, and there is no such folder: {why}. "
                 f"To work offline, name a folder with {' and '.join(FILES)}."
             ) from error
     for name in FILES:

@@ -24,7 +24,8 @@ def one_line(message: object) -> str:
 
 
 class Forgiving:
-    """A stream that loses what cannot be written: no take ends for a line about it."""
+    """A stream that loses what cannot be written: no take ends for a line about it.
+    Characters that its encoding lacks are spelled out."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -35,8 +36,16 @@ class Forgiving:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
+        except UnicodeEncodeError:
+            spelled = self._spelled(text)
+            return len(text) if spelled == text else self.write(spelled)
         except (AttributeError, OSError, ValueError):  # it is gone, or closed
             return len(text)
+
+    def _spelled(self, text: str) -> str:
+        """The text with `\\u97f3` for what the stream's encoding lacks."""
+        encoding = getattr(self._stream, "encoding", None) or "ascii"
+        return text.encode(encoding, "backslashreplace").decode(encoding)
 
     def flush(self) -> None:
         try:

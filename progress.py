@@ -2,7 +2,7 @@
 
     with Progress() as progress:
         progress.stage("loading small")
-        progress.begin("take 1 of 2", total=30.0)  # seconds of audio
+        progress.begin("take 1 of 2", total=30.0)
         progress.to(0.5)
 
 Where stderr is no terminal nothing moves: what takes more than a minute says so, once a
@@ -10,6 +10,7 @@ minute. A line that cannot be written is nobody's error. Needs messages.py
 beside it.
 """
 
+import os
 import sys
 import time
 from typing import TextIO
@@ -19,7 +20,11 @@ from huggingface_hub.utils import tqdm
 from messages import Forgiving
 
 STAGE = "{desc}"
-COUNT = "{desc}: {percentage:3.0f}% {bar} {n:.1f} of {total:.1f} {unit}, {remaining}"
+COUNT = (
+    "{desc}: {percentage:3.0f}% {bar} {n:.1f} of {total:.1f} {unit}, {remaining} left"
+)
+SOUND = "s of audio"  # what is counted, unless told otherwise
+WIDTH = 80  # columns of a terminal that does not tell its own
 MINUTE = 60.0  # seconds between two lines where there is no terminal
 
 
@@ -29,9 +34,11 @@ class Progress:
     def __init__(self, shown: bool = True, stream: TextIO | None = None):
         self._file = forgiving(sys.stderr if stream is None else stream)
         self._shown, self._moves = shown, shown and is_terminal(self._file)
-        form = dict(bar_format=STAGE, leave=False, dynamic_ncols=True, miniters=0)
+        form = dict(bar_format=STAGE, leave=False, miniters=0)
+        form |= dict(ncols=WIDTH) if no_width(self._file) else dict(dynamic_ncols=True)
         self._bar = tqdm(file=self._file, disable=not self._moves, **form)
-        self._text, self._unit, self._last = "", "s", time.monotonic()
+        self._text, self._last = "", time.monotonic()
+        self._total, self._unit = 0.0, SOUND
 
     def __enter__(self) -> "Progress":
         return self
@@ -46,9 +53,9 @@ class Progress:
         self._bar.set_description_str(text)
         self._say(text)
 
-    def begin(self, text: str, total: float, unit: str = "s") -> None:
+    def begin(self, text: str, total: float, unit: str = SOUND) -> None:
         """Count from 0 to `total` from now on."""
-        self._text, self._unit = text, unit
+        self._text, self._total, self._unit = text, total, unit
         if self._moves:
             self._bar.bar_format, self._bar.unit = COUNT, unit
             self._bar.set_description_str(text, refresh=False)
@@ -58,7 +65,7 @@ class Progress:
         """So much of the total is done."""
         if self._moves:
             self._bar.update(amount - self._bar.n)
-        self._say(f"{self._text}: {amount:.1f} {self._unit}")
+        self._say(f"{self._text}: {amount:.1f} of {self._total:.1f} {self._unit}")
 
     def _say(self, text: str) -> None:
         """A line a minute, where there is no terminal."""
@@ -82,4 +89,13 @@ def is_terminal(stream: TextIO | None) -> bool:
     try:
         return stream.isatty()
     except (AttributeError, ValueError):  # there is none, or it is closed
+        return False
+
+
+def no_width(stream: TextIO | None) -> bool:
+    """Whether a terminal says that it has 0 columns, as of some programs that run
+    others: tqdm shows nothing there."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns == 0
+    except (AttributeError, OSError, ValueError):  # it is none, or closed
         return False

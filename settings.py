@@ -37,7 +37,10 @@ def from_comment(comment: str, path: Path) -> dict[str, Any]:
         settings = json.loads(comment.rstrip("\0"))
         version = settings.pop("musicgen")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
-        raise ValueError(f"{path} holds no settings of a take.") from None
+        raise ValueError(
+            f"{path} holds no settings of a take: it is no sound of generate.py, nor "
+            "codes of --save-codes (.safetensors)."
+        ) from None
     if type(version) is not int or version > VERSION:
         raise ValueError(
             f"{path} is of a later version, {version}; this program reads {VERSION}. "
@@ -162,6 +165,10 @@ def load_codes(path: str | Path) -> tuple[mx.array, dict[str, Any]]:
             codes = mx.load(str(path))["codes"]
         mx.eval(codes)
     except (KeyError, RuntimeError, SafetensorError) as error:
+        if path.suffix != ".safetensors":
+            raise ValueError(
+                f"{path} holds no codes: name a .safetensors file of --save-codes."
+            ) from error
         raise ValueError(f"{path} is damaged or holds no codes: {error}") from error
     if codes.ndim != 3 or codes.shape[0] != 1 or codes.dtype != mx.uint16:
         raise ValueError(

@@ -44,7 +44,7 @@ def write(
 
     A file that is there is lost only to one that is longer, or `whole`, as is asked
     after the last piece. A reader that closes the pipe, which "-" is, ends it. Raises
-    OSError where nothing can be written.
+    OSError where nothing can be written, or where another program has taken the file.
     """
     if path == "-":
         return Written(write_to_pipe(pieces, channels, sampling_rate, comment), path)
@@ -56,6 +56,7 @@ def write(
             output.grow(wav.seconds)
         if whole():
             output.appear()
+    output.check_kept()
     return Written(wav.seconds, str(output.path))
 
 
@@ -84,7 +85,7 @@ class Output:
         self.path, self.file = Path(path), file
         self._part, self._overwrite = part, overwrite
         self._seconds, self._least = 0.0, seconds_of(self.path)
-        self._shown = False  # whether it has its name
+        self._shown = self._lost = False  # whether it has its name, or had
 
     def grow(self, seconds: float) -> None:
         """It has so many seconds by now."""
@@ -106,15 +107,23 @@ class Output:
         warnings.warn(f"{why}: this take is in {self.path}.")
 
     def close(self) -> None:
-        """Leave no hidden file, and say so where the name is another's."""
+        """Leave no hidden file, and find out whose the name is."""
         if not self._shown and self._seconds:
             self._overwrite = False
             self._move(f"{self.path} is longer, so it stays")
             self.appear()
         self._part.unlink(missing_ok=True)
         mine = os.fstat(self.file.fileno())
-        if self._shown and not same(self.path, mine):
-            warnings.warn(f"Another program wrote {self.path}: this take is lost.")
+        self._lost = self._shown and not same(self.path, mine)
+
+    def check_kept(self) -> None:
+        """Raise OSError where the name is another's by now."""
+        if self._lost:
+            did = "wrote" if os.path.exists(self.path) else "moved or removed"
+            raise OSError(
+                f"Another program {did} {self.path}, so this take is lost: run it "
+                "again with another --output."
+            )
 
 
 def seconds_of(path: Path) -> float:

@@ -3,7 +3,7 @@
 The encoder half of T5 (Raffel et al., https://arxiv.org/abs/1910.10683) in
 float32, with relu or gated feed-forward, and a tokenizer that needs only the
 published `spiece.model`. Stands alone; t5_files.py and limits.py are needed
-beside it to load published weights.
+beside it to load published weights, and hub.py to fetch them.
 
     model, tokenizer = T5.from_pretrained("google-t5/t5-base")
     states, mask = model.encode([tokenizer.encode("happy rock")])
@@ -66,7 +66,7 @@ class Tokenizer:
             self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
             raise ValueError(
-                f"{path} must be a SentencePiece model: {error}. Fetch "
+                f"{path} must be a SentencePiece model: {str(error).rstrip('.')}. Fetch "
                 "spiece.model of google-t5/t5-base again."
             ) from error
         size = self._pieces.vocab_size()

@@ -1,7 +1,8 @@
 """T5's published files -> settings, weights by our names, and a tokenizer's file.
 
 They are `config.json`, `model.safetensors` and `spiece.model`, in a local folder or on
-the Hub. Stands alone; hub.py is needed to see at once that there is no network.
+the Hub. Stands alone; hub.py is needed to fetch them, and to see at once that there is
+no network.
 
     settings, weights, spiece = read("google-t5/t5-base")
 """
@@ -13,7 +14,8 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
-from huggingface_hub import hf_hub_download
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 FILES = ("config.json", "model.safetensors", "spiece.model")
@@ -39,19 +41,16 @@ def locate(path_or_repo: str | Path) -> list[Path]:
     """The three FILES: in a local folder, or from the Hub through its cache."""
     folder = Path(os.path.expanduser(path_or_repo))
     if not folder.is_dir():
-        reason = ""
-        if Path(__file__).with_name("hub.py").is_file():
-            from hub import no_network
-
-            reason = no_network()
+        repo = str(path_or_repo)
+        reason = no_network(repo)
         options = dict(local_files_only=bool(reason))
         try:
-            repo = str(path_or_repo)
             return [Path(hf_hub_download(repo, name, **options)) for name in FILES]
         except (OSError, ValueError) as error:
             why = isinstance(error, OSError) and reason or error
+            why = str(why).rstrip(". \n")
             raise OSError(
-                f"The Hub did not give T5, {repo}, and there is no such folder: {why} "
+                f"The Hub did not give T5, {repo}, and there is no such folder: {why}. "
                 f"To work offline, name a folder with {', '.join(FILES)}."
             ) from error
     for name in FILES:
@@ -60,6 +59,25 @@ def locate(path_or_repo: str | Path) -> list[Path]:
                 f"{folder} must hold {', '.join(FILES)}, but {name} is missing."
             )
     return [folder / name for name in FILES]
+
+
+def no_network(repo: str) -> str:
+    """Why only the Hub's cache can be read, as a sentence; "" where the Hub is asked.
+
+    Without hub.py it is asked for one file, once: to fetch one, huggingface_hub tries
+    for half a minute.
+    """
+    if Path(__file__).with_name("hub.py").is_file():
+        import hub
+
+        return hub.no_network()
+    try:
+        get_hf_file_metadata(hf_hub_url(repo, FILES[0]))
+    except HfHubHTTPError:  # the Hub has answered
+        return ""
+    except Exception as error:  # of the library that huggingface_hub asks with
+        return f"{error}, and it is not in the cache."
+    return ""
 
 
 def read_config(path: Path) -> dict:

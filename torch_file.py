@@ -41,9 +41,15 @@ def load_torch(path: str | Path) -> Any:
         raise
     except Exception as error:  # a damaged pickle can fail in any way
         raise ValueError(
-            f"{path} is not a checkpoint that torch wrote: {error or type(error)}. If "
-            "the download was cut short, fetch it again."
+            f"{path} is not a checkpoint that torch wrote: {in_words(error)}. Name a "
+            ".bin or .th file; if the download was cut short, fetch it again."
         ) from error
+
+
+def in_words(error: Exception) -> str:
+    """Why a file cannot be read, without bytes of it and the last full stop."""
+    text = str(error)
+    return text.rstrip(". ") if text and "b'" not in text else "it holds something else"
 
 
 def load_state(path: str | Path) -> dict[str, mx.array]:

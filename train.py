@@ -52,7 +52,7 @@ from prompt import check_codes, encode_prompt
 from settings import save_arrays
 from t5 import T5Config, Tokenizer
 from train_codec import CODEC, CODEC_FILE, load_codec, make_clips, to_float, train_codec
-from training import ENDLESS, Training, counted, wipe
+from training import CHECKPOINT, ENDLESS, Training, check_new, counted, wipe
 
 DECODER = DecoderConfig(
     vocab_size=512,
@@ -151,12 +151,14 @@ def encode_clips(codec: Encodec, count: int) -> tuple[list[synth.Clip], mx.array
 def train_lm(args: argparse.Namespace) -> None:
     """Train T5 and the decoder on codes of clips, and write the whole model.
 
-    Raises FileNotFoundError where the codec was not trained before.
+    Raises FileNotFoundError where the codec was not trained before, FileExistsError
+    where a model is there that is not to be lost.
     """
+    folder = args.output / "training" / "lm"
+    check_new(args, folder, *(args.output / name for name in convert.FILES))
     mx.random.seed(args.seed)
     path = args.output / "training" / "codec" / CODEC_FILE
     codec = load_codec(path)
-    folder = args.output / "training" / "lm"
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(folder, args.seed)
     config = MusicGenConfig(DECODER, TEXT, CODEC, synth.SECONDS)
@@ -235,28 +237,49 @@ def find_clips(folder: Path) -> list[tuple[Path, str]]:
     """Sound files of a folder, and their captions.
 
     `captions.jsonl` names them in lines with "file" and "caption". Without it each
-    sound file has its caption in a .txt of the same name. What is no clip is named on
-    stderr. Raises FileNotFoundError where there is no folder, ValueError where a
-    caption is missing or cannot be read.
+    sound file has its caption in a .txt of the same name. What is no clip, or has no
+    caption that can be read, is named on stderr. Raises FileNotFoundError where there
+    is no folder.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
     lines = folder / "captions.jsonl"
-    if lines.is_file():
-        clips = [read_caption(lines, *line) for line in read_text(lines)]
-        named = {path.resolve() for path, _ in clips}
-        for path in visible(folder):
-            if path.suffix.lower() in SOUNDS and path.resolve() not in named:
-                skip(f"{path} is not named in {lines.name}.")
-        return clips
+    return listed_clips(folder, lines) if lines.is_file() else lone_clips(folder)
+
+
+def listed_clips(folder: Path, lines: Path) -> list[tuple[Path, str]]:
+    """Clips that captions.jsonl names. What it does not name is left out."""
+    clips, named = [], set()
+    for number, line in enumerate(lines.read_bytes().split(b"\n"), 1):
+        try:
+            if text := decode(line, f"{lines}, line {number}"):
+                clips.append(read_caption(lines, number, text))
+                named.add(os.path.realpath(clips[-1][0]))
+        except ValueError as error:
+            skip(str(error))
+    for path in visible(folder):
+        if path.suffix.lower() in SOUNDS and os.path.realpath(path) not in named:
+            skip(f"{path} is not named in {lines.name}.")
+    return clips
+
+
+def lone_clips(folder: Path) -> list[tuple[Path, str]]:
+    """Clips of a folder whose captions stand in files of their own."""
     clips, used = [], set()
     for path in (p for p in visible(folder) if p.suffix.lower() != ".txt"):
         text = path.with_suffix(".txt")
-        if path.is_file() and text.is_file() and read_text(text):
-            clips.append((path, " ".join(line for _, line in read_text(text))))
+        try:
+            caption = read_text(text) if path.is_file() else ""
+            used |= {text} if caption else set()
+        except (OSError, ValueError) as error:
             used.add(text)
+            skip(f"{path}: {error}")
+            continue
+        if caption:
+            clips.append((path, caption))
         elif path.is_file() and path.suffix.lower() in SOUNDS:
-            raise ValueError(f"{path} needs a caption in {text.name}.")
+            used.add(text)
+            skip(f"{path} needs a caption in {text.name}.")
         else:
             skip(f"{path} is a folder." if path.is_dir() else f"{path} has no caption.")
     for path in visible(folder):
@@ -276,13 +299,19 @@ def skip(reason: str) -> None:
     print(f"train.py: skipped: {one_line(reason)}", file=sys.stderr)
 
 
-def read_text(path: Path) -> list[tuple[int, str]]:
-    """Numbers and contents of a text file's lines, without the empty ones."""
+def read_text(path: Path) -> str:
+    """The lines of a text file as one, "" where there is none. Raises OSError, or
+    ValueError for one that is not in UTF-8."""
+    text = decode(path.read_bytes(), str(path)) if path.is_file() else ""
+    return " ".join(line.strip() for line in text.split("\n") if line.strip())
+
+
+def decode(text: bytes, name: str) -> str:
+    """A text in UTF-8. Raises ValueError with the name of what is none."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        return text.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be a text in UTF-8: {error}") from error
-    return [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
+        raise ValueError(f"{name} must be a text in UTF-8: {error}") from error
 
 
 def read_caption(lines: Path, number: int, line: str) -> tuple[Path, str]:
@@ -299,7 +328,12 @@ def read_caption(lines: Path, number: int, line: str) -> tuple[Path, str]:
             f"{lines}, line {number} must hold a file name and a caption that is not "
             f"empty, got {line:.40}"
         )
-    return lines.parent / os.path.expanduser(file), text
+    path = lines.parent / os.path.expanduser(file)
+    try:
+        os.path.realpath(path)
+    except ValueError as error:  # of NUL, say
+        raise ValueError(f"{lines}, line {number} names no file: {error}") from error
+    return path, text
 
 
 def clip_codes(model: MusicGen, path: Path) -> mx.array:
@@ -366,7 +400,9 @@ def load_clips(model: MusicGen, folder: Path) -> tuple[list[str], list[mx.array]
         except (OSError, ValueError) as error:
             skip(str(error))
     if not codes:
-        raise ValueError(f"{folder} must hold a sound file that can be read.")
+        raise ValueError(
+            f"{folder} must hold a sound file that can be read, with a caption."
+        )
     return texts, codes
 
 
@@ -378,15 +414,17 @@ def adapt_only(model: MusicGen) -> None:
 
 
 def check_adapter_path(args: argparse.Namespace) -> Path:
-    """The folder of the checkpoint, where it and the adapter can be written. Raises
-    ValueError or OSError where not, before minutes of training."""
+    """The folder of the checkpoint, where it and the adapter can be written, and
+    nothing is lost. Raises ValueError or OSError where not, before minutes of training.
+    """
     if args.output.suffix != ".safetensors" or args.output.is_dir():
         raise ValueError(f"--output must end in .safetensors, got {args.output}.")
     check_apart(args.output, {"model": local(args.model)})
     check_writable(args.output)
     folder = args.output.with_name(f"{args.output.name}.training")
     if folder.exists():
-        check_writable(folder / "checkpoint.safetensors")
+        check_writable(folder / CHECKPOINT)
+    check_new(args, folder, args.output)
     return folder
 
 
@@ -461,6 +499,7 @@ def parse_arguments() -> argparse.Namespace:
         add("--seconds", type=float, default=ENDLESS, help="to stop after (never)")
         add("--seed", type=int, default=0, help="(default: %(default)s)")
         add("--resume", action="store_true", help="go on from the last checkpoint")
+        add("--force", action="store_true", help="overwrite what another one made")
     args = parser.parse_args()
     for name in {"data", "output"} & vars(args).keys():
         setattr(args, name, Path(os.path.expanduser(getattr(args, name))))

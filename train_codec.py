@@ -22,7 +22,7 @@ import synth
 from audio import save_audio
 from encodec import Encodec, EncodecConfig, TransposedKernel, nearest
 from settings import save_arrays
-from training import Training, counted
+from training import Training, check_new, counted
 
 CODEC = EncodecConfig(
     target_bandwidths=(1.8,),  # 4 codebooks of 512
@@ -190,7 +190,10 @@ def first_codebooks(key: mx.array) -> dict[str, mx.array]:
 
 
 def train_codec(args: argparse.Namespace) -> None:
-    """Train a codec on crops of 1 s, and write it as CODEC_FILE."""
+    """Train a codec on crops of 1 s, and write it as CODEC_FILE. Raises FileExistsError
+    where one is there that is not to be lost."""
+    folder = args.output / "training" / "codec"
+    check_new(args, folder, folder / CODEC_FILE)
     mx.random.seed(args.seed)
     codec = with_gradients(Encodec(CODEC))
     state = first_codebooks(mx.random.key(args.seed))
@@ -198,7 +201,6 @@ def train_codec(args: argparse.Namespace) -> None:
     for k in range(CODEC.num_codebooks()):  # `follow` moves them, not the gradient
         codec.quantizer.layers[k].freeze()
     loss = lambda model, audio: codec_loss(model, training.state, audio)  # noqa: E731
-    folder = args.output / "training" / "codec"
     settings = dict(batch=args.batch, clips=args.clips, seed=args.seed)
     training = Training(codec, loss, args, folder, state, settings)
     random = training.random

@@ -26,10 +26,28 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from safetensors import SafetensorError, safe_open
 
+from outputs import is_there
 from progress import Progress
 from settings import save_arrays
 
 ENDLESS = 1e9  # seconds that stand for no limit
+CHECKPOINT = "checkpoint.safetensors"
+
+
+def check_new(args: Any, folder: Path, *results: Path) -> None:
+    """Raise FileExistsError where a training would be lost to a new one: its
+    checkpoint in `folder`, or its results. `args.resume` goes on with it, `args.force`
+    lets it go."""
+    if args.resume or args.force:
+        return
+    kept = folder / CHECKPOINT
+    onward = "go on with it by --resume, " if is_there(kept) else ""
+    for path in (kept, *results):
+        if is_there(path):
+            raise FileExistsError(
+                f"{path} is there already: {onward}choose another "
+                "--output, or overwrite it with --force."
+            )
 
 
 class Training:
@@ -38,7 +56,7 @@ class Training:
     loss: takes the model and a batch; returns the loss, the losses to print (n,), and
         new values of `state`.
     args: the flags steps, lr, seconds, seed and resume of train.py.
-    folder: where `checkpoint.safetensors` lies.
+    folder: where CHECKPOINT lies.
     state: arrays by name that change in training, but are not parameters.
     settings: what must be the same when the training is resumed.
 
@@ -58,7 +76,7 @@ class Training:
         self.optimizer.init(model.trainable_parameters())
         self.model, self.state, self.settings = model, state, settings
         self.steps, self.rate, self.seconds = args.steps, args.lr, args.seconds
-        self.path = folder / "checkpoint.safetensors"
+        self.path = folder / CHECKPOINT
         self.done, self.passed = 0, 0.0  # steps, seconds
         self.random = np.random.default_rng(args.seed)
         self._gradient = nn.value_and_grad(model, loss)
@@ -238,7 +256,10 @@ class Training:
         advice = "take a smaller --batch or a shorter --crop"
         if "Interactivity" in str(error):  # macOS's watchdog
             advice = "let the display sleep, or set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1"
-        return f"The GPU stopped in step {self.done}: {error} To go on: {advice}; {onward}."
+        why = str(error).rstrip(". \n")
+        return (
+            f"The GPU stopped in step {self.done}: {why}. To go on: {advice}; {onward}."
+        )
 
     def tell(self, losses: list[mx.array], names: tuple[str, ...]) -> None:
         """Print the mean of losses (n,). Raises ValueError where it is not finite."""
@@ -250,7 +271,7 @@ class Training:
             )
         text = ", ".join(f"{name} {mean:.4f}" for name, mean in zip(names, means))
         wipe()
-        print(f"{self.passed:.0f} s, step {self.done}: {text}", flush=True)
+        print(f"{self.passed:.0f} s, step {self.done}, losses: {text}", flush=True)
 
 
 def on_terminal() -> bool:

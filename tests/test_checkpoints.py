@@ -288,7 +288,7 @@ class TestCheckpoints(Test):
         missing = self.folder / "tiny"
         with patch.object(checkpoints, "TINY", missing):
             with patch("hub.hf_hub_download") as fetch:
-                pattern = f"^{missing} must hold .* synth --codec --output {missing},"
+                pattern = f"^{missing} must hold .*: copy that folder, too, from where"
                 with self.assertRaisesRegex(FileNotFoundError, pattern):
                     checkpoints.locate("tiny")
         fetch.assert_not_called()

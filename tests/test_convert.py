@@ -234,3 +234,19 @@ class TestConvert(Test):
         card = (target / "README.md").read_text()
         self.assertIn("license: cc-by-nc-4.0", card)
         self.assertIn("--model someone/model", card)
+
+    def test_upload_again(self):
+        """A card that somebody has edited stays, and what failed is told in sentences."""
+        target = self.folder / "new"
+        convert.convert(str(REFERENCE / "mono-transformers"), target, mx.float16)
+        card = target / "README.md"
+        card.write_text("mine")
+        words = ["--hf-path", "small", "--mlx-path", str(target)]
+        for error in ("no network", "no network.\n"):
+            with patch("huggingface_hub.HfApi") as api:
+                api().upload_folder.side_effect = RuntimeError(error)
+                with self.assertRaises(SystemExit) as stopped:
+                    self.run_script(*words, "--upload-repo", "someone/model")
+            wanted = f"someone/model: no network. {target} is whole: the same command"
+            self.assertIn(wanted, str(stopped.exception))
+            self.assertEqual(card.read_text(), "mine")

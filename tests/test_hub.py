@@ -60,10 +60,13 @@ class TestHub(Test):
         path.touch()
         for name, pattern in (
             ("", "model must be one of"),
-            (str(path), "model must be one of"),
-            (f"{self.folder}/nothing", "model must be one of"),
-            ("../no-such-folder", "model must be one of"),
-            ("a/b/c", "model must be one of"),
+            (str(path), "^.*/file is no folder.$"),
+            (f"{self.folder}/nothing", "^There is no folder .*/nothing.$"),
+            ("../no-such-folder", "^There is no folder ../no-such-folder.$"),
+            ("~/no-such-folder", "^There is no folder ~/no-such-folder.$"),
+            ("a/b/c", "^There is no folder a/b/c.$"),
+            ("small/", "^There is no folder small/.$"),
+            ("small:1", "model must be one of"),
         ):
             with self.assertRaisesRegex(ValueError, pattern):
                 checkpoints.locate(name)
@@ -277,6 +280,7 @@ class TestNoNetwork(Test):
     def test_each_part_is_named_with_the_ways_out(self):
         self.server.close()
         out = "there is no network .localhost does not answer.*cache. Connect, and .*"
+        out += r"HF_HUB_OFFLINE=0\. "
         cache = patch.object(hub.constants, "HF_HUB_CACHE", str(self.folder))
         for name, ask, pattern in (
             ("model", lambda: hub.fetch("small"), "model facebook/.*--model tiny"),
@@ -305,6 +309,45 @@ class TestNoNetwork(Test):
                     ask()
                 self.assertRegex(str(caught.exception), out)
                 self.assertLess(time.monotonic() - start, 3)
+
+    def test_reasons_end_as_sentences(self):
+        """Whether the Hub's own message ends in a full stop or not."""
+        for error in ("offline", "offline.", "offline.\n"):
+            for module, ask in (
+                (hub, lambda: hub.fetch("some/one")),
+                (t5_files, lambda: t5_files.read("some/one")),
+                (encodec_files, lambda: encodec_files.read("some/one")),
+                (mert, lambda: mert.MERT.from_pretrained("some/one")),
+            ):
+                wrong = dict(side_effect=OSError(error))
+                with patch.object(module, "hf_hub_download", **wrong):
+                    wanted = "and there is no such folder: offline. To work offline, "
+                    with self.assertRaisesRegex(OSError, wanted):
+                        ask()
+
+    def test_parts_without_hub_py(self):
+        """What is copied without it waits for nothing, and prints nothing."""
+        self.server.close()
+        url = {"HF_ENDPOINT": f"http://localhost:{self.port}", "HF_HUB_OFFLINE": "0"}
+        url["HF_HUB_CACHE"] = str(self.folder)
+        ends = dict(capture_output=True, text=True, env=os.environ | url)
+        for names, load in (
+            (("t5", "t5_files", "limits"), "t5.T5"),
+            (("encodec", "encodec_files", "limits"), "encodec.Encodec"),
+            (("mert", "audio", "resample", "outputs", "torch_file"), "mert.MERT"),
+        ):
+            folder = self.folder / names[0]
+            folder.mkdir()
+            for name in names:
+                shutil.copy(ROOT / f"{name}.py", folder)
+            program = f"import {names[0]}\n{load}.from_pretrained('some/one')"
+            start = time.monotonic()
+            command = [sys.executable, "-c", program]
+            told = subprocess.run(command, cwd=folder, **ends).stderr.strip()
+            self.assertLess(time.monotonic() - start, 8, names)
+            out = r"\nOSError: The Hub did not give .* and it is not in the cache\. To"
+            self.assertRegex(told, out)
+            self.assertNotIn("Retry", told)
 
     def test_what_is_in_the_cache_is_found(self):
         """Of a repository that the Hub does not know."""

@@ -39,6 +39,11 @@ class TestLora(ScriptTest):
         self.adapter = self.folder / "adapter.safetensors"
 
     def train(self, *flags: str) -> tuple[int, str, str]:
+        """Exit status or message, standard output and standard error."""
+        return self.train_new(*flags, *([] if "--resume" in flags else ["--force"]))
+
+    def train_new(self, *flags: str) -> tuple[int, str, str]:
+        """The same of a command that overwrites nothing."""
         arguments = ["lora", "--model", self.path, "--data", self.clips]
         arguments += ["--output", self.adapter, "--rank", "4", "--dtype", "float32"]
         out, err, status = io.StringIO(), io.StringIO(), 0
@@ -163,6 +168,28 @@ class TestLora(ScriptTest):
         status, _, _ = self.train("--resume", *flags)
         self.assertRegex(str(status), "checkpoint.safetensors is damaged")
 
+    def test_what_is_there_is_not_lost(self):
+        """Neither an adapter nor a checkpoint, and this is told before the training."""
+        with patch("train.lm_loss", side_effect=KeyboardInterrupt):
+            self.assertEqual(self.train_new("--steps", "2")[0], 130)
+        checkpoint = self.folder / "adapter.safetensors.training/checkpoint.safetensors"
+        with patch("train.MusicGen.from_pretrained") as load:
+            status, _, _ = self.train_new("--steps", "2")
+        wanted = f"{checkpoint} is there already: go on with it by --resume, .* --force"
+        self.assertRegex(str(status), f"^train.py: error: {wanted}.$")
+        self.assertEqual(self.train_new("--steps", "2", "--resume")[0], 0)
+        before = self.adapter.read_bytes()
+        for there, onward in ((checkpoint, "go on .*, "), (self.adapter, "")):
+            with patch("train.MusicGen.from_pretrained") as load:
+                status, _, _ = self.train_new("--steps", "1", "--seed", "9")
+            load.assert_not_called()
+            wanted = f"{there} is there already: {onward}choose another --output, or "
+            self.assertRegex(str(status), wanted)
+            self.assertEqual(self.adapter.read_bytes(), before)
+            checkpoint.unlink(missing_ok=True)
+        self.assertEqual(self.train("--steps", "1", "--seed", "9")[0], 0)
+        self.assertNotEqual(self.adapter.read_bytes(), before)
+
     def test_text_is_left_out_at_times(self):
         for share in (0.0, 1.0):
             loss = Mock(wraps=train.lm_loss)
@@ -282,12 +309,65 @@ class TestLora(ScriptTest):
         self.assertRegex(str(status), "must hold a sound file that can be read")
         save_audio(self.clips / "0.wav", mx.zeros((32000, 1)), 32000)
         self.assertRegex(self.train("--steps", "1")[2], "skipped: .*0.wav is silent.\n")
-        (self.clips / "0.txt").unlink()
+
+    def left_out(self) -> tuple[list[str], list[str]]:
+        """Captions of what is a clip, and what is said of the rest."""
+        with redirect_stderr(io.StringIO()) as err:
+            clips = train.find_clips(self.clips)
+        told = err.getvalue().splitlines()
+        start = "train.py: skipped: "
+        self.assertTrue(all(line.startswith(start) for line in told), told)
+        return [text for _, text in clips], [line.removeprefix(start) for line in told]
+
+    def test_captions_that_cannot_be_read(self):
+        """Are named all, and left out."""
+        for name in "abc":
+            shutil.copy2(self.clips / "0.wav", self.clips / f"{name}.wav")
+        (self.clips / "a.txt").write_bytes(b"\xff\xfe")
+        (self.clips / "b.txt").write_text(" \n")
+        (self.clips / "1.txt").write_text("two\n\n lines \n")
+        texts, told = self.left_out()
+        self.assertEqual(texts, ["tune number 0", "two lines"])
+        for line, pattern in zip(
+            told,
+            (
+                "a.wav: .*a.txt must be a text in UTF-8: ",
+                "b.wav needs a caption in b.txt.$",
+                "c.wav needs a caption in c.txt.$",
+            ),
+            strict=True,
+        ):
+            self.assertRegex(line, pattern)
+        for name in "01":
+            (self.clips / f"{name}.txt").unlink()
         status, _, err = self.train("--steps", "1")
-        self.assertRegex(str(status), "0.wav needs a caption in 0.txt")
-        (self.clips / "captions.jsonl").write_text('{"file": 3}')
-        status, _, err = self.train("--steps", "1")
-        self.assertRegex(str(status), "captions.jsonl, line 1 must be")
+        self.assertRegex(str(status), "must hold a sound file .* with a caption.$")
+        self.assertEqual(len(err.splitlines()), 5)
+
+    def test_lines_of_captions_that_cannot_be_read(self):
+        lines = (
+            b'{"file": "0.wav", "caption": "two  words"}',
+            b'{"file": 3}',
+            b'{"file": "1.wav", "caption": "\xff"}',
+            b'{"file": "1.wav", "caption": " "}',
+            b'{"file": "a\\u0000.wav", "caption": "x"}',
+            b"",
+            b'{"file": "1.wav", "caption": "x"}',
+        )
+        (self.clips / "captions.jsonl").write_bytes(b"\n".join(lines))
+        texts, told = self.left_out()
+        self.assertEqual(texts, ["two  words", "x"])
+        for line, pattern in zip(
+            told,
+            (
+                "line 2 must be",
+                "line 3 must be a text in UTF-8: ",
+                "line 4 must hold .* a caption that is not empty",
+                "line 5 names no file: embedded null byte",
+            ),
+            strict=True,
+        ):
+            self.assertRegex(line, f"captions.jsonl, {pattern}")
 
     def test_all_that_is_left_out_is_named(self):
         for name in ("a.opus", "b.m4a", "c.strange"):

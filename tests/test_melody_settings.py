@@ -104,7 +104,7 @@ class TestMelodySettings(Test):
             ("winlen", "8192", "must be 16384, got 8192"),
             ("nfft", "32768", "must be 16384, got 32768"),
             ("norm", "2", "must be .inf or inf, got 2"),
-            ("duration", "30", "is no setting of chroma_stem"),
+            ("duration", "30", "is set to .* in chroma_stem, which"),
             ("radix2_exp", "99999999999", "must be from 6 to 17, got 99999999999"),
             ("radix2_exp", "x", "must be a number, got x"),
             ("n_chroma", "12.5", "must be a number, got 12.5"),

@@ -1,6 +1,8 @@
 """What people read: one clean line, and terminals that are gone."""
 
+import io
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -26,6 +28,28 @@ class TestMessages(ScriptTest):
         long = messages.one_line(f"begin {'x' * 99_888} end")
         self.assertLess(len(long), messages.LONGEST + 9)
         self.assertRegex(long, "^begin x+ ... x+ end$")
+
+    def test_what_an_encoding_lacks_is_spelled_out(self):
+        """And nothing is lost of it."""
+        for encoding, shown in (
+            ("ascii", r"h\xe4ppy \u97f3\u697d \U0001f3b8"),
+            ("latin-1", r"häppy \u97f3\u697d \U0001f3b8"),
+            ("utf-8", "häppy 音楽 🎸"),
+        ):
+            file = io.TextIOWrapper(io.BytesIO(), encoding)
+            print("häppy 音楽 🎸", file=messages.Forgiving(file), flush=True)
+            self.assertEqual(file.buffer.getvalue().decode(encoding), f"{shown}\n")
+
+    def test_a_take_is_named_whatever_the_terminal_shows(self):
+        """On both of its streams."""
+        command = [sys.executable, str(ROOT / "generate.py"), "-p", "音楽", "-s", "3"]
+        command += ["--model", str(REFERENCE / "stereo-audiocraft"), "-d", "0.1"]
+        name = r"\u97f3\u697d-3.wav"
+        for more, place in (([], "stdout"), (["-o", "音楽-3.wav"], "stderr")):
+            ends = dict(capture_output=True, cwd=self.folder, text=True)
+            ends["env"] = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+            told = getattr(subprocess.run([*command, *more], **ends), place)
+            self.assertIn(name, told, more)
 
     def test_texts_of_files_reach_the_terminal_clean(self):
         self.enterContext(chdir(self.folder))

@@ -1,7 +1,12 @@
 """One line that says what goes on."""
 
+import fcntl
 import io
+import os
+import pty
+import struct
 import sys
+import termios
 from unittest.mock import patch
 
 from common import Test
@@ -42,7 +47,9 @@ class TestProgress(Test):
         use(terminal)
         lines = terminal.lines()
         self.assertEqual(lines[0], "loading small")
-        self.assertRegex(lines[1], r"^take 1 of 2:   0% .* 0.0 of 30.0 s, \?$")
+        self.assertRegex(
+            lines[1], r"^take 1 of 2:   0% .* 0.0 of 30.0 s of audio, \? left$"
+        )
         self.assertEqual(lines[-1], "decoding")
         self.assertTrue(terminal.getvalue().endswith("\r"))  # and nothing is left
 
@@ -52,7 +59,8 @@ class TestProgress(Test):
         self.assertEqual(stream.getvalue(), "")
         with patch.object(progress, "MINUTE", 0.0):
             use(stream)
-        want = "loading small,take 1 of 2: 0.5 s,take 1 of 2: 30.0 s,decoding,"
+        counts = [f"take 1 of 2: {n} of 30.0 s of audio" for n in (0.5, 30.0)]
+        want = ",".join(["loading small", *counts, "decoding", ""])
         self.assertEqual(stream.getvalue().replace("\n", ","), want)
 
     def test_lines_stand_above(self):
@@ -70,9 +78,26 @@ class TestProgress(Test):
         stream = io.StringIO()
         with patch("progress.time.monotonic", side_effect=[0, 59, 60, 61, 121]):
             with Progress(stream=stream) as shows:
+                shows.begin("x", 3.0, "s")
                 for seconds in range(4):
                     shows.to(seconds)
-        self.assertEqual(stream.getvalue(), ": 1.0 s\n: 3.0 s\n")
+        self.assertEqual(stream.getvalue(), "x: 1.0 of 3.0 s\nx: 3.0 of 3.0 s\n")
+
+    def test_a_terminal_of_no_columns(self):
+        """As of programs that run others in one: the line is there all the same."""
+        for rows, columns in ((24, 80), (0, 0)):
+            ours, theirs = pty.openpty()
+            self.addCleanup(os.close, ours)
+            size = struct.pack("HHHH", rows, columns, 0, 0)
+            fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
+            with open(theirs, "w") as terminal:
+                use(terminal)
+                print("end", file=terminal, flush=True)
+                shown = b""
+                while b"end" not in shown:
+                    shown += os.read(ours, 9999)
+            for text in (b"loading small", b" 0.0 of 30.0 s of audio", b"decoding"):
+                self.assertIn(text, shown, columns)
 
     def test_what_is_not_shown(self):
         for stream in (Terminal(), io.StringIO()):

@@ -267,3 +267,15 @@ class TestSettings(ScriptTest):
             settings.load_codes(codes)
         with self.assertRaisesRegex(FileNotFoundError, "no file"):
             settings.read_settings(self.folder / "none.wav")
+
+    def test_a_sound_holds_no_codes(self):
+        """What could be named in its place is told."""
+        sound = self.folder / "x.wav"
+        save_audio(sound, mx.zeros((9, 1)), 32000, settings.to_comment({"seed": 1}))
+        wanted = "x.wav holds no codes: name a .safetensors file of --save-codes.$"
+        with self.assertRaisesRegex(ValueError, wanted):
+            settings.load_codes(sound)
+        save_audio(sound, mx.zeros((9, 1)), 32000)
+        status, _, err = self.run_script("--resume", sound)
+        self.assertEqual(status, 1)
+        self.assertRegex(err, "it is no sound of .*, nor codes of --save-codes")

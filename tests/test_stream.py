@@ -18,6 +18,7 @@ import soundfile
 from common import REFERENCE, ROOT, TELLING, ScriptTest, slow
 
 import audio
+import generate
 import jobs
 import settings
 import stream
@@ -264,12 +265,32 @@ class TestStreamedFile(ScriptTest):
                 if other:
                     stream.write(str(path), pieces(False), 1, 32000)
 
-        with self.assertWarnsRegex(UserWarning, "Another program wrote .*x.wav"):
+        with self.assertRaisesRegex(OSError, "wrote .*x.wav, so this take is lost: "):
             stream.write(str(path), pieces(True), 1, 32000)
         self.assertAlmostEqual(soundfile.info(path).duration, 0.3)
         with self.assertWarnsRegex(UserWarning, "Another program wrote .*x-2.wav"):
             first = stream.write(str(path), pieces(False), 1, 32000, overwrite=False)
         self.assertEqual(Path(first.path).name, "x-2.wav")
+
+    def test_a_take_that_is_lost_is_no_success(self):
+        """One line, which says what to do, and exit status 1."""
+        path, play = self.folder / "x.wav", generate.play_take
+
+        def pieces(*arguments):
+            for piece in play(*arguments):
+                yield piece
+                other = path.with_name("other.wav")
+                audio.save_audio(other, mx.zeros((9, 2)), 32000)
+                other.replace(path)
+
+        command = ["-p", "drums", "--stream", "--model", self.model, "--output", path]
+        with patch("generate.play_take", pieces):
+            status, out, err = self.run_script(*command, "--duration", "0.2")
+        self.assertEqual((status, out), (1, ""))
+        lost = "error: Another program wrote .*x.wav, so this take is lost: run it "
+        self.assertRegex(
+            err, f"(?m)^generate.py: {lost}again with another --output.\n$"
+        )
 
     def test_full_disk(self):
         error = OSError(errno.ENOSPC, "No space left on device")

@@ -150,7 +150,7 @@ class TestStyleSettings(Test):
             ("model_name", "encodec", "must be mert, as in the weights"),
             ("n_q_out", "0", "must be 6, as in the weights"),
             ("bins", "3", "must be .*, as in the weights, got 3"),
-            ("dim", "512", "is no setting of style"),
+            ("dim", "512", "is set to .* in style, which"),
             ("eval_q", "9", "must be at most num_quantizers, 6, got 9"),
             ("length", "x", "must be a number, got x"),
             ("varying_lengths", ["3", "1"], "the least and the most"),

@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
+import soundfile
 from common import REFERENCE, Test
 
 import torch_file
@@ -188,6 +189,15 @@ class TestTorchFiles(Test):
         content = (REFERENCE / "mono-audiocraft" / "state_dict.bin").read_bytes()
         for size in (0, 1, 2, 100, len(content) // 2, len(content) - 1):
             self.fails("fetch it again", content[:size])
+
+    def test_files_of_another_kind(self):
+        """Their bytes are not shown, and what to name is told."""
+        notes = io.BytesIO()
+        soundfile.write(notes, np.zeros((9, 1)), 32000, format="WAV")
+        for content in (notes.getvalue(), b"RIFFDb\x10", b"I7;\n.", b"Fa'b\n."):
+            self.fails(r"[^:'\"]*\. Name a \.bin or \.th file; if .*again\.$", content)
+        error = torch_file.in_words(ValueError())
+        self.assertEqual(error, "it holds something else")
 
     def test_overlapping_tensors_do_not_multiply(self):
         numbers = np.zeros(1000, np.float32)

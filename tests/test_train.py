@@ -22,7 +22,7 @@ class TestTrain(Test):
         self.out = self.folder / "tiny"
         self.codec = self.out / "training" / "codec" / train.CODEC_FILE
 
-    def synth(self, *flags: str, **patches) -> str:
+    def synth(self, *flags: str, force: bool = True, **patches) -> str:
         """How two steps of a smaller model end: the message, or nothing; with these
         patches of train.py and train_codec.py."""
         small = dict(num_filters=4, hidden_size=8, codebook_size=64)
@@ -38,6 +38,7 @@ class TestTrain(Test):
         patches["get_context"] = one_process
         argv = ["train.py", "synth", "--output", str(self.out), "--steps", "2"]
         argv += ["--batch", "2", "--clips", "2", *flags]
+        argv += ["--force"] if force and "--resume" not in flags else []
         with ExitStack() as stack:
             for module in (train, train_codec):
                 own = {k: v for k, v in patches.items() if hasattr(module, k)}
@@ -107,6 +108,31 @@ class TestTrain(Test):
         self.assertRegex(message, "codec must be as it was")
         self.codec.write_bytes(self.codec.read_bytes()[:999])
         self.assertRegex(self.synth("--lm"), "codec.safetensors is damaged")
+
+    @slow(6)
+    def test_what_is_there_is_not_lost(self):
+        """Neither a codec nor a model, and this is told before clips are made."""
+        self.assertEqual(self.synth("--codec", force=False), "")
+        self.assertEqual(self.synth("--lm", force=False), "")
+        before = {p: p.read_bytes() for p in self.out.rglob("*") if p.is_file()}
+        self.assertGreater(len(before), 8)
+        lm = self.out / "training" / "lm" / "checkpoint.safetensors"
+        codec = self.codec.with_name("checkpoint.safetensors")
+        made = dict(make_clips=Mock(side_effect=AssertionError("clips are made")))
+        for part, there, onward in (
+            ("--codec", codec, "go on with it by --resume, "),
+            ("--codec", self.codec, ""),
+            ("--lm", lm, "go on with it by --resume, "),
+            ("--lm", self.out / "config.json", ""),
+        ):
+            message = self.synth(part, "--seed", "5", force=False, **made)
+            wanted = f"{there} is there already: {onward}choose another --output, or ov"
+            self.assertIn(wanted, message)
+            if onward:
+                there.unlink()
+                del before[there]
+        after = {p: p.read_bytes() for p in self.out.rglob("*") if p.is_file()}
+        self.assertEqual(after, before)
 
     def test_misheard_captions_tell_nothing_held_out(self):
         random = np.random.default_rng(0)
