@@ -261,7 +261,11 @@ class T5(nn.Module):
         return model, tokenizer
 
 
-if __name__ == "__main__":
+def main() -> None:
     import t5_files
 
     t5_files.main(T5)
+
+
+if __name__ == "__main__":
+    main()
