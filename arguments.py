@@ -390,6 +390,9 @@ def recalled(parser: Parser, argv: list[str]) -> list[str]:
         parser.error(f"--redecode takes codes as they are: leave out --{name}")
     if args.resume and args.audio_prompt:
         parser.error("--resume goes on from codes: leave out --audio-prompt")
+    if args.again is None and sources[0].suffix != ".safetensors":
+        flag = "--resume" if args.resume else "--redecode"
+        parser.error(f"{flag} needs a .safetensors of --save-codes, got {sources[0]}")
     try:
         record = settings.read_settings(sources[0])
     except (OSError, ValueError) as error:

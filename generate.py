@@ -293,7 +293,7 @@ def redecode(
     record = jobs.take_settings(model, job, sounds, prompt_frames)
     job = jobs.save(model, job, samples, record)
     if args.save_codes:
-        settings.save_codes(args.save_codes, codes, record)
+        settings.save_codes(args.save_codes, codes, record, args.force)
     seconds = len(samples) / model.sampling_rate
     result = Result(job, None, seconds, time.perf_counter() - began)
     tell(describe(result), args)
@@ -364,7 +364,7 @@ def stream_job(
     steps = until(watch(take, "streaming", seconds, model, progress), stop)
     pieces = play_take(model, take, args.chunk, steps)
     if args.save_codes:
-        pieces = keep_codes(pieces, take, args.save_codes, record)
+        pieces = keep_codes(pieces, take, args.save_codes, record, args.force)
     if args.play and can_play_pieces():
         from play import heard
 
@@ -409,11 +409,12 @@ def until(steps: Iterator[Take], stop: Stop) -> Iterator[Take]:
 
 
 def keep_codes(
-    pieces: Iterator[mx.array], take: Take, path: Path, record: dict
+    pieces: Iterator[mx.array], take: Take, path: Path, record: dict, force: bool
 ) -> Iterator[mx.array]:
     """The pieces, each once its codes are saved: what is heard can be gone on from."""
     for piece in pieces:
-        settings.save_codes(path, take.codes, record)
+        settings.save_codes(path, take.codes, record, force)
+        force = True  # the file is ours now
         yield piece
 
 

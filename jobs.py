@@ -463,7 +463,7 @@ class Batch:
             try:
                 job = save(model, job, samples, record)
                 if save_codes:
-                    settings.save_codes(save_codes, codes, record)
+                    settings.save_codes(save_codes, codes, record, job.overwrite)
             except (OSError, ValueError) as error:
                 yield Result(job, error)
                 continue

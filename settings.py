@@ -132,22 +132,28 @@ def m4a_comment(path: Path) -> str:
         return file.read(min(max(end - place, 0), LONGEST)).decode("utf-8", "replace")
 
 
-def save_codes(path: str | Path, codes: mx.array, settings: dict[str, Any]) -> None:
+def save_codes(
+    path: str | Path, codes: mx.array, settings: dict[str, Any], overwrite: bool = True
+) -> None:
     """Write codes (1, T, K) with their settings as a safetensors file.
 
-    The file is written whole or not at all. Raises OSError.
+    The file is written whole or not at all. Raises OSError: FileExistsError where one
+    is there, unless it is to `overwrite`.
     """
     arrays = {"codes": codes.astype(mx.uint16)}
-    save_arrays(path, arrays, {"settings": to_comment(settings)})
+    save_arrays(path, arrays, {"settings": to_comment(settings)}, overwrite)
 
 
 def save_arrays(
-    path: str | Path, arrays: dict[str, mx.array], metadata: dict[str, str]
+    path: str | Path,
+    arrays: dict[str, mx.array],
+    metadata: dict[str, str],
+    overwrite: bool = True,
 ) -> None:
     """Write a safetensors file, whole or not at all. Raises OSError."""
     from outputs import whole_file
 
-    with whole_file(path) as part:
+    with whole_file(path, overwrite) as part:
         mx.save_safetensors(str(part), arrays, metadata)
 
 

@@ -276,6 +276,28 @@ class TestSettings(ScriptTest):
         with self.assertRaisesRegex(ValueError, wanted):
             settings.load_codes(sound)
         save_audio(sound, mx.zeros((9, 1)), 32000)
-        status, _, err = self.run_script("--resume", sound)
+        status, _, err = self.run_script("--again", sound)
         self.assertEqual(status, 1)
         self.assertRegex(err, "it is no sound of .*, nor codes of --save-codes")
+        for flag in ("--resume", "--redecode"):
+            status, _, err = self.run_script(flag, sound)
+            self.assertEqual(status, 2)
+            self.assertRegex(err, f"{flag} needs a .safetensors of --save-codes, got")
+
+    def test_codes_that_another_program_wrote(self):
+        """Meanwhile: they stay, and it is told."""
+        flags = ["-p", "drums", "--model", self.model, "--duration", "0.2"]
+        for more in ((), ("--stream",)):
+            path = self.folder / f"c{len(more)}.safetensors"
+
+            def load(*given, load=generate.load, path=path):
+                path.write_text("theirs")
+                return load(*given)
+
+            with patch("generate.load", load):
+                output = self.folder / f"x{len(more)}.wav"
+                made = self.run_script(
+                    *flags, *more, "--save-codes", path, "--output", output
+                )
+            self.assertEqual((made[0], path.read_text()), (1, "theirs"), made[2])
+            self.assertRegex(made[2], "c.*.safetensors is there already")
