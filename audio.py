@@ -1,4 +1,4 @@
-"""Sound files: read, resample and write them; and a wav file that grows.
+"""Sound files: read, resample and write them.
 
     audio = load_audio("in.mp3", 32000, 2)  # (N, 2) float32
     save_audio("out.flac", audio, 32000)
@@ -15,7 +15,7 @@ import math
 import os
 import shlex
 import shutil
-import struct
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,18 +23,18 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import soundfile
 
-from outputs import whole_file
+from outputs import check_apart, check_new, print_out, whole_file
 from resample import filter_width, resample, true_peak
 
 RATES = (100, 768_000)  # Hz of a file: a damaged header may say anything
 MOST = 2**29  # samples of all channels to hold at once: 2 GB, 100 minutes in stereo
-BLOCK = 2**20  # samples of all channels to read at once
+BLOCK = 4096  # samples to read at once: where one is damaged, no more are lost
 SEEKABLE = ("WAV", "WAVEX", "RF64", "W64", "FLAC", "AIFF", "AU", "CAF")  # to a sample
 
 
@@ -49,11 +49,12 @@ def load_audio(
 
     Mono is copied to every channel. For one channel all are averaged. A file with more
     channels than asked for gives its first ones. `start` and `count` choose a part, in
-    samples at `sampling_rate`; no more of the file is read than it needs.
+    samples at `sampling_rate`; no more of the file is read than it needs. A damaged one
+    is read up to the damage, with a warning.
 
     Raises FileNotFoundError, or ValueError for a file that is no sound, is empty, ends
     before `start`, holds NaN, is longer than memory should hold, has too few channels
-    or a rate that is not from 100 to 768000 Hz.
+    or a rate that is not from 100 to 768000 Hz, and for a rate or channels below 1.
     """
     return mx.array(read_sound(path, sampling_rate, channels, start, count)[0])
 
@@ -66,17 +67,21 @@ def read_sound(
     count: int | None = None,
 ) -> tuple[np.ndarray, int]:
     """Samples as of `load_audio`, and their rate. None: the file's own."""
+    for name, value in (("sampling_rate", sampling_rate), ("channels", channels)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}.")
     with open_sound(path) as file:
         source, target = file.samplerate, sampling_rate or file.samplerate
         channels = channels or file.channels
         if 1 < file.channels < channels:
             raise ValueError(
-                f"{path} has {file.channels} channels, but {channels} are needed."
+                f"{path} has {file.channels} channels, but {channels} are needed: name "
+                "a file with as many, or ask for fewer."
             )
         first, skip, last = part_of(start, count, source, target)
         most = MOST // (max(1, math.ceil(target / source)) * channels)
         blocks, size = [np.empty((0, channels), np.float32)], 0
-        for block in read_blocks(file, first, last):
+        for block in read_blocks(path, file, first, last):
             blocks.append(to_channels(block, channels))
             size += len(block)
             if size > most:
@@ -85,8 +90,10 @@ def read_sound(
                     "memory should hold: cut it, or take a part."
                 )
         audio = np.concatenate(blocks)
-        if not np.isfinite(audio).all() or (size == 0 and start == 0):
-            raise ValueError(f"{path} must hold sound, but it is empty or holds NaN.")
+        if size == 0 and start == 0:
+            raise ValueError(f"{path} must hold sound, but it is empty.")
+        if not np.isfinite(audio).all():
+            raise ValueError(f"{path} must hold sound, but it holds NaN or infinity.")
         audio = resample(audio, source, target)[skip:]
         if len(audio) == 0:
             raise ValueError(f"{path} ends before {start / target:g} s.")
@@ -118,7 +125,8 @@ def to_channels(audio: np.ndarray, channels: int) -> np.ndarray:
 
 def count_samples(path: str | Path, sampling_rate: int) -> int:
     """How many samples `load_audio` gives at `sampling_rate` Hz of the whole file, that
-    are really there. Raises as that."""
+    are really there; in a damaged one perhaps also those after the damage. Raises as
+    that."""
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no sound file {path}.")
@@ -141,20 +149,31 @@ def count_frames(path: str, *version: int) -> tuple[int, int]:
             except soundfile.LibsndfileError:
                 pass
     with open_sound(path) as file:
-        return sum(len(block) for block in read_blocks(file)), file.samplerate
+        return sum(map(len, read_blocks(path, file))), file.samplerate
 
 
 def read_blocks(
-    file: soundfile.SoundFile, first: int = 0, last: int | None = None
+    path: str | Path,
+    file: soundfile.SoundFile,
+    first: int = 0,
+    last: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """Samples (N, C) of an open file, in float32, up to the end that it really has."""
+    """Samples (N, C) of an open file, in float32, up to the end that it really has, or
+    to where it is damaged: then a warning has its `path`."""
     place = 0
     if first and file.format in SEEKABLE:
         place = file.seek(min(first, file.frames))
-    size = max(BLOCK // file.channels, 1)
+    began = place
     while last is None or place < last:
-        wanted = size if last is None else min(size, last - place)
-        block = file.read(wanted, dtype="float32", always_2d=True)
+        wanted = BLOCK if last is None else min(BLOCK, last - place)
+        try:
+            block = file.read(wanted, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError:
+            if place == began:
+                raise
+            seconds = place / file.samplerate
+            warnings.warn(f"{path} is damaged: it is read up to {seconds:.2f} s only.")
+            return
         place += len(block)
         if place > first:
             yield block[max(len(block) - (place - first), 0) :]
@@ -228,15 +247,20 @@ TOOLS = {  # to wav and to AAC
 
 
 def run_tools(which: int, **values: str | Path) -> tuple[str, str]:
-    """The first program of TOOLS that does it, or "", and what the last one said."""
+    """The first program of TOOLS that does it, or "", and what the last one said. Raises
+    OSError where one was ended by a signal."""
     said = ""
     for name, commands in TOOLS.items():
         if shutil.which(name):
             words = [word.format(**values) for word in shlex.split(commands[which])]
-            options = dict(stdin=subprocess.DEVNULL, capture_output=True)
-            done = subprocess.run(words, **options)
+            # A session of its own: Ctrl-C comes to this program, which ends the other.
+            options = dict(stdin=subprocess.DEVNULL, start_new_session=True)
+            done = subprocess.run(words, capture_output=True, **options)
             if done.returncode == 0 and Path(values["target"]).is_file():
                 return name, ""
+            if done.returncode < 0:  # it is not the file's fault
+                number = signal.Signals(-done.returncode).name
+                raise OSError(f"{name} was ended by {number}: run the same again.")
             lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
             said = f"{name}: {lines[-1] if lines else done.returncode}"
     return "", said
@@ -306,6 +330,12 @@ def to_floats(name: str, audio: Any) -> mx.array:
     -1 to 1, as sound files hold them: int16 is divided by 32768, and uint8 is silent at
     128. Raises ValueError for all else, such as int64, whose range is no sound's.
     """
+    wanted = (
+        f"{name} must be samples (N, C) in floats from -1 to 1, or in integers of 8, 16 "
+        "or 32 bits"
+    )
+    if isinstance(audio, int | None):
+        raise ValueError(f"{wanted}, got {audio}.")
     try:
         array = audio if isinstance(audio, mx.array) else np.asarray(audio)
     except ValueError as error:  # rows of different lengths
@@ -324,10 +354,7 @@ def to_floats(name: str, audio: Any) -> mx.array:
         if not isinstance(array, mx.array):
             array = mx.array(array.astype(np.float32))  # of float128 and byte orders
         return array.astype(mx.float32)
-    raise ValueError(
-        f"{name} must be samples (N, C) in floats from -1 to 1, or in integers of 8, 16 "
-        f"or 32 bits, got {type(audio).__name__} of {kind}."
-    )
+    raise ValueError(f"{wanted}, got {type(audio).__name__} of {kind}.")
 
 
 SUBTYPES = {  # of soundfile, by extension; the first is the default
@@ -338,8 +365,9 @@ SUBTYPES = {  # of soundfile, by extension; the first is the default
     ".m4a": ("AAC",),  # which other programs write
 }
 LOSSY = (".ogg", ".mp3", ".m4a")
+MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)  # Hz
 BITRATES = (8, 320)  # kbit/s of mp3
-OVER = 1.0005  # 0.004 dB above full scale: rounding
+OVER = 1.0005  # 0.004 dB above the ceiling: rounding
 
 
 def save_audio(
@@ -350,6 +378,7 @@ def save_audio(
     subtype: str | None = None,
     bitrate: int | None = None,
     overwrite: bool = True,
+    ceiling: float = 0.0,
 ) -> None:
     """Write samples (N, C) or (N,), as `to_floats` takes them.
 
@@ -358,12 +387,13 @@ def save_audio(
     and wav "FLOAT", too. `bitrate` is that of an mp3, in kbit/s; None: it varies.
     `comment` is text inside the file.
 
-    Where the sound would clip, as its true peak tells, the whole is scaled down, with a
-    warning, but not in FLOAT. ogg, mp3 and m4a are heard again for that, since encoding
-    raises peaks. The file appears under its name only when it is whole. Raises
-    ValueError for another shape, NaN, a rate that is not from 1000 to 192000 Hz, an
-    unknown extension, subtype or bit rate, and OSError where nothing can be written:
-    FileExistsError where a file is there, unless it is to `overwrite`.
+    Where the true peak is above the `ceiling`, in dB of full scale (0: it would clip),
+    the whole is scaled down, with a warning, but not in FLOAT. ogg, mp3 and m4a are
+    heard again for that, since encoding raises peaks. The file appears under its
+    name only when it is whole. Raises ValueError for another shape, NaN, a rate that is
+    not from 1000 to 192000 Hz or that the format does not take, an unknown extension,
+    subtype or bit rate, and OSError where nothing can be written: FileExistsError where
+    a file is there, unless it is to `overwrite`.
     """
     path = check_audio_path(path, subtype, bitrate)
     subtype = choose_subtype(path, subtype)
@@ -374,10 +404,7 @@ def save_audio(
             f"The audio for {path} must have the shape (N, C) with 1 to 8 channels, "
             f"got {audio.shape}."
         )
-    if not 1000 <= sampling_rate <= 192_000:  # libsndfile crashes on others
-        raise ValueError(
-            f"sampling_rate must be from 1000 to 192000 Hz, got {sampling_rate}."
-        )
+    check_form(path, sampling_rate, audio.shape[1])
     if not np.isfinite(audio).all():
         raise ValueError(f"The audio for {path} must be finite, but it holds NaN.")
     if path.suffix.lower() in (".wav", ".m4a") and len(comment) > 50_000:
@@ -385,20 +412,49 @@ def save_audio(
             f"{path} takes no comment as long as its settings: it is without them."
         )
         comment = ""
-    peak = 1.0 if subtype == "FLOAT" else true_peak(audio)
-    audio = scaled_down(path, audio, peak, "its peaks would clip")
+    highest = 10 ** (ceiling / 20)
+    why = (
+        f"its peaks would be above {ceiling:g} dB"
+        if ceiling
+        else "its peaks would clip"
+    )
+    peak = 1.0 if subtype == "FLOAT" else true_peak(audio) / highest
+    audio = scaled_down(path, audio, peak, why)
     with whole_file(path, overwrite) as part:
         write_samples(part, audio, sampling_rate, comment, subtype, bitrate)
         if path.suffix.lower() not in LOSSY:
             return
         raised = 1.0
-        for _ in range(4):
-            if (peak := peak_of_file(part)) <= OVER:
+        for margin in (0.999, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8):
+            if (peak := peak_of_file(part) / highest) <= OVER:
                 break
-            raised *= peak / 0.999
+            raised *= peak / margin
             quiet = audio / raised
             write_samples(part, quiet, sampling_rate, comment, subtype, bitrate)
-        scaled_down(path, audio, raised, f"as {path.suffix} its peaks would clip")
+        scaled_down(path, audio, raised, f"as {path.suffix} {why}")
+
+
+def check_form(path: Path, sampling_rate: int, channels: int) -> None:
+    """Raise ValueError for a rate or channels that the format does not take."""
+    suffix = path.suffix.lower()
+    if not 1000 <= sampling_rate <= 192_000:  # libsndfile crashes on others
+        raise ValueError(
+            f"sampling_rate must be from 1000 to 192000 Hz, got {sampling_rate}."
+        )
+    if suffix == ".mp3" and channels > 2:
+        raise ValueError(
+            f"{path} takes 1 or 2 channels, got {channels}: write a .wav, or fewer."
+        )
+    rates = ""
+    if suffix == ".mp3" and sampling_rate not in MP3_RATES:
+        rates = f"{', '.join(map(str, MP3_RATES[:-1]))} or {MP3_RATES[-1]} Hz"
+    if suffix == ".flac" and sampling_rate > 65_535 and sampling_rate % 10:
+        rates = "up to 65535 Hz, and above multiples of 10 Hz"
+    if rates:
+        raise ValueError(
+            f"{path} takes {rates}, got {sampling_rate}: write a .wav, or resample the "
+            "sound."
+        )
 
 
 def scaled_down(path: Path, audio: np.ndarray, peak: float, why: str) -> np.ndarray:
@@ -412,7 +468,7 @@ def scaled_down(path: Path, audio: np.ndarray, peak: float, why: str) -> np.ndar
 def peak_of_file(path: Path) -> float:
     """The true peak of a sound file that was just written."""
     with open_sound(path) as file:
-        blocks = list(read_blocks(file))
+        blocks = list(read_blocks(path, file))
     return true_peak(np.concatenate(blocks)) if blocks else 0.0
 
 
@@ -496,6 +552,11 @@ def choose_subtype(path: str | Path, subtype: str | None = None) -> str:
             f"{path} needs {' or '.join(TOOLS)}, and neither is there: write another "
             "format, or install ffmpeg."
         )
+    if subtype is not None and suffix.lower() in LOSSY and subtype not in subtypes:
+        raise ValueError(
+            f"{path} takes no subtype, got {subtype!r}: leave it out, or write a .wav or "
+            "a .flac."
+        )
     if subtype is not None and subtype not in subtypes:
         raise ValueError(
             f"subtype of a {suffix} must be {' or '.join(subtypes)}, got {subtype!r}."
@@ -515,6 +576,17 @@ def check_audio_path(
     check_bitrate(path, bitrate)
     check_writable(path)
     return Path(os.path.expanduser(path))
+
+
+def check_output(
+    path: str | Path, source: str | Path, force: bool, bitrate: int | None = None
+) -> None:
+    """Raise as `check_audio_path`; ValueError where the path is that of the `source`,
+    and FileExistsError where something is there, unless `force` allows it."""
+    check_audio_path(path, bitrate=bitrate)
+    check_apart(path, {"source": source})
+    if not force:
+        check_new(path)
 
 
 def check_bitrate(path: str | Path, bitrate: int | None) -> None:
@@ -548,81 +620,6 @@ def check_writable(path: str | Path) -> None:
         ) from error
 
 
-UNKNOWN = 0xFFFFFFFF  # bytes: the length that players read as "until the end"
-
-
-class WavStream:
-    """A wav file that grows: 16-bit samples, with dither.
-
-    The header is written again after each piece, so the file can be played at any time.
-    `rewinds` is False where that cannot be done, as in a pipe; then the header gives no
-    length. Samples beyond 1 are clipped, with a warning.
-    """
-
-    def __init__(
-        self,
-        file: BinaryIO,
-        channels: int,
-        sampling_rate: int,
-        comment: str = "",
-        rewinds: bool = True,
-    ):
-        self._file, self._comment = file, comment
-        self._format = channels, sampling_rate
-        self._size, self._clipped = 0, False  # bytes of samples; whether it has warned
-        self._random = np.random.default_rng(0)
-        self._rewinds = rewinds
-        self._write_header(0 if self._rewinds else UNKNOWN)
-        file.flush()
-
-    def _write_header(self, size: int) -> None:
-        self._file.write(wav_header(*self._format, size, self._comment))
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of sound in the file."""
-        channels, rate = self._format
-        return self._size / (2 * channels * rate)
-
-    def write(self, audio: mx.array) -> None:
-        """Append samples (N, C). Raises ValueError for NaN."""
-        audio = np.asarray(audio, dtype=np.float32)
-        if not np.isfinite(audio).all():
-            raise ValueError("The audio must be finite, but it holds NaN.")
-        if np.abs(audio).max(initial=0) > 1 and not self._clipped:
-            self._clipped = True
-            warnings.warn("Samples beyond 1 are clipped: a stream cannot be scaled.")
-        data = to_int16(audio, self._random).astype("<i2").tobytes()
-        self._file.write(data)
-        self._size += len(data)
-        if self._rewinds:  # samples first: a header never promises more than there is
-            self._file.flush()
-            self._file.seek(0)
-            self._write_header(self._size)
-            self._file.seek(0, 2)
-        self._file.flush()
-
-
-def riff_chunk(name: bytes, content: bytes) -> bytes:
-    """A chunk: its name, the length of its content, and the content, made even."""
-    return (
-        struct.pack("<4sI", name, len(content)) + content + b"\0" * (len(content) % 2)
-    )
-
-
-def wav_header(channels: int, rate: int, size: int, comment: str = "") -> bytes:
-    """The bytes of a wav file before 16-bit samples that take `size` bytes."""
-    align = 2 * channels
-    content = struct.pack("<HHIIHH", 1, channels, rate, rate * align, align, 16)
-    chunks = riff_chunk(b"fmt ", content)  # 1: linear PCM
-    if comment:
-        text = riff_chunk(b"ICMT", comment.encode() + b"\0")
-        chunks += riff_chunk(b"LIST", b"INFO" + text)
-    chunks = b"WAVE" + chunks + struct.pack("<4sI", b"data", min(size, UNKNOWN))
-    whole = min(len(chunks) + size, UNKNOWN)
-    return struct.pack("<4sI", b"RIFF", whole) + chunks
-
-
 def warn(message: Warning | str, *_) -> None:
     print(f"audio.py: warning: {message}", file=sys.stderr)
 
@@ -630,24 +627,29 @@ def warn(message: Warning | str, *_) -> None:
 def main() -> None:
     warnings.showwarning = warn
     parser = argparse.ArgumentParser(description="Convert a sound file.")
-    parser.add_argument("source", help="sound file to read")
-    parser.add_argument("target", help="sound file to write")
-    parser.add_argument("--sampling-rate", type=int, help="Hz (default: the source's)")
-    parser.add_argument("--channels", type=int, help="(default: the source's)")
-    parser.add_argument("--mp3-bitrate", type=int, help="kbit/s (default: it varies)")
+    add = parser.add_argument
+    add("source", help="sound file to read")
+    add("target", help="sound file to write")
+    add("--sampling-rate", type=int, help="Hz (default: the source's)")
+    add("--channels", type=int, help="1 to 8 (default: the source's)")
+    add("--mp3-bitrate", type=int, help="kbit/s (default: it varies)")
+    add("--force", action="store_true", help="overwrite what is there")
     args = parser.parse_args()
     try:
-        check_audio_path(args.target, bitrate=args.mp3_bitrate)
-        rate = args.sampling_rate
+        check_output(args.target, args.source, args.force, args.mp3_bitrate)
+        rate, channels = args.sampling_rate, args.channels
         if rate is not None and not 1000 <= rate <= 192_000:
             raise ValueError(f"--sampling-rate must be 1000 to 192000 Hz, got {rate}.")
-        audio, rate = read_sound(args.source, rate, args.channels)
-        save_audio(args.target, audio, rate, bitrate=args.mp3_bitrate)
+        if channels is not None and not 1 <= channels <= 8:
+            raise ValueError(f"--channels must be 1 to 8, got {channels}.")
+        audio, rate = read_sound(args.source, rate, channels)
+        written = dict(bitrate=args.mp3_bitrate, overwrite=args.force)
+        save_audio(args.target, audio, rate, **written)
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"audio.py: error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         sys.exit(130)
-    print(f"{args.target}: {len(audio) / rate:.2f} s")
+    print_out(f"{args.target}: {len(audio) / rate:.2f} s")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ A new conditioner is a file of its own, and a function and a line in CONDITIONER
         def null_states(self, shape): ...
             # the same for rows without a sound, which guidance moves away from
 
-melody.py and style.py are such files, and needed beside it for such models. Needs
-decoder.py and options.py beside it.
+melody.py and style.py are such files, and needed beside it for such models, with what
+these need. Needs decoder.py and options.py beside it.
 """
 
 from collections.abc import Callable

@@ -3,8 +3,8 @@
 The hybrid transformer of Rouard et al. (https://arxiv.org/abs/2211.08553). One branch
 works on the spectrogram, the other on the waveform. Between their encoders and decoders
 a transformer lets each attend to the other. The stems are the sum of both outputs.
-Stands alone; hub.py is needed to see at once that there is no network, and audio.py and
-outputs.py are needed to split a file from the command line.
+Stands alone; hub.py is needed to see at once that there is no network, and audio.py,
+resample.py and outputs.py are needed to split a file from the command line.
 
     model = HTDemucs.from_pretrained("adefossez/HTDemucs")
     audio = load_audio("song.mp3", model.sampling_rate, model.channels)  # of audio.py
@@ -19,6 +19,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from fractions import Fraction
@@ -540,9 +541,9 @@ def locate(path_or_repo: str | Path) -> Path:
         try:
             folder = Path(snapshot_download(repo, **options))
         except (OSError, ValueError) as error:
-            why = isinstance(error, OSError) and reason or error
-            wrong = f"The Hub did not give Demucs, {repo}: {why}"
-            raise OSError(f"{wrong} Or name a folder with its file.") from error
+            why = str(isinstance(error, OSError) and reason or error).rstrip(". ")
+            told = f"The Hub did not give Demucs, {repo}: {why}. Or name a folder with"
+            raise OSError(f"{told} its .safetensors file.") from error
     paths = sorted(folder.glob("*.safetensors"))
     if len(paths) != 1:
         wrong = f"{folder} must hold one .safetensors file, but holds {len(paths)}."
@@ -639,17 +640,13 @@ def check_audio(audio: mx.array, channels: int) -> None:
         raise ValueError("audio must be finite, but it holds NaN or infinity.")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
 def run(args: argparse.Namespace) -> None:
     """Separate one file and write its stems."""
-    from audio import check_audio_path, load_audio, save_audio
+    from audio import check_output, load_audio, save_audio
+    from outputs import print_out
+    from resample import true_peak
 
-    source = Path(os.path.expanduser(args.source))
-    if not source.is_file():
+    if not os.path.isfile(os.path.expanduser(args.source)):
         raise FileNotFoundError(f"There is no sound file {args.source}.")
     model = HTDemucs.from_pretrained(args.model)
     sources = model.config.sources
@@ -661,32 +658,34 @@ def run(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.wav" for name in names}
     for path in paths.values():
-        check_audio_path(path)
-        if path.resolve() == source.resolve():
-            raise ValueError(f"{path} must not be the song: choose an --output-dir.")
-    audio = load_audio(source, model.sampling_rate, model.channels)
-    with tqdm(unit="piece") as bar:
-        steps = model.separate_steps(audio, args.shifts, args.overlap)
-        for done, bar.total, stems in steps:
+        check_output(path, args.source, args.force)
+    audio = load_audio(args.source, model.sampling_rate, model.channels)
+    steps = model.separate_steps(audio, args.shifts, args.overlap)
+    _, pieces, _ = next(steps)  # an error comes before the bar
+    with tqdm(total=pieces, unit="piece", disable=None) as bar:  # only on a terminal
+        for done, _, stems in steps:
             bar.update(done - bar.n)
-    loudest = mx.abs(stems).max().item()
+    loudest = max(1.0, *map(true_peak, stems))
     if loudest > 1:  # all stems alike, so that they still add up to the song
-        print(f"All stems were divided by {loudest:.2f}.", file=sys.stderr)
-        stems = stems / loudest
+        quieter = f"{20 * math.log10(loudest):.2g} dB quieter"
+        warnings.warn(f"All stems were made {quieter}: one would have clipped.")
     for name, path in paths.items():
-        save_audio(path, stems[sources.index(name)], model.sampling_rate)
-        print(path)
+        stem = stems[sources.index(name)] / loudest
+        save_audio(path, stem, model.sampling_rate, overwrite=args.force)
+        print_out(path)
 
 
 def main() -> None:
-    parser = Parser(description="Split a song into stems.")
+    warnings.formatwarning = lambda text, *_: f"demucs.py: warning: {text}\n"
+    parser = argparse.ArgumentParser(description="Split a song into stems.")
     add = parser.add_argument
     add("source", help="sound file to read")
     add("--output-dir", type=Path, default=Path("stems"), help="(default: stems)")
     add("--stems", help="stems to write, such as vocals,drums (default: all)")
     add("--model", default=REPO, help="folder or Hub repository (default: %(default)s)")
-    add("--shifts", type=int, default=0, help="passes to average (default: 0)")
+    add("--shifts", type=int, default=0, help="shifted passes to average (0: as it is)")
     add("--overlap", type=float, default=0.25, help="of the pieces (default: 0.25)")
+    add("--force", action="store_true", help="overwrite what is there")
     logging.set_verbosity_error()  # hides the Hub's retries; failures are reported
     try:
         run(parser.parse_args())

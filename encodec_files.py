@@ -3,7 +3,8 @@
 transformers' form is `config.json` and `model.safetensors`, audiocraft's one
 `compression_state_dict.bin`, for which audiocraft.py and torch_file.py are needed
 beside this file, as hub.py is to see at once that there is no network; else it stands
-alone. What `python encodec.py` does is here, too, and needs audio.py.
+alone. What `python encodec.py` does is here, too, and needs audio.py, resample.py and
+outputs.py.
 
     path, settings, weights = read("32khz")  # or a Hub id, or a folder
 """
@@ -232,27 +233,32 @@ def merge_lstm(weights: Weights) -> Weights:
 
 def main(codec: type) -> None:
     """Read a sound file, code it, and write what the codes give. `codec`: the class."""
-    from audio import check_audio_path, load_audio, save_audio
+    from audio import check_output, load_audio, save_audio
+    from outputs import print_out
 
     warnings.showwarning = warn
     parser = argparse.ArgumentParser(description="Pass a sound file through EnCodec.")
     add = parser.add_argument
     add("source", help="sound file to read")
     add("target", help="sound file to write")
-    add("--model", default="32khz", help="24khz, 32khz, 48khz, a Hub id or a folder")
+    models = "24khz, 32khz, 48khz, a Hub id or a folder (default: %(default)s)"
+    add("--model", default="32khz", help=models)
     add("--bandwidth", type=float, help="kbit/s (default: the model's smallest)")
+    add("--force", action="store_true", help="overwrite what is there")
     args = parser.parse_args()
     try:
-        check_audio_path(args.target)
+        check_output(args.target, args.source, args.force)
         model = codec.from_pretrained(args.model)
         audio = load_audio(args.source, model.sampling_rate, model.channels)
         chunks = model.encode(audio[None], args.bandwidth)
         decoded = model.decode(chunks)[0, : len(audio)]
-        save_audio(args.target, decoded, model.sampling_rate)
-    except (OSError, ValueError) as error:
+        save_audio(args.target, decoded, model.sampling_rate, overwrite=args.force)
+    except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"encodec.py: error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     frames, K = sum(chunk.codes.shape[1] for chunk in chunks), chunks[0].codes.shape[2]
-    print(
+    print_out(
         f"{args.target}: {len(audio) / model.sampling_rate:.2f} s, {frames} x {K} codes"
     )
 

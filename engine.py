@@ -6,7 +6,7 @@ graph anew in every step; rows without a text skip the cross-attention; on the C
 rows are two lanes, computed side by side; on an NVIDIA GPU products of few rows are
 taken as columns. And what concerns a machine: a decoder quantized or shared among
 processes, and what its memory holds. Needs decoder.py and parallel.py beside it; lora.py
-is needed for an adapter.
+and settings.py are needed for an adapter.
 
     forward = Engine(decoder, text, copies=2, steps=403)
     logits = forward(tokens)  # (B, S, K) -> (R, 1, K, V)

@@ -16,8 +16,8 @@
 
 `python generate.py --help` explains every flag. Needs arguments.py, which has the flags,
 jobs.py, lines.py and stream.py, which plan and write takes, progress.py, together.py,
-musicgen.py and all that these need beside it; lora.py for an adapter, melody.py to
-follow a melody, play.py to play.
+musicgen.py, encodec_stream.py and all that these need beside it; lora.py for an
+adapter, melody.py to follow a melody, play.py to play.
 """
 
 import signal

@@ -28,7 +28,7 @@ import numpy as np
 
 import settings
 from audio import check_audio_path, count_samples, load_audio, save_audio
-from loudness import to_loudness, to_peak
+from loudness import CEILING, to_loudness, to_peak
 from musicgen import MusicGen, Take
 from options import STYLE_OPTIONS, Options, row_seeds
 from outputs import check_apart, check_new, default_name, free
@@ -113,8 +113,13 @@ class Job:
             )
             return audio
         if self.loudness is not None:
-            return to_loudness(audio, sampling_rate, self.loudness)
+            return to_loudness(audio, sampling_rate, self.loudness, self.output)
         return audio if self.peak is None else to_peak(audio, self.peak)
+
+    @property
+    def ceiling(self) -> float:
+        """dB of full scale that no true peak of its file exceeds."""
+        return CEILING if self.loudness is not None else self.peak or 0.0
 
     def runs_with(self, other: "Job") -> bool:
         """Whether both can be rows of one batch."""
@@ -548,7 +553,7 @@ def save(model: MusicGen, job: Job, samples: mx.array, record: dict[str, Any]) -
     while True:
         try:
             written = (comment, job.subtype, job.mp3_bitrate, job.overwrite)
-            save_audio(job.output, audio, rate, *written)
+            save_audio(job.output, audio, rate, *written, job.ceiling)
             return job
         except FileExistsError:
             other = free(job.output)

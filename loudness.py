@@ -4,8 +4,8 @@
     python loudness.py take.wav --loudness -14 --output louder.wav
 
 The measure is the integrated loudness in LUFS. Streaming services bring music to one
-level of it, usually -14. A limiter keeps peaks from standing in the way. Needs audio.py
-and resample.py beside it.
+level of it, usually -14. A limiter keeps peaks from standing in the way. Needs audio.py,
+resample.py and outputs.py beside it.
 """
 
 import argparse
@@ -15,8 +15,9 @@ import warnings
 
 import numpy as np
 
-from audio import check_audio_path, read_sound, save_audio
-from resample import peaks_between, true_peak
+from audio import check_output, read_sound, save_audio
+from outputs import print_out
+from resample import peaks_between, to_numpy, true_peak
 
 ABSOLUTE_GATE = -70.0  # LUFS: quieter blocks are silence
 RELATIVE_GATE = -10.0  # LU below the mean: quieter blocks are pauses
@@ -112,16 +113,20 @@ def decibels(power: float) -> float:
     return -0.691 + 10 * math.log10(power) if power > 0 else -math.inf
 
 
-def to_loudness(audio: np.ndarray, rate: int, loudness: float) -> np.ndarray:
+def to_loudness(
+    audio: np.ndarray, rate: int, loudness: float, name: object = "The sound"
+) -> np.ndarray:
     """Bring samples (N, C) to `loudness` LUFS.
 
     They are scaled. Where peaks stand in the way, which must stay below CEILING, a
-    limiter lowers these, and a warning tells by how much, and what was reached. Silence
-    stays as it is, with a warning. Raises ValueError as `integrated_loudness`.
+    limiter lowers these, and a warning tells by how much, and what was missed. Silence
+    stays as it is, with a warning. Warnings call the sound by its `name`. Raises
+    ValueError as `integrated_loudness`.
     """
+    audio = to_numpy(audio)
     source = integrated_loudness(audio, rate)
     if source == -math.inf:
-        warnings.warn("The sound is silent and stays so.")
+        warnings.warn(f"{name} is silent and stays so.")
         return audio
     gain = from_decibels(loudness - source)
     if gain * true_peak(audio) <= from_decibels(CEILING):
@@ -139,11 +144,14 @@ def to_loudness(audio: np.ndarray, rate: int, loudness: float) -> np.ndarray:
         if rise < WORTH:
             break
         (louder, lowered), reached = harder, found
-    missed = "" if abs(loudness - reached) < 0.1 else f", and {reached:.1f} was reached"
-    warnings.warn(
-        f"For {loudness:g} LUFS a limiter lowered peaks by up to {lowered:.1f} dB"
-        f"{missed}."
-    )
+    told = f"a limiter lowered its peaks by up to {lowered:.1f} dB"
+    if abs(loudness - reached) < 0.1:
+        warnings.warn(f"{name} is at {loudness:g} LUFS: {told}.")
+    else:
+        warnings.warn(
+            f"{name} missed {loudness:g} LUFS and is at {reached:.1f}: {told}, and more "
+            "would hardly make it louder."
+        )
     return louder
 
 
@@ -190,6 +198,7 @@ def smooth(factors: np.ndarray, rate: int) -> np.ndarray:
 
 def to_peak(audio: np.ndarray, peak: float) -> np.ndarray:
     """Scale samples (N, C) to a true peak in dB of full scale. Silence stays silent."""
+    audio = to_numpy(audio)
     highest = true_peak(audio)
     return audio * (from_decibels(peak) / highest) if highest > 0 else audio
 
@@ -201,20 +210,23 @@ def warn(message: Warning | str, *_) -> None:
 def main() -> None:
     warnings.showwarning = warn
     parser = argparse.ArgumentParser(description="Measure and set loudness.")
-    parser.add_argument("source", help="sound file to read, mono or stereo")
-    parser.add_argument("--loudness", type=float, help="LUFS to bring it to")
-    parser.add_argument("--output", help="sound file to write")
+    add = parser.add_argument
+    add("source", help="sound file to read, mono or stereo")
+    add("--loudness", type=float, help="LUFS to bring it to")
+    add("--output", help="sound file to write")
+    add("--force", action="store_true", help="overwrite what is there")
     args = parser.parse_args()
     if (args.loudness is None) != (args.output is None):
         parser.error("--loudness and --output must be given together")
     try:
         if args.output:
-            check_audio_path(args.output)
+            check_output(args.output, args.source, args.force)
         audio, rate = read_sound(args.source)
-        print(f"{args.source}: {integrated_loudness(audio, rate):.1f} LUFS")
+        print_out(f"{args.source}: {integrated_loudness(audio, rate):.1f} LUFS")
         if args.output:
-            louder = to_loudness(audio, rate, args.loudness)
-            save_audio(args.output, louder, rate)
+            louder = to_loudness(audio, rate, args.loudness, args.output)
+            written = dict(overwrite=args.force, ceiling=CEILING)
+            save_audio(args.output, louder, rate, **written)
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"loudness.py: error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:

@@ -7,8 +7,8 @@ the tune and not the sound.
     chroma = extract_chroma(audio, 44100)  # (N, C) -> (T, 12), one-hot
     print(draw(chroma))
 
-or `python melody.py hummed.wav`, which draws it. Needs audio.py beside it; demucs.py is
-needed where drums and bass are to be taken away first.
+or `python melody.py hummed.wav`, which draws it. Needs audio.py, resample.py and
+outputs.py beside it; demucs.py is needed where drums and bass are to be taken away first.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import mlx.nn as nn
 import numpy as np
 
 from audio import check_samples, load_audio, resample
+from outputs import print_out
 
 if TYPE_CHECKING:
     from demucs import HTDemucs
@@ -362,9 +363,12 @@ def main() -> None:
     try:
         if not os.path.isfile(os.path.expanduser(args.source)):
             raise FileNotFoundError(f"There is no sound file {args.source}.")
-        print(draw(extract_chroma(load_audio(args.source, RATE, 1), RATE)))
-    except (OSError, ValueError) as error:
+        drawing = draw(extract_chroma(load_audio(args.source, RATE, 1), RATE))
+    except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"melody.py: error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print_out(drawing)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ The music model of Li et al. (https://arxiv.org/abs/2306.00107) with 95 M parame
 HuBERT (https://arxiv.org/abs/2106.07447) that was trained on music. Convolutions turn
 24 000 samples a second into 75 frames, and a transformer relates these, in float32.
 Stands alone; torch_file.py is needed beside it to read the published
-`pytorch_model.bin`, hub.py to see at once that there is no network, and audio.py to
-read a sound file from the command line.
+`pytorch_model.bin`, hub.py to see at once that there is no network, and audio.py,
+resample.py and outputs.py to read a sound file from the command line.
 
     model = MERT.from_pretrained("m-a-p/MERT-v1-95M")
     features = model(audio)  # (B, N) at model.sampling_rate -> (B, T, 768)

@@ -7,7 +7,7 @@ its parts: `MusicGen`, which ties text encoder, decoder and codec together; the 
 that it makes; the loop (`generate_step`), guidance and sampling; the delay pattern.
 Needs decoder.py, t5.py, encodec.py, options.py and checkpoints.py beside it. Where they
 lie beside it, engine.py, encodec_stream.py and parallel.py make it faster. To begin
-with a sound, prompt.py is needed; to follow one, conditioning.py.
+with a sound, prompt.py and what that needs are needed; to follow one, conditioning.py.
 
     model = MusicGen.from_pretrained("stereo-small")
     audio = model.generate(["happy rock", "calm piano"], duration=8.0, seed=0)

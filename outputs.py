@@ -241,6 +241,14 @@ def reason_in(folder: Path, error: Exception) -> str:
         return reason(file, error)
 
 
+def print_out(text: str) -> None:
+    """Print to standard output, of which a reader may have had enough, as `head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # else Python tells of it when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def leave_nothing() -> None:
     """From now on SIGTERM and SIGHUP raise SystemExit, so that hidden files go."""
     for number in (signal.SIGTERM, signal.SIGHUP):

@@ -6,12 +6,15 @@
 
 or `python play.py out.wav`. What plays is afplay (macOS has it), ffplay (of ffmpeg),
 paplay or aplay, whichever is there first; samples that are still being made need ffplay
-or aplay. Needs audio.py beside it.
+or aplay. Needs wav_stream.py, audio.py, resample.py and outputs.py beside it.
 """
 
+import argparse
+import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +25,7 @@ from typing import BinaryIO
 
 import mlx.core as mx
 
-from audio import WavStream
+from wav_stream import WavStream
 
 FFPLAY = ("ffplay", "-nodisp", "-autoexit", "-loglevel", "error")
 FILE_PLAYERS = (("afplay",), FFPLAY, ("paplay",), ("aplay", "-q"))  # then the file
@@ -37,7 +40,8 @@ def find_player(suffix: str = ".wav") -> tuple[str, ...]:
         able = suffix.lower() == ".wav" or command[0] not in ONLY_WAV
         if able and shutil.which(command[0]):
             return command
-    raise OSError(f"There is nothing that plays a {suffix} here. {INSTALL}")
+    kind = f"a {suffix}" if suffix else "this sound"
+    raise OSError(f"There is nothing that plays {kind} here. {INSTALL}")
 
 
 def find_pipe_player() -> tuple[str, ...]:
@@ -50,10 +54,10 @@ def find_pipe_player() -> tuple[str, ...]:
 
 def play_file(path: str | Path) -> None:
     """Play a sound file to its end. Raises OSError where that fails."""
-    path = Path(path).absolute()  # so that no name is taken for an option
-    command = find_player(path.suffix)
-    if not path.is_file():
+    if not os.path.isfile(os.path.expanduser(path)):
         raise FileNotFoundError(f"There is no sound file {path}.")
+    path = Path(path).expanduser().absolute()  # so that no name is taken for an option
+    command = find_player(path.suffix)
     ended = subprocess.run([*command, str(path)], stdin=subprocess.DEVNULL)
     if ended.returncode:
         raise OSError(f"{command[0]} does not play {path}: status {ended.returncode}.")
@@ -64,12 +68,13 @@ def heard(
 ) -> Iterator[mx.array]:
     """The same pieces (N, C), played as they come; ends when all was heard.
 
-    A player that is closed ends the sound, and not the pieces. Raises OSError where
-    there is none.
+    A player that fails or is closed ends the sound, and not the pieces; a warning says
+    so. Raises OSError where there is none.
     """
+    command = find_pipe_player()
     # A session of its own: Ctrl-C ends the take, and what was made is still heard.
     own = dict(stdin=subprocess.PIPE, start_new_session=True)
-    player = subprocess.Popen(find_pipe_player(), **own)
+    player = subprocess.Popen(command, **own)
     waiting: SimpleQueue[bytes] = SimpleQueue()  # so that a take need not wait
     writer = Thread(target=feed, args=(waiting, player.stdin), daemon=True)
     writer.start()
@@ -82,7 +87,8 @@ def heard(
     finally:
         waiting.put(b"")
         writer.join()
-        player.wait()
+        if status := player.wait():
+            warnings.warn(f"{command[0]} did not play all of it: status {status}.")
 
 
 def feed(waiting: SimpleQueue[bytes], pipe: BinaryIO) -> None:
@@ -94,10 +100,11 @@ def feed(waiting: SimpleQueue[bytes], pipe: BinaryIO) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) < 2:
-        sys.exit("usage: python play.py FILE ...")
+    parser = argparse.ArgumentParser(description="Play sound files.")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="sound file to play")
+    args = parser.parse_args()
     try:
-        for path in sys.argv[1:]:
+        for path in args.files:
             play_file(path)
     except OSError as error:
         sys.exit(f"play.py: error: {' '.join(str(error).split())}")

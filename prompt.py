@@ -3,7 +3,8 @@
     codes = encode_prompt(model, audio, frames=400)  # (N, C) -> (1, T, K)
     codes = encode_prompt(model, "song.mp3", frames=13000)
 
-Needs audio.py beside it, and a MusicGen: encodec_stream.py, too, unless that is plain.
+Needs audio.py, resample.py and outputs.py beside it, and a MusicGen; unless that is
+plain, encodec_stream.py and what that needs are needed, too.
 """
 
 import math

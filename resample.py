@@ -3,10 +3,11 @@
     audio = resample(audio, 44100, 32000)  # (N, C) -> (floor(N * 320 / 441), C)
     true_peak(audio)  # 1.0 is full scale
 
-Stands alone.
+Samples come as arrays of numpy or MLX, and go as numpy's. Stands alone.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -15,14 +16,24 @@ REACH = 16  # samples to each side from which a value between two is computed
 BLOCK = 2**20  # samples at once, to bound memory
 
 
-def resample(audio: np.ndarray, source: int, target: int) -> np.ndarray:
+def to_numpy(audio: Any) -> np.ndarray:
+    """Samples (N, C) of numpy or MLX as numpy's. Raises ValueError for another shape,
+    and for MLX's bfloat16, which numpy does not know."""
+    audio = np.asarray(audio)
+    if audio.ndim != 2:
+        raise ValueError(f"Samples must have the shape (N, C), got {audio.shape}.")
+    return audio
+
+
+def resample(audio: Any, source: int, target: int) -> np.ndarray:
     """(N, C) at `source` Hz -> (floor(N * target / source), C) at `target` Hz.
 
     The filter is that of julius, which audiocraft uses
     (https://github.com/adefossez/julius): a sinc with 24 zero crossings and a squared
     cosine as its window, cut off at 0.945 of the lower Nyquist frequency. Beyond the
-    ends the first and the last sample go on.
+    ends the first and the last sample go on. Raises as `to_numpy`.
     """
+    audio = to_numpy(audio)
     if source == target:
         return audio
     source, target, width = filter_width(source, target)
@@ -59,13 +70,14 @@ def filters(
     return (kernels / kernels.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def peaks_between(audio: np.ndarray) -> np.ndarray:
+def peaks_between(audio: Any) -> np.ndarray:
     """Samples (N, C) -> (N,): the highest of any channel from each sample on to before
     the next, at four places. Beyond the ends is silence.
 
     The places between are interpolated by a sinc with a squared cosine as its window.
     ITU-R BS.1770-4, annex 2.
     """
+    audio = to_numpy(audio)
     highest = np.abs(audio).max(axis=1, initial=0)
     taps = np.arange(1 - REACH, REACH + 1)
     for place in (0.25, 0.5, 0.75):
@@ -79,7 +91,7 @@ def peaks_between(audio: np.ndarray) -> np.ndarray:
     return highest
 
 
-def true_peak(audio: np.ndarray) -> float:
+def true_peak(audio: Any) -> float:
     """The highest value of samples (N, C), also between them, where a player's filter
     finds it. In silence 0."""
     highest = 0.0

@@ -5,8 +5,8 @@
 
 The file is a whole wav after every piece, so that it can be played while it grows, and
 keeps what was made when the run is killed. Where a file is there that it overwrites, it
-grows beside it, under a hidden name, until it is longer. Needs audio.py and outputs.py
-beside it.
+grows beside it, under a hidden name, until it is longer. Needs wav_stream.py, audio.py,
+resample.py and outputs.py beside it.
 """
 
 import os
@@ -20,8 +20,8 @@ from typing import BinaryIO, NamedTuple
 import mlx.core as mx
 import soundfile
 
-from audio import WavStream
 from outputs import free, give_name, in_words, open_hidden
+from wav_stream import WavStream
 
 
 class Written(NamedTuple):

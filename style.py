@@ -3,8 +3,8 @@
 The style conditioner of MusicGen-Style (https://arxiv.org/abs/2407.12563): features of
 an excerpt go through a transformer and then through a bottleneck, a residual quantizer
 of which only a few codebooks are used, so that the manner of the music stays and its
-notes do not. Needs mert.py beside it, which makes the features, encodec.py and
-audio.py. With a style model that is loaded:
+notes do not. Needs mert.py beside it, which makes the features, encodec.py, audio.py,
+resample.py and outputs.py. With a style model that is loaded:
 
     request = StyleRequest(sound)  # (N, C) at the model's sampling rate
     start, excerpt = model.conditioner.excerpt(request, seed=7)

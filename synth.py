@@ -9,7 +9,8 @@ words, in any order. `train.py synth` trains on clips, and `evaluate.py` measure
 
 Two timbres are not among those of the training. "brass" is there for `train.py lora` to
 teach. "any" has another spectrum for each note; the codec is trained on it, too, so
-that it hears more than five spectra. Needs audio.py and outputs.py beside it.
+that it hears more than five spectra. Needs audio.py, resample.py and outputs.py beside
+it.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from audio import save_audio
+from outputs import check_new, print_out
 
 RATE = 32000  # samples per second
 SECONDS = 8.0
@@ -285,15 +287,22 @@ def make(
     return clip, caption(clip, random, MISSING), render(clip, random, seconds)
 
 
-def listen(count: int, folder: Path, clips: list[Clip] = KNOWN) -> None:
-    """Write clips with their captions to a folder, and print the captions."""
+def listen(
+    count: int, folder: Path, clips: list[Clip] = KNOWN, overwrite: bool = True
+) -> None:
+    """Write clips with their captions to a folder, and print the captions. Raises
+    FileExistsError where one is there, unless it is to `overwrite`."""
     folder = Path(os.path.expanduser(folder))
+    paths = [folder / f"{seed:03}.wav" for seed in range(count)]
+    for path in [] if overwrite else paths:
+        check_new(path)
+        check_new(path.with_suffix(".txt"))
     folder.mkdir(parents=True, exist_ok=True)
-    for seed in range(count):
+    for seed, path in enumerate(paths):
         _, text, sound = make(seed, clips)
-        save_audio(folder / f"{seed:03}.wav", sound[:, None], RATE)
-        (folder / f"{seed:03}.txt").write_text(text + "\n")
-        print(f"{folder / f'{seed:03}.wav'}: {text}")
+        save_audio(path, sound[:, None], RATE, overwrite=overwrite)
+        path.with_suffix(".txt").write_text(text + "\n")
+        print_out(f"{path}: {text}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -310,9 +319,11 @@ def warn(message: Warning | str, *_) -> None:
 def main() -> None:
     warnings.showwarning = warn
     parser = Parser(description="Make clips with captions.")
-    parser.add_argument("--listen", type=int, default=8, help="how many (default: 8)")
-    parser.add_argument("--timbre", choices=VOICES, help="only clips of this timbre")
-    parser.add_argument("--output-dir", type=Path, default=Path("clips"))
+    add = parser.add_argument
+    add("--listen", type=int, default=8, help="how many (default: 8)")
+    add("--timbre", choices=VOICES, help="only clips of this timbre")
+    add("--output-dir", type=Path, default=Path("clips"), help="(default: clips)")
+    add("--force", action="store_true", help="overwrite what is there")
     args = parser.parse_args()
     if args.listen < 1:
         parser.error(f"--listen must be 1 or more, got {args.listen}")
@@ -320,7 +331,7 @@ def main() -> None:
     if args.timbre:
         clips = [clip for clip in clips_of(args.timbre) if clip not in HELD_OUT]
     try:
-        listen(args.listen, args.output_dir, clips)
+        listen(args.listen, args.output_dir, clips, args.force)
     except OSError as error:
         sys.exit(f"synth.py: error: {error}")
     except KeyboardInterrupt:

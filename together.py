@@ -15,6 +15,7 @@ import secrets
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -109,7 +110,8 @@ def received(link: socket.socket) -> bool:
 def end_with(message: str) -> None:
     """End the process, whatever its threads wait for."""
     try:
-        os.write(2, f"\ngenerate.py: error: {message}\n".encode())
+        program = os.path.basename(sys.argv[0])
+        os.write(2, f"\n{program}: error: {message}\n".encode())
         time.sleep(0.2)  # MLX 0.32.3's launcher reads only what lives
     except OSError:  # nobody reads it
         pass

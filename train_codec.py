@@ -3,8 +3,8 @@
 The first part of `train.py synth`: a small EnCodec (https://arxiv.org/abs/2210.13438),
 trained on the clips of synth.py. The loss compares waveforms and spectra; there is no
 discriminator. The codebooks have no gradient: their entries move to the means of the
-vectors that choose them. Needs training.py, synth.py, encodec.py, audio.py and
-settings.py beside it.
+vectors that choose them. Needs training.py, synth.py, encodec.py, audio.py, settings.py,
+resample.py, outputs.py, progress.py and messages.py beside it.
 """
 
 import argparse

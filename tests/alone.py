@@ -237,6 +237,7 @@ def try_parallel(parallel):
 
 
 def try_play(play):
+    Path("a.wav").touch()
     with patch.dict(os.environ, PATH=""):
         try:
             play.play_file("a.wav")
@@ -347,6 +348,13 @@ def try_training(training):
     trained = training.Training(nn.Linear(2, 1), loss, args, Path(), {}, {})
     trained.run(lambda: (mx.ones((1, 2)),), ("loss",), lambda: None)
     assert trained.done == 2
+
+
+def try_wav_stream(wav_stream):
+    with open("a.wav", "wb") as file:
+        wav = wav_stream.WavStream(file, 1, 32000)
+        wav.write(mx.array(NOISE))
+    assert wav.seconds == 1 and soundfile.info("a.wav").frames == 32000
 
 
 TRIALS = {

@@ -24,10 +24,10 @@ from audio import (
     resample,
     save_audio,
     to_int16,
-    wav_header,
     whole_file,
 )
 from resample import true_peak
+from wav_stream import wav_header
 
 
 class TestAudioFiles(Test):
@@ -110,7 +110,9 @@ class TestAudioFiles(Test):
             soundfile.write(path, sound[:, :found], 32000, subtype="FLOAT")
             self.assertSame(load_audio(path, 32000, wanted)[50], result)
         soundfile.write(path, sound[:, :2], 32000)
-        with self.assertRaisesRegex(ValueError, "has 2 channels, but 4"):
+        with self.assertRaisesRegex(
+            ValueError, "has 2 channels, but 4 .* or ask for f"
+        ):
             load_audio(path, 32000, 4)
 
     def test_dither(self):
@@ -146,8 +148,12 @@ class TestAudioFiles(Test):
         path = self.folder / "x.wav"
         save_audio(path, audio, 32000, subtype="FLOAT")  # as it is, without a warning
         self.assertLess(np.abs(soundfile.read(path)[0] - audio).max(), 1e-6)
-        for name, subtype in (("x.flac", "FLOAT"), ("x.mp3", "PCM_16"), ("x.wav", "x")):
-            with self.assertRaisesRegex(ValueError, f"subtype of a .*{subtype}"):
+        for name, subtype, pattern in (
+            ("x.flac", "FLOAT", "subtype of a .flac must be .* got 'FLOAT'"),
+            ("x.wav", "x", "subtype of a .wav must be .* got 'x'"),
+            ("x.mp3", "PCM_16", "x.mp3 takes no subtype, .*: leave it out, or write a"),
+        ):
+            with self.assertRaisesRegex(ValueError, pattern):
                 save_audio(self.folder / name, audio, 32000, subtype=subtype)
 
     def test_never_clips_silently(self):
@@ -192,6 +198,59 @@ class TestAudioFiles(Test):
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 save_audio(path, noise / 2, 32000)
+
+    def test_a_ceiling_holds_after_encoding(self):
+        """And not before it only."""
+        noise = np.sign(self.noise(64000, 2)) * np.abs(self.noise(64000, 2)) ** 0.2
+        for ceiling in (-1.0, -12.0):
+            highest = 10 ** (ceiling / 20)
+            level = noise * (highest / true_peak(noise))
+            for name in ("x.mp3", "x.ogg"):
+                path = self.folder / name
+                with warnings.catch_warnings(action="ignore"):
+                    save_audio(path, level, 32000)
+                self.assertGreater(true_peak(soundfile.read(path)[0]), 1.01 * highest)
+                told = rf"{name} was scaled .* as .{name[2:]} .* above {ceiling:g} dB"
+                with self.assertWarnsRegex(UserWarning, told):
+                    save_audio(path, level, 32000, ceiling=ceiling)
+                found = true_peak(soundfile.read(path)[0])
+                self.assertLessEqual(found, 1.0005 * highest)
+                self.assertGreater(found, 0.85 * highest)
+            with self.assertWarnsRegex(
+                UserWarning, f"peaks would be above {ceiling:g}"
+            ):
+                save_audio(self.folder / "x.wav", noise, 32000, ceiling=ceiling)
+            found = true_peak(soundfile.read(self.folder / "x.wav")[0])
+            self.assertAlmostEqual(found / highest, 1, delta=0.001)
+
+    def test_rates_and_channels_that_a_format_does_not_take(self):
+        """Are told, with those that it takes; all others are written."""
+        rates = (1000, 8000, 16_001, 44_100, 65_535, 65_536, 88_200, 96_000, 191_999)
+        refused = set()
+        for suffix in ("wav", "flac", "ogg", "mp3"):
+            for rate in rates:
+                for channels in (1, 2, 3, 8):
+                    path = self.folder / f"x.{suffix}"
+                    path.unlink(missing_ok=True)
+                    try:
+                        save_audio(path, self.noise(500, channels), rate)
+                        info = soundfile.info(path)
+                        self.assertEqual(
+                            (info.samplerate, info.channels), (rate, channels)
+                        )
+                    except ValueError as error:
+                        self.assertRegex(
+                            str(error), f"x.{suffix} takes .*: write a .wav"
+                        )
+                        refused.add((suffix, rate, channels))
+        taken = {("mp3", rate, c) for rate in (8000, 44_100) for c in (1, 2)}
+        odd = {("flac", rate, c) for rate in (65_536, 191_999) for c in (1, 2, 3, 8)}
+        mp3 = {("mp3", rate, c) for rate in rates for c in (1, 2, 3, 8)}
+        self.assertEqual(refused, odd | mp3 - taken)
+        with self.assertRaisesRegex(
+            ValueError, "44100 or 48000 Hz, got 96000: write a"
+        ):
+            save_audio(self.folder / "x.mp3", self.noise(9), 96_000)
 
     def test_bit_rates(self):
         path, noise = self.folder / "x.mp3", self.noise(32000 * 4, 2)
@@ -274,9 +333,20 @@ class TestAudioFiles(Test):
         empty, broken = self.folder / "empty.wav", self.folder / "nan.wav"
         soundfile.write(empty, np.zeros((0, 1)), 32000)
         soundfile.write(broken, np.array([0.0, np.nan]), 32000, subtype="FLOAT")
-        for path in (text, empty, broken):
-            with self.assertRaisesRegex(ValueError, path.name):
+        for path, pattern in (
+            (text, "is not a readable sound file"),
+            (empty, "must hold sound, but it is empty"),
+            (broken, "must hold sound, but it holds NaN or infinity"),
+        ):
+            with self.assertRaisesRegex(ValueError, f"{path.name} {pattern}.*"):
                 load_audio(path, 32000, 1)
+        for rate, channels, pattern in (
+            (32000, 0, "channels must be 1 or more, got 0"),
+            (32000, -1, "channels must be 1 or more, got -1"),
+            (0, 1, "sampling_rate must be 1 or more, got 0"),
+        ):
+            with self.assertRaisesRegex(ValueError, pattern):
+                load_audio(text, rate, channels)
         with self.assertRaisesRegex(FileNotFoundError, "no sound file"):
             load_audio(self.folder / "none.wav", 32000, 1)
         with self.assertRaisesRegex(ValueError, "must be finite"):
@@ -295,7 +365,8 @@ class TestAudioFiles(Test):
             mono = [row[0] for row in sound] if isinstance(sound, list) else sound[:, 0]
             self.assertSame(check_samples("melody", mono, 32000), [[0.5]] * 3)
         for sound, pattern in (
-            (None, "must be samples .*, got NoneType"),
+            (None, "must be samples .*, got None"),
+            (3, "must be samples .*, got 3"),
             ([["x"]], "must be samples .*, got list"),
             ([[0.5], [0.5, 0.5]], r"must be samples \(N, C\)"),
             (np.zeros((9, 1), np.int64), "got ndarray of int64"),
@@ -350,7 +421,7 @@ class TestAudioFiles(Test):
     def test_script(self):
         source, target = self.folder / "in.wav", self.folder / "out.flac"
         save_audio(source, 0.1 * mx.random.normal((4410, 1)), 44100)
-        arguments = ["audio.py", str(source), str(target)]
+        arguments = ["audio.py", str(source), str(target), "--force"]
         for more, rate, shape in (
             ([], 44100, (4410,)),
             (["--sampling-rate", "48000", "--channels", "2"], 48000, (4800, 2)),
@@ -361,14 +432,44 @@ class TestAudioFiles(Test):
             self.assertEqual(out.getvalue(), f"{target}: 0.10 s\n")
             audio, found = soundfile.read(target)
             self.assertEqual((audio.shape, found), (shape, rate))
-        for source, target, pattern in (
-            ("none.wav", "x.wav", "error: There is no sound file .*none.wav"),
-            ("in.wav", "x.xyz", "error: .*x.xyz must end in one of"),
+        before = {path: path.read_bytes() for path in self.folder.iterdir()}
+        (self.folder / "link.wav").symlink_to(source)
+        for source, target, more, pattern in (
+            ("none.wav", "x.wav", [], "error: There is no sound file .*none.wav"),
+            ("in.wav", "x.xyz", [], "error: .*x.xyz must end in one of"),
+            ("in.wav", "out.flac", [], "out.flac is there already: .* with --force"),
+            ("in.wav", "in.wav", ["--force"], "in.wav must not be written, since it"),
+            (
+                "in.wav",
+                "link.wav",
+                ["--force"],
+                "must not be written, since it is read",
+            ),
+            (
+                "in.wav",
+                "x.wav",
+                ["--channels", "-1"],
+                "--channels must be 1 to 8, got -1",
+            ),
+            (
+                "in.wav",
+                "x.wav",
+                ["--channels", "0"],
+                "--channels must be 1 to 8, got 0",
+            ),
+            (
+                "in.wav",
+                "x.wav",
+                ["--channels", "9"],
+                "--channels must be 1 to 8, got 9",
+            ),
         ):
             paths = [str(self.folder / name) for name in (source, target)]
-            with patch("sys.argv", ["audio.py", *paths]):
+            with patch("sys.argv", ["audio.py", *paths, *more]):
                 with self.assertRaisesRegex(SystemExit, pattern):
                     audio_script.main()
+        self.assertEqual({p: p.read_bytes() for p in before}, before)
+        self.assertFalse((self.folder / "x.wav").exists())
 
     def test_rates_beyond_all_bounds(self):
         path = self.folder / "x.wav"

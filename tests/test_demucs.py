@@ -3,17 +3,21 @@
 import io
 import json
 import math
+import re
 import shutil
+import subprocess
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from unittest.mock import patch
 
 import mlx.core as mx
 import soundfile
-from common import REFERENCE, Test
+from common import REFERENCE, ROOT, Test
 from safetensors import safe_open
 
 import demucs
 from audio import save_audio
+from resample import true_peak
 
 
 class TestDemucs(Test):
@@ -147,6 +151,37 @@ class TestDemucs(Test):
                         return err.getvalue() if stop.code == 2 else str(stop.code)
         return out.getvalue()
 
+    def test_stems_that_would_clip_are_turned_down_alike(self):
+        """By the true peak of the loudest, so that they still add up to the song. And
+        nothing else is said where there is no terminal."""
+        model, want = self.load()
+        source, folder = self.folder / "song.wav", self.folder / "stems"
+        loud = 8 * want["audio"] / mx.abs(want["audio"]).max().item()
+        save_audio(source, loud, 4000, subtype="FLOAT")
+        run = subprocess.run(
+            [sys.executable, ROOT / "demucs.py", source, "--output-dir", folder]
+            + ["--model", self.folder_of_reference],
+            capture_output=True,
+            text=True,
+        )
+        told = r"^demucs.py: warning: All stems were made ([\d.]+) dB quieter: .*\n$"
+        self.assertRegex(run.stderr, told)
+        self.assertEqual(run.returncode, 0)
+        stems = model.separate(loud)
+        peaks = [true_peak(stem) for stem in stems]
+        quieter = float(re.match(told, run.stderr)[1])
+        self.assertAlmostEqual(20 * math.log10(max(peaks)), quieter, delta=0.6)
+        self.assertGreater(sorted(peaks)[-2], 1)  # more than one would clip
+        for name, stem in zip(model.config.sources, stems):
+            found = soundfile.read(folder / f"{name}.wav")[0]
+            self.assertClose(mx.array(found), stem / max(peaks), 1e-3)
+
+    def test_what_the_hub_did_not_give(self):
+        with patch("demucs.snapshot_download", side_effect=OSError("no answer.")):
+            told = r"HTDemucs: .*\w\. Or name a folder with its .safetensors file\.$"
+            with self.assertRaisesRegex(OSError, told):
+                demucs.HTDemucs.from_pretrained()
+
     def test_script(self):
         _, want = self.load()
         source, folder = self.folder / "song.wav", self.folder / "stems"
@@ -159,9 +194,12 @@ class TestDemucs(Test):
             self.assertClose(found, stem / max(1, mx.abs(stem).max().item()), 2e-4)
         before = (folder / "bass.wav").read_bytes()
         told = self.run_script(folder / "bass.wav", "--output-dir", folder)
-        self.assertRegex(told, "bass.wav must not be the song")
+        self.assertRegex(told, "drums.wav is there already: .* with --force")
+        again = ("--output-dir", folder, "--force")
+        told = self.run_script(folder / "bass.wav", *again)
+        self.assertRegex(told, "bass.wav must not be written, since it is read")
         self.assertEqual((folder / "bass.wav").read_bytes(), before)
-        told = self.run_script(source, "--output-dir", folder, "--stems", " bass ")
+        told = self.run_script(source, *again, "--stems", " bass ")
         self.assertEqual(told.split(), [str(folder / "bass.wav")])
         for flags, pattern in (
             (["--stems", "bass,flute"], "--stems must be of drums, .*'flute'"),

@@ -167,11 +167,16 @@ class TestEncodec(Test):
                 encodec.main()
         audio, rate = soundfile.read(target)
         self.assertEqual((audio.shape, rate), ((9000 * 480 // 441, 2), 48000))
-        with patch("sys.argv", arguments + ["--bandwidth", "99"]):
+        with patch("sys.argv", arguments + ["--bandwidth", "99", "--force"]):
             with self.assertRaisesRegex(SystemExit, "bandwidth must be one of"):
                 encodec.main()
-        for name, told in (("out.xyz", "must end in"), ("no/out.wav", "must exist")):
-            arguments[2] = str(self.folder / name)
+        for name, more, told in (
+            ("out.xyz", [], "must end in"),
+            ("no/out.wav", [], "must exist"),
+            ("out.flac", [], "out.flac is there already: .* with --force"),
+            ("in.wav", ["--force"], "in.wav must not be written, since it is read"),
+        ):
+            arguments[2:] = [str(self.folder / name), "--model", model, *more]
             with patch("sys.argv", arguments):
                 with patch.object(Encodec, "from_pretrained") as load:
                     with redirect_stderr(io.StringIO()) as err:

@@ -25,8 +25,8 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 LAYERS = """
     options outputs messages together limits hub resample torch_file decoder parallel test
     settings audio audiocraft t5_files progress
-    training lora encodec_files loudness play stream synth demucs mert t5
-    engine encodec melody
+    training lora encodec_files loudness wav_stream synth demucs mert t5
+    play stream engine encodec melody
     encodec_stream style train_codec
     prompt conditioning published
     checkpoints
@@ -35,6 +35,9 @@ LAYERS = """
     lines train arguments
     generate benchmark
 """
+
+# Those of many files, which say "and what these need".
+ON_TOP = "generate jobs lines arguments train convert evaluate benchmark".split()
 
 TEXT_TO_MUSIC = ("musicgen", "decoder", "t5", "encodec", "options", "checkpoints")
 LINES = 2000  # of these at most
@@ -136,6 +139,22 @@ class TestImports(Test):
 
 
 class TestDocstrings(Test):
+    def test_name_all_that_is_needed_at_last(self):
+        """What they need, and what that needs, so that nobody must look into another
+        file. Of many files "and what these need" is enough."""
+        for name in SCRIPTS:
+            with self.subTest(name):
+                told = re.search(
+                    r"(what|all that) (that|these) needs?", docstring(name)
+                )
+                always = reach(needs(name), needs)
+                at_times = reach(needs_at_times(name), needs) - always - {name}
+                if name in ON_TOP:
+                    self.assertTrue(told)
+                else:
+                    self.assertEqual(always, needs(name))
+                    self.assertTrue(told or at_times <= named(docstring(name)))
+
     def test_name_all_that_is_imported(self):
         for name in SCRIPTS:
             with self.subTest(name):

@@ -2,16 +2,21 @@
 
 import io
 import re
+import subprocess
+import sys
+import warnings
 from contextlib import redirect_stdout
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import mlx.core as mx
 import numpy as np
 import soundfile
-from common import Test, slow
+from common import ROOT, Test, slow
 
+import jobs
 import loudness as loudness_script
 from audio import save_audio
+from options import Options
 from resample import true_peak
 
 
@@ -64,8 +69,8 @@ class TestLoudness(Test):
         self.assertAlmostEqual(got, -20, delta=0.01)
         peaky = quiet.copy()
         peaky[100:102] = 0.5  # between which it is higher
-        with self.assertWarnsRegex(UserWarning, "silent"):
-            loudness_script.to_loudness(np.zeros((48000, 1)), 48000, -10)
+        with self.assertWarnsRegex(UserWarning, "^a.wav is silent and stays so"):
+            loudness_script.to_loudness(np.zeros((48000, 1)), 48000, -10, "a.wav")
         for sound in (quiet, peaky):
             peak = true_peak(loudness_script.to_peak(sound, -6))
             self.assertAlmostEqual(peak, 10 ** (-6 / 20))
@@ -87,7 +92,9 @@ class TestLoudness(Test):
         gain = 10 ** (6 / 20)
         over = 20 * np.log10(gain * true_peak(sound)) + 1
         self.assertGreater(over, 4)  # dB by which peaks are too high
-        with self.assertWarnsRegex(UserWarning, "a limiter lowered peaks by") as told:
+        with self.assertWarnsRegex(
+            UserWarning, "^The sound is at .*: a limiter"
+        ) as told:
             louder = loudness_script.to_loudness(sound, 32000, target)
         got = loudness_script.integrated_loudness(louder, 32000)
         self.assertAlmostEqual(got, target, delta=0.05)
@@ -103,8 +110,9 @@ class TestLoudness(Test):
         sound = self.tones((-20, 4))
         click = sound.copy()
         click[96000:96003] = 1.0
-        with self.assertWarnsRegex(UserWarning, "a limiter lowered peaks by"):
-            louder = loudness_script.to_loudness(click, 48000, -14)
+        told = "^a.wav is at -14 LUFS: a limiter lowered its peaks by up to .* dB.$"
+        with self.assertWarnsRegex(UserWarning, told):
+            louder = loudness_script.to_loudness(click, 48000, -14, "a.wav")
         ratio = np.abs(louder[sound != 0] / click[sound != 0]).reshape(-1)
         self.assertLessEqual(true_peak(louder), 10 ** (-1 / 20))
         place = np.flatnonzero(ratio < 0.999 * ratio.max()) / 2  # stereo
@@ -114,9 +122,9 @@ class TestLoudness(Test):
 
     def test_limiter_is_not_driven_beyond_what_it_is_worth(self):
         with self.assertWarnsRegex(
-            UserWarning, r"0 LUFS.* and -[\d.]+ was reached"
+            UserWarning, r"^a.wav missed 0 LUFS and is at -[\d.]+: .* and more would"
         ) as told:
-            louder = loudness_script.to_loudness(self.drums(), 32000, 0)
+            louder = loudness_script.to_loudness(self.drums(), 32000, 0, "a.wav")
         self.assertLessEqual(true_peak(louder), 10 ** (-1 / 20))
         self.assertLess(
             float(re.search(r"up to ([\d.]+) dB", str(told.warning))[1]), 18
@@ -125,6 +133,43 @@ class TestLoudness(Test):
             loudness_script.integrated_loudness(louder, 32000),
             loudness_script.integrated_loudness(self.drums(), 32000) + 3,
         )
+
+    def test_levels_hold_in_files_whose_encoding_raises_peaks(self):
+        """Of jobs of generate.py, and of loudness.py."""
+        sound, model = mx.array(self.drums()), Mock(sampling_rate=32000)
+        options, highest = Options(duration=4), {"loudness": -1, "peak": -6}
+        kept = [("peak", "x.mp3")]  # the one that happens to raise nothing
+        for level, asked in (("loudness", -9), ("peak", -6)):
+            for name in ("x.ogg", "x.mp3", "x.wav"):
+                path = self.folder / name
+                job = jobs.Job("a", 0, path, options, overwrite=True, **{level: asked})
+                with self.subTest(f"{level} {name}"), warnings.catch_warnings(
+                    record=True
+                ) as caught:
+                    warnings.simplefilter("always")
+                    jobs.save(model, job, sound, {})
+                    found = soundfile.read(path)[0]
+                    over = 20 * np.log10(true_peak(found)) - highest[level]
+                    self.assertLess(over, 0.01)
+                    self.assertGreater(over, -1.5)
+                    told = [str(warning.message) for warning in caught]
+                    raised = f"its peaks would be above {highest[level]} dB"
+                    does_raise = (level, name) not in kept and name != "x.wav"
+                    self.assertEqual(any(raised in text for text in told), does_raise)
+                    for text in told:
+                        self.assertTrue(text.startswith(f"{path} "), text)
+        save_audio(self.folder / "in.wav", sound, 32000, subtype="FLOAT")
+        flags = ["--loudness", "-9", "--output", "y.ogg"]
+        run = subprocess.run(
+            [sys.executable, ROOT / "loudness.py", "in.wav", *flags],
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+        )
+        told = r"loudness.py: warning: y.ogg was .* by .* dB: .* above -1 dB\.\n$"
+        self.assertRegex(run.stderr, told)
+        found = true_peak(soundfile.read(self.folder / "y.ogg")[0])
+        self.assertLess(20 * np.log10(found), -0.99)
 
     def test_script(self):
         source, target = self.folder / "in.wav", self.folder / "out.wav"
@@ -139,6 +184,18 @@ class TestLoudness(Test):
         audio, _ = soundfile.read(target)
         got = loudness_script.integrated_loudness(audio, 48000)
         self.assertAlmostEqual(got, -14, delta=0.05)
-        with patch("sys.argv", ["loudness.py", str(self.folder / "none.wav")]):
-            with self.assertRaisesRegex(SystemExit, "loudness.py: error: .*none.wav"):
-                loudness_script.main()
+        before = {path: path.read_bytes() for path in (source, target)}
+        for words, pattern in (
+            (["none.wav"], ".*none.wav"),
+            (["in.wav", "out.wav"], ".*out.wav is there already: .* with --force"),
+            (["in.wav", "in.wav", "--force"], ".*in.wav must not be written, since it"),
+        ):
+            paths = [str(self.folder / word) for word in words[:2]]
+            more = ["--loudness", "-20", "--output", *paths[1:], *words[2:]]
+            arguments = ["loudness.py", paths[0], *(more if paths[1:] else [])]
+            with patch("sys.argv", arguments):
+                with self.assertRaisesRegex(
+                    SystemExit, f"loudness.py: error: {pattern}"
+                ):
+                    loudness_script.main()
+        self.assertEqual({path: path.read_bytes() for path in before}, before)

@@ -68,6 +68,33 @@ class TestNames(Test):
             self.assertTrue(outputs.same_file(*names))
 
 
+class TestStandardOutput(Test):
+    def test_a_reader_that_has_had_enough(self):
+        """As `head` has. In every script that prints what it did."""
+        sound = tone(0.1) * np.sin(np.arange(32000) / 20)[:, None]
+        audio.save_audio(self.folder / "in.wav", sound, 32000)
+        model = str(REFERENCE / "encodec_32khz")
+        for words in (
+            ["melody.py", "in.wav"],
+            ["audio.py", "in.wav", "out.wav"],
+            ["loudness.py", "in.wav"],
+            ["encodec.py", "in.wav", "code.wav", "--model", model],
+            ["demucs.py", "in.wav", "--model", str(REFERENCE / "htdemucs")],
+            ["synth.py", "--listen", "2"],
+        ):
+            reader, writer = os.pipe()
+            os.close(reader)
+            command = [sys.executable, str(ROOT / words[0]), *words[1:]]
+            options = dict(stdout=writer, stderr=subprocess.PIPE, text=True)
+            run = subprocess.run(command, cwd=self.folder, **options)
+            os.close(writer)
+            with self.subTest(words[0]):
+                errors = [x for x in run.stderr.splitlines() if "warning:" not in x]
+                self.assertEqual((run.returncode, errors), (0, []))
+        for path in ("out.wav", "code.wav", "stems/vocals.wav", "clips/001.wav"):
+            self.assertTrue((self.folder / path).exists(), path)
+
+
 class TestCommands(ScriptTest):
     model = str(REFERENCE / "stereo-audiocraft")
     flags = ["-p", "Happy rock", "--seed", "7", "--duration", "0.1", "--model", model]

@@ -3,6 +3,7 @@
 import io
 import os
 import stat
+from contextlib import redirect_stderr, redirect_stdout
 from unittest.mock import patch
 
 import mlx.core as mx
@@ -54,6 +55,10 @@ class TestPlay(Test):
             play.play_file(self.folder / "a.wav")
         with self.assertRaisesRegex(FileNotFoundError, "no sound file .*gone.wav"):
             play.play_file(self.folder / "gone.wav")
+        self.add("afplay")
+        with patch.dict(os.environ, HOME=str(self.folder)):
+            play.play_file("~/a.wav")
+        self.assertIn(f"afplay {self.folder / 'a.wav'}", self.log("afplay"))
 
     def test_samples_while_they_come(self):
         pieces = [mx.random.uniform(-0.5, 0.5, (n, 2)) for n in (800, 1, 9000)]
@@ -73,7 +78,8 @@ class TestPlay(Test):
     def test_player_that_is_closed(self):
         self.add("ffplay", "exit 1")
         pieces = [mx.zeros((32000, 1))] * 20  # more than a pipe holds
-        self.assertEqual(len(list(play.heard(pieces, 1, 32000))), 20)
+        with self.assertWarnsRegex(UserWarning, "ffplay did not play .*: status 1"):
+            self.assertEqual(len(list(play.heard(pieces, 1, 32000))), 20)
 
     def test_take_that_is_left(self):
         """What came is heard, and the player ends."""
@@ -90,10 +96,21 @@ class TestPlay(Test):
         with patch("sys.argv", ["play.py", str(self.folder / "a.wav")]):
             play.main()
         self.assertIn("a.wav", self.log("aplay"))
-        for arguments, pattern in (
-            ([], "^usage: python play.py FILE"),
-            ([str(ROOT / "gone.wav")], "^play.py: error: There is no sound file"),
-        ):
-            with patch("sys.argv", ["play.py", *arguments]):
-                with self.assertRaisesRegex(SystemExit, pattern):
-                    play.main()
+        with patch("sys.argv", ["play.py", str(ROOT / "gone.wav")]):
+            with self.assertRaisesRegex(
+                SystemExit, "^play.py: error: There is no sound"
+            ):
+                play.main()
+        for arguments, status in (([], 2), (["--help"], 0)):
+            with redirect_stdout(io.StringIO()) as out:
+                with redirect_stderr(out), patch("sys.argv", ["play.py", *arguments]):
+                    with self.assertRaises(SystemExit) as stop:
+                        play.main()
+            self.assertEqual(stop.exception.code, status)
+            self.assertRegex(out.getvalue(), r"^usage: play.py \[-h\] FILE")
+
+    def test_a_name_without_ending(self):
+        """Of which one would not know what is missing."""
+        (self.folder / "a").write_bytes((self.folder / "a.wav").read_bytes())
+        with self.assertRaisesRegex(OSError, "nothing that plays this sound here"):
+            play.play_file(self.folder / "a")

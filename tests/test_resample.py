@@ -50,6 +50,20 @@ class TestTruePeak(Test):
         self.assertEqual(true_peak(np.zeros((0, 1))), 0)
         self.assertEqual(true_peak(np.zeros((9, 1))), 0)
 
+    def test_arrays_of_mlx(self):
+        noise = np.random.default_rng(0).normal(size=(3000, 2)).astype(np.float32)
+        for target in (44100, 32000):
+            want = resample(noise, 44100, target)
+            found = resample(mx.array(noise), 44100, target)
+            self.assertIsInstance(found, np.ndarray)
+            self.assertSame(found, want)
+        self.assertEqual(true_peak(mx.array(noise)), true_peak(noise))
+        self.assertSame(peaks_between(mx.array(noise)), peaks_between(noise))
+        for audio in (noise[:, 0], mx.array(noise)[None]):
+            for do in (peaks_between, true_peak, lambda x: resample(x, 44100, 32000)):
+                with self.assertRaisesRegex(ValueError, r"the shape \(N, C\), got"):
+                    do(audio)
+
     def test_memory_of_rates_without_a_common_factor(self):
         """As many filters as there are samples, not as many as the rate has phases."""
         shapes, filters = [], resample_script.filters

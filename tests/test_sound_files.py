@@ -143,6 +143,28 @@ class TestKinds(SoundTest):
         with self.assertRaisesRegex(ValueError, "file: ffmpeg: no sound either$"):
             load_audio(self.write("x.m4a", m4a()), 44100, 2)
 
+    def test_a_program_that_is_ended_says_nothing_of_the_file(self):
+        self.fake("ffmpeg")
+        tool = self.bin / "ffmpeg"
+        for name in ("SIGINT", "SIGKILL"):
+            end = f"import os, signal\nos.kill(os.getpid(), signal.{name})"
+            tool.write_text(f"#!{sys.executable}\n{end}\n")
+            told = f"ffmpeg was ended by {name}: run the same again"
+            with self.assertRaisesRegex(OSError, told):
+                load_audio(self.write("x.m4a", m4a()), 44100, 2)
+            with self.assertRaisesRegex(OSError, told):
+                save_audio(self.folder / "y.m4a", self.noise, 44100)
+
+    def test_ctrl_c_is_for_this_program(self):
+        """Which may want to end in good order, or not at all."""
+        self.fake("ffmpeg", self.write("sound.wav", self.noise, subtype="FLOAT"))
+        tool = self.bin / "ffmpeg"
+        told = f"open({str(self.log)!r}, 'a').write(str(os.getsid(0)))\n"
+        tool.write_text(tool.read_text() + told)
+        load_audio(self.write("x.m4a", m4a()), 44100, 2)
+        session = self.log.read_text().splitlines()[-1]
+        self.assertNotEqual(int(session), os.getsid(0))
+
     def test_m4a_is_written(self):
         path, comment = self.folder / "x.m4a", '{"musicgen": 1, "prompt": "a {b}"}'
         with self.assertRaisesRegex(ValueError, "needs afconvert or ffmpeg"):
@@ -257,6 +279,42 @@ class TestParts(SoundTest):
         load_audio(path, 44100, 2, 0, 30_000)
         with self.assertRaisesRegex(ValueError, "holds NaN"):
             load_audio(path, 44100, 2, 0, 40_001)
+
+
+class TestDamage(SoundTest):
+    def damaged(self, name: str) -> tuple[Path, mx.array]:
+        """A file with some of its bytes wrong, and what was in it."""
+        path = self.write(name, np.tile(self.noise, (4, 1)))
+        whole, content = load_audio(path, 44100, 2), bytearray(path.read_bytes())
+        half = len(content) // 2
+        content[half : half + 3000] = bytes(3000)
+        path.write_bytes(content)
+        return path, whole
+
+    def test_what_came_before_it_is_kept(self):
+        for name in ("x.flac", "x.mp3"):
+            path, whole = self.damaged(name)
+            with self.assertWarnsRegex(
+                UserWarning, rf"{name} is damaged: it is read up to 1\.\d+ s only"
+            ) as told:
+                found = load_audio(path, 44100, 2)
+            seconds = len(found) / 44100
+            self.assertGreater(seconds, 1.8)  # of about 2
+            self.assertIn(f"{seconds:.2f} s only", str(told.warning))
+            self.assertSame(found, whole[: len(found)])
+            part = load_audio(path, 44100, 2, 22050, 22050)  # of which nothing is said
+            self.assertClose(part, whole[22050:44100], 1e-6)
+
+    def test_of_all_is_an_error(self):
+        path, _ = self.damaged("x.flac")
+        content = bytearray(path.read_bytes())
+        first = content.index(b"\xff\xf8")
+        content[first:] = bytes(len(content) - first)
+        path.write_bytes(content)
+        with self.assertRaisesRegex(
+            ValueError, "x.flac is not a readable sound file: "
+        ):
+            load_audio(path, 44100, 2)
 
 
 class TestPromises(SoundTest):

@@ -22,6 +22,7 @@ import generate
 import jobs
 import settings
 import stream
+import wav_stream
 from musicgen import MusicGen
 
 
@@ -198,7 +199,7 @@ class TestStreamedFile(ScriptTest):
     def test_header_is_right_after_every_write(self):
         path = self.folder / "x.wav"
         with open(path, "wb") as file:
-            wav = audio.WavStream(file, 2, 32000)
+            wav = wav_stream.WavStream(file, 2, 32000)
             for n in range(1, 4):
                 self.assertEqual(soundfile.info(path).frames, 100 * (n - 1))
                 wav.write(mx.full((100, 2), 0.25))
@@ -294,7 +295,7 @@ class TestStreamedFile(ScriptTest):
 
     def test_full_disk(self):
         error = OSError(errno.ENOSPC, "No space left on device")
-        with patch("audio.WavStream.write", side_effect=error):
+        with patch("wav_stream.WavStream.write", side_effect=error):
             with self.assertRaisesRegex(OSError, "x.wav could not .* disk is full$"):
                 pieces = [mx.ones((9, 1))]
                 stream.write(str(self.folder / "x.wav"), pieces, 1, 32000)

@@ -1,6 +1,8 @@
 """The synthetic sounds, and what is measured in them."""
 
+import io
 import itertools
+from contextlib import redirect_stdout
 from unittest.mock import patch
 
 import numpy as np
@@ -41,6 +43,29 @@ class TestSynth(Test):
             with patch.object(synth, "EARLY", share):
                 begun.append(synth.make(7, seconds=2.0)[2])
         self.assertGreater(np.abs(begun[0] - begun[1]).max(), 0.1)
+
+    def test_script(self):
+        """Clips that are there are not lost unasked, nor are captions."""
+        folder = self.folder / "clips"
+        command = ["synth.py", "--listen", "2", "--output-dir", str(folder)]
+
+        def make(*more: str) -> None:
+            with patch("sys.argv", [*command, *more]):
+                with redirect_stdout(io.StringIO()):
+                    synth.main()
+
+        make()
+        wav, text = folder / "001.wav", folder / "001.txt"
+        made = {path: path.read_bytes() for path in (wav, text)}
+        text.write_text("my own words")
+        for path in (folder / "000.wav", folder / "000.txt", wav):
+            told = f"synth.py: error: {path.with_name('001.txt')} is there already"
+            path.unlink()
+        with self.assertRaisesRegex(SystemExit, told):
+            make()
+        self.assertEqual(sorted(folder.iterdir()), [text])
+        make("--force")
+        self.assertEqual({path: path.read_bytes() for path in made}, made)
 
     def test_words_tell_all_traits(self):
         random = np.random.default_rng(0)
