@@ -308,15 +308,18 @@ def check_samples(
     audio = to_floats(name, audio)
     audio = audio[:, None] if audio.ndim == 1 else audio
     if audio.ndim != 2 or len(audio) == 0 or not 1 <= audio.shape[1] <= channels:
+        hint = " Where channels come first, give audio.T." if audio.ndim == 2 else ""
         raise ValueError(
             f"{name} must have the shape (N, C), with N > 0 samples of 1 to {channels} "
-            f"channels, got {audio.shape}. Where channels come first, give audio.T."
+            f"channels, got {audio.shape}.{hint}"
         )
     if not mx.isfinite(audio).all().item():
         raise ValueError(
             f"{name} must be finite, but it holds NaN or infinity. Look at where the "
             "samples come from."
         )
+    if (peak := mx.abs(audio).max().item()) > 10:
+        warnings.warn(f"{name} reaches {peak:.4g}, but floats are meant from -1 to 1.")
     return audio[:count]
 
 

@@ -376,12 +376,17 @@ class TestAudioFiles(Test):
             (mx.zeros(()), r"must have the shape \(N, C\).*got \(\)"),
             (mx.zeros((0, 1)), r"must have the shape \(N, C\).*got \(0, 1\)"),
             (mx.zeros((9, 3)), r"1 to 2 channels, got \(9, 3\)"),
-            (mx.zeros((1, 9, 1)), r"must have the shape \(N, C\).*got \(1, 9, 1\)"),
+            (mx.zeros((1, 9, 1)), r"must have the shape \(N, C\).*got \(1, 9, 1\).$"),
             (mx.array([[0.0], [math.nan]]), "must be finite"),
             (np.array([[0.0], [-math.inf]]), "must be finite"),
         ):
             with self.assertRaisesRegex(ValueError, f"^melody .*{pattern}"):
                 check_samples("melody", sound, 32000, channels=2)
+
+    def test_floats_in_the_range_of_integers(self):
+        sound = mx.full((9, 1), 20000.0)
+        with self.assertWarnsRegex(UserWarning, "melody reaches 2e.04, but floats are"):
+            self.assertSame(check_samples("melody", sound, 32000), sound)
 
     def test_integers_are_scaled_by_their_type(self):
         """As libsndfile does, so that a file's integers sound as the file does."""
