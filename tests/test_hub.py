@@ -347,7 +347,7 @@ class TestNoNetwork(Test):
             self.assertLess(time.monotonic() - start, 8, names)
             out = r"\nOSError: The Hub did not give .* and it is not in the cache\. To"
             self.assertRegex(told, out)
-            self.assertNotIn("Retry", told)
+            self.assertNotIn("Retrying", told)
 
     def test_what_is_in_the_cache_is_found(self):
         """Of a repository that the Hub does not know."""
