@@ -302,6 +302,8 @@ def read_input() -> str:
     """The text on standard input. Raises ValueError where there is none."""
     try:
         text = sys.stdin.read().strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input must be a text: {error}") from error
     except (AttributeError, OSError, ValueError) as error:
         raise ValueError("--prompt - reads standard input, which is closed") from error
     if not text:

@@ -19,9 +19,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,21 @@ TOOLS = {  # to wav and to AAC
 }
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C ends what is waited for here, also where it is only noted elsewhere."""
+    before = signal.getsignal(signal.SIGINT)
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or before in (None, signal.SIG_IGN):
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def run_tools(which: int, **values: str | Path) -> tuple[str, str]:
     """The first program of TOOLS that does it, or "", and what the last one said. Raises
     OSError where one was ended by a signal."""
@@ -253,9 +269,10 @@ def run_tools(which: int, **values: str | Path) -> tuple[str, str]:
     for name, commands in TOOLS.items():
         if shutil.which(name):
             words = [word.format(**values) for word in shlex.split(commands[which])]
-            # A session of its own: Ctrl-C comes to this program, which ends the other.
-            options = dict(stdin=subprocess.DEVNULL, start_new_session=True)
-            done = subprocess.run(words, capture_output=True, **options)
+            # Ctrl-C ends the reading of a sound, and never loses one that is made.
+            options = dict(stdin=subprocess.DEVNULL, start_new_session=which == 1)
+            with interruptible() if which == 0 else nullcontext():
+                done = subprocess.run(words, capture_output=True, **options)
             if done.returncode == 0 and Path(values["target"]).is_file():
                 return name, ""
             if done.returncode < 0:  # it is not the file's fault

@@ -291,8 +291,8 @@ class Quantizer(nn.Module):
         whole = isinstance(codes, mx.array) and mx.issubdtype(codes.dtype, mx.integer)
         fits = whole and codes.ndim == 3 and 1 <= codes.shape[2] <= K
         if not fits or codes.size and not 0 <= codes.min() <= codes.max() < entries:
-            kind = f"integers from 0 to {entries - 1}, (B, T, K) with K up to {K}"
-            raise ValueError(f"codes must be {kind}, got {codes!r:.80}.")
+            kind = f"an mx.array (B, T, K <= {K}) of integers from 0 to {entries - 1}"
+            raise ValueError(f"codes must be {kind}, got {type(codes).__name__}.")
         return sum(
             layer.codebook.embed[codes[..., k]]
             for k, layer in enumerate(self.layers[: codes.shape[-1]])

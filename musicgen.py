@@ -15,9 +15,9 @@ with a sound, prompt.py and what that needs are needed; to follow one, condition
 """
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,10 +217,10 @@ class MusicGen(nn.Module):
         return rows_that_fit(self, options)
 
     def decode(self, codes: mx.array) -> mx.array:
-        """Samples (B, N, C) of codes (B, T, K), N = T * hop_length. Raises ValueError for
-        what are no codes of this model."""
-        if codes.ndim != 3 or codes.shape[2] != self.config.decoder.num_codebooks:
-            raise ValueError(f"codes must be those of {self.name}, got {codes.shape}.")
+        """Samples (B, N, C) of codes (B, T, K), else ValueError; N = T * hop_length."""
+        shape, K = getattr(codes, "shape", ()), self.config.decoder.num_codebooks
+        if len(shape) != 3 or shape[2] != K:
+            raise ValueError(f"codes must have the shape (B, T, {K}), got {shape}.")
         norm = self.config.audio_encoder.norm_type
         if self.plain or norm != "weight_norm":  # group norm looks at all samples
             return by_channel(self.audio_encoder.decode_chunk, codes, self.channels)
@@ -508,18 +508,18 @@ class PlainStep:
 def make_step_sampler(options: Options) -> Callable[..., mx.array]:
     """A function from logits (R, 1, K, V), keys (B, 2), which codebooks are free (K,)
     and what the others hold (B, 1, K), to tokens (B, 1, K)."""
-    names = ("temp", "top_k", "top_p", "guidance_coef", "guidance_beta")
-    numbers = ((name, getattr(options, name)) for name in names)
-    return partial(sample, **{name: float(x) for name, x in numbers if x is not None})
+    draw = make_sampler(options.temp, options.top_k, options.top_p)
+    own = threading.local()  # as in the engine, each thread compiles for itself
 
+    def sample(logits, keys, free, given):
+        return mx.where(free, draw(guide(logits, options), keys), given)
 
-@mx.compile  # as one, so that rounding does not depend on how it is called
-def sample(
-    logits: mx.array, keys: mx.array, free: mx.array, given: mx.array, **numbers: float
-) -> mx.array:
-    options = Options(**numbers)
-    draw = make_sampler(options.temp, int(options.top_k), options.top_p)
-    return mx.where(free, draw(guide(logits, options), keys), given)
+    def step(*arrays: mx.array) -> mx.array:
+        if not hasattr(own, "sample"):  # as one: so rounding is always the same
+            own.sample = mx.compile(sample)
+        return own.sample(*arrays)
+
+    return step
 
 
 def guide(logits: mx.array, options: Options) -> mx.array:
@@ -540,8 +540,8 @@ def guide(logits: mx.array, options: Options) -> mx.array:
     *conditioned, null = mx.split(logits, options.copies)
     aim = conditioned[-1]
     if options.guidance_beta is not None:
-        aim = aim + options.guidance_beta * (conditioned[0] - aim)
-    return null + options.guidance_coef * (aim - null)
+        aim = aim + (conditioned[0] - aim) * options.guidance_beta
+    return null + (aim - null) * options.guidance_coef
 
 
 Sampler = Callable[[mx.array, mx.array], mx.array]

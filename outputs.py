@@ -141,7 +141,9 @@ def whole_file(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
                 raise OSError(reason(file, error)) from error
             give_name(part, target, overwrite)
     except FileExistsError as error:
-        raise FileExistsError(f"{path} is there already.") from error
+        raise FileExistsError(
+            f"{path} is there already: choose another name."
+        ) from error
     except OSError as error:
         raise OSError(f"{path} could not be written: {error}") from error
 
@@ -241,11 +243,15 @@ def reason_in(folder: Path, error: Exception) -> str:
         return reason(file, error)
 
 
-def print_out(text: str) -> None:
-    """Print to standard output, of which a reader may have had enough, as `head`."""
+def print_out(text: object) -> None:
+    """Print to standard output, which may be full, or read no more, as by `head`. What
+    its encoding lacks is spelled out."""
     try:
-        print(text, flush=True)
-    except BrokenPipeError:  # else Python tells of it when it ends
+        encoding = sys.stdout.encoding or "utf-8"
+        print(
+            str(text).encode(encoding, "backslashreplace").decode(encoding), flush=True
+        )
+    except OSError:  # else Python tells of it when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -24,7 +24,7 @@ COUNT = (
     "{desc}: {percentage:3.0f}% {bar} {n:.1f} of {total:.1f} {unit}, {remaining} left"
 )
 SOUND = "s of audio"  # what is counted, unless told otherwise
-WIDTH = 80  # columns of a terminal that does not tell its own
+SHAPE = dict(ncols=80, nrows=24)  # of a terminal that does not tell its own
 MINUTE = 60.0  # seconds between two lines where there is no terminal
 
 
@@ -35,7 +35,8 @@ class Progress:
         self._file = forgiving(sys.stderr if stream is None else stream)
         self._shown, self._moves = shown, shown and is_terminal(self._file)
         form = dict(bar_format=STAGE, leave=False, miniters=0)
-        form |= dict(ncols=WIDTH) if no_width(self._file) else dict(dynamic_ncols=True)
+        shape = SHAPE if no_shape(self._file) else dict(dynamic_ncols=True)
+        form |= shape
         self._bar = tqdm(file=self._file, disable=not self._moves, **form)
         self._text, self._last = "", time.monotonic()
         self._total, self._unit = 0.0, SOUND
@@ -92,10 +93,10 @@ def is_terminal(stream: TextIO | None) -> bool:
         return False
 
 
-def no_width(stream: TextIO | None) -> bool:
-    """Whether a terminal says that it has 0 columns, as of some programs that run
-    others: tqdm shows nothing there."""
+def no_shape(stream: TextIO | None) -> bool:
+    """Whether a terminal says that it has 0 columns or rows, as of some programs that
+    run others: tqdm shows nothing there."""
     try:
-        return os.get_terminal_size(stream.fileno()).columns == 0
+        return 0 in os.get_terminal_size(stream.fileno())
     except (AttributeError, OSError, ValueError):  # it is none, or closed
         return False

@@ -529,7 +529,7 @@ def run(args: argparse.Namespace) -> None:
         return train_lora(args)
     args.output.mkdir(parents=True, exist_ok=True)
     if args.listen:
-        synth.listen(args.listen, args.output)
+        synth.listen(args.listen, args.output, overwrite=args.force)
     elif args.codec:
         train_codec(args)
     else:

@@ -46,6 +46,8 @@ class TestArguments(ScriptTest):
         for stdin in (None, closed):
             with patch("sys.stdin", stdin):
                 self.assertIn("standard input, which is closed", self.refused("-"))
+        with patch("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), "utf-8")):
+            self.assertIn("standard input must be a text", self.refused("-"))
         with patch("sys.stdin", io.StringIO(" \n")):
             self.assertIn("standard input is empty", self.refused("-"))
         self.assertIn("stands in quotes", self.refused("-", "-"))

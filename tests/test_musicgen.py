@@ -162,8 +162,10 @@ class TestGenerate(Test):
                     good.swapaxes(1, 2),
                     mx.concatenate([good, good], axis=2),
                     np.array(good),
+                    good.tolist(),
+                    None,
                 ):
-                    with self.assertRaisesRegex(ValueError, "^codes must be .*, got "):
+                    with self.assertRaisesRegex(ValueError, "^codes must .*, got "):
                         model.decode(bad)
 
     def test_is_told_in_one_line(self):

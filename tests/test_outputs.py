@@ -281,6 +281,25 @@ class TestWriters(Test):
         self.assertAlmostEqual(soundfile.read(path)[0][0], 0.1, 3)
         self.assertEqual([*self.folder.iterdir()], [path])
 
+    def test_what_standard_output_cannot_take(self):
+        """Is spelled out, or lost: what was made is there."""
+        program = "import sys; from outputs import print_out; print_out(sys.argv[1])"
+        command = [sys.executable, "-c", program, "na\u00efve \u97f3"]
+        for encoding, told in (
+            ("ascii", r"na\xefve \u97f3"),
+            ("latin-1", "na\u00efve \\u97f3"),
+        ):
+            env = os.environ | {"PYTHONIOENCODING": encoding}
+            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True)
+            self.assertEqual((done.returncode, done.stderr), (0, b""))
+            self.assertEqual(done.stdout.decode(encoding), told + "\n")
+        if Path("/dev/full").exists():
+            with open("/dev/full", "w") as full:
+                done = subprocess.run(
+                    command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE
+                )
+            self.assertEqual((done.returncode, done.stderr), (0, b""))
+
     def test_a_full_disk_says_so(self):
         """As do others: a limit of 200,000 bytes a file is one."""
         full = OSError(errno.ENOSPC, "No space left on device")

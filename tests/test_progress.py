@@ -85,7 +85,7 @@ class TestProgress(Test):
 
     def test_a_terminal_of_no_columns(self):
         """As of programs that run others in one: the line is there all the same."""
-        for rows, columns in ((24, 80), (0, 0)):
+        for rows, columns in ((24, 80), (0, 0), (24, 0), (0, 80)):
             ours, theirs = pty.openpty()
             self.addCleanup(os.close, ours)
             size = struct.pack("HHHH", rows, columns, 0, 0)

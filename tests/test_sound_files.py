@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
+import time
 from contextlib import chdir
 from pathlib import Path
 from unittest.mock import patch
@@ -155,15 +157,32 @@ class TestKinds(SoundTest):
             with self.assertRaisesRegex(OSError, told):
                 save_audio(self.folder / "y.m4a", self.noise, 44100)
 
-    def test_ctrl_c_is_for_this_program(self):
-        """Which may want to end in good order, or not at all."""
-        self.fake("ffmpeg", self.write("sound.wav", self.noise, subtype="FLOAT"))
+    def test_ctrl_c_loses_no_sound_that_is_made(self):
+        """It comes to the program that writes, which may end in good order."""
+        self.fake("ffmpeg")
         tool = self.bin / "ffmpeg"
         told = f"open({str(self.log)!r}, 'a').write(str(os.getsid(0)))\n"
         tool.write_text(tool.read_text() + told)
-        load_audio(self.write("x.m4a", m4a()), 44100, 2)
+        save_audio(self.folder / "x.m4a", self.noise, 44100)
         session = self.log.read_text().splitlines()[-1]
         self.assertNotEqual(int(session), os.getsid(0))
+
+    def test_ctrl_c_ends_reading(self):
+        """Also where it is only noted, as while a take is made."""
+        self.fake("ffmpeg")
+        (self.bin / "ffmpeg").write_text(
+            f"#!{sys.executable}\nimport os, signal, time\n"
+            "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+            "os.kill(os.getppid(), signal.SIGINT)\ntime.sleep(30)\n"
+        )
+        noted = []
+        before = signal.signal(signal.SIGINT, lambda *_: noted.append(1))
+        self.addCleanup(signal.signal, signal.SIGINT, before)
+        start, handler = time.monotonic(), signal.getsignal(signal.SIGINT)
+        with self.assertRaises(KeyboardInterrupt):
+            load_audio(self.write("x.m4a", m4a()), 44100, 2)
+        self.assertLess(time.monotonic() - start, 20)
+        self.assertEqual((noted, signal.getsignal(signal.SIGINT)), ([], handler))
 
     def test_m4a_is_written(self):
         path, comment = self.folder / "x.m4a", '{"musicgen": 1, "prompt": "a {b}"}'
