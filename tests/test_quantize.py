@@ -12,6 +12,8 @@ from mlx.utils import tree_flatten
 
 import convert
 import engine
+import jobs
+import lines
 import lora
 import quantize
 import settings
@@ -313,6 +315,16 @@ class TestScripts(ScriptTest):
         self.assertIn("q_mode was 'mxfp8' and is 'affine'", told)
         self.assertIn("skipped", made("--q-bits", "8"))
         self.assertIn("q_bits was 8 and is 4", made("--q-mode", "mxfp4"))
+
+    def test_a_file_of_an_older_version_was_affine(self):
+        (job,) = jobs.plan(["a"], dict(seed=3, output="x.wav"))
+        record = job.record() | {"q_bits": 8}
+        asked = {"q_bits": 8, "q_mode": "affine"}
+        self.assertEqual(lines.differences(job, asked, record), [])
+        other = lines.differences(job, asked | {"q_mode": "mxfp8"}, record)
+        self.assertEqual(other, ["q_mode was 'affine' and is 'mxfp8'"])
+        other = lines.differences(job, asked, job.record())
+        self.assertEqual([x.split()[0] for x in other], ["q_bits", "q_mode"])
 
     def test_what_does_not_go_together(self):
         for flags, pattern in (
