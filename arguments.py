@@ -4,8 +4,8 @@
     args.prompt, args.duration  # ["happy rock"], 12.0
 
 All that can be known before a model is loaded is checked here. Needs jobs.py, hub.py,
-settings.py, audio.py, outputs.py, messages.py, options.py and what these need beside
-it.
+settings.py, audio.py, outputs.py, messages.py, options.py, quantize.py and what these
+need beside it.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from hub import MODELS, check_name, follows, local
 from messages import one_line
 from options import row_seeds
 from outputs import check_apart, same_file
+from quantize import BITS, GROUP_SIZES, MODES, asked
 
 
 def path(text: str) -> Path:
@@ -78,8 +79,17 @@ FLAGS = {  # by groups: name, what it is, and how it is read
             dict(choices=["float16", "bfloat16", "float32"]),
         ),
         "q_bits": (
-            "quantize the decoder's layers while loading: 4 or 8 bits per weight",
-            dict(type=int, choices=[4, 8]),
+            "quantize the decoder's layers while loading: bits a weight (default: the "
+            "mode's own)",
+            dict(type=int, choices=BITS),
+        ),
+        "q_group_size": (
+            "weights that share a scale (default: the mode's own)",
+            dict(type=int, choices=GROUP_SIZES),
+        ),
+        "q_mode": (
+            "how quantized weights are stored (default: affine)",
+            dict(choices=[*MODES]),
         ),
         "adapter": ("file of train.py lora that changes the model", dict(type=path)),
         "adapter_scale": (
@@ -337,6 +347,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.show_melody or args.save_melody:
         check_melody(args)
     check_name(args.model)
+    asked(args.q_bits, args.q_group_size, args.q_mode)
     args.stream = args.stream or args.output == "-"
     if args.play and args.output == "-":
         raise ValueError("--play does not go with --output -: leave one of them out")
@@ -356,7 +367,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     jobs.check_level(args.loudness, args.peak)
 
 
-OF_MODEL = ("model", "dtype", "q_bits", "adapter", "adapter_scale")
+QUANTIZATION = ("q_bits", "q_group_size", "q_mode")
+OF_MODEL = ("model", "dtype", *QUANTIZATION, "adapter", "adapter_scale")
 RECALLED = {*jobs.ALL_KEYS, *OF_MODEL} - {"output", "mp3_bitrate"}
 KEPT = {"output", *jobs.LEVELS, "subtype", "mp3_bitrate"}  # flags beside --redecode
 REPLACES = {  # flags, and the settings of a file that they put out of force
@@ -369,6 +381,8 @@ REPLACES = {  # flags, and the settings of a file that they put out of force
     "style_length": {"style_start"},
     "model": {"adapter", "adapter_scale"},
     "adapter": {"adapter_scale"},
+    "q_bits": {"q_group_size", "q_mode"},
+    "q_mode": {"q_bits", "q_group_size"},
     "loudness": {"peak"},
     "peak": {"loudness"},
     "stream": {"loudness", "peak", "subtype", "drop_prompt"},

@@ -7,8 +7,8 @@
 
 `--random` needs no download: the real shapes with random values. `--plain` measures the
 plain step and decode in place of engine.py's and encodec_stream.py's. Needs
-musicgen.py, engine.py and all that these need beside it; demucs.py, and train.py for
-`--lora`.
+musicgen.py, engine.py, quantize.py and all that these need beside it; demucs.py, and
+train.py for `--lora`.
 """
 
 import argparse
@@ -26,9 +26,10 @@ from mlx.utils import tree_flatten
 
 from checkpoints import MusicGenConfig
 from decoder import DELAYS, Condition, Decoder, DecoderConfig
-from engine import Lane, quantize_model
+from engine import Lane
 from musicgen import MusicGen, PlainStep, encode_text
 from options import Options
+from quantize import add_flags, quantize_model
 
 SIZES = {  # hidden size, layers
     "small": (1024, 24),
@@ -67,14 +68,22 @@ def published_config(name: str) -> MusicGenConfig:
     return MusicGenConfig(config)
 
 
-def random_model(name: str, dtype: mx.Dtype, q_bits: int | None) -> MusicGen:
-    """A model of a published size with random weights, decoder in `dtype`."""
+def random_model(name: str, dtype: mx.Dtype, *quantization: int | str) -> MusicGen:
+    """A model of a published size with random weights, decoder in `dtype`, quantized
+    where bits, group size or mode are given (see quantize.py)."""
     model = MusicGen(published_config(name), Words())
     model.decoder.set_dtype(dtype)
-    if q_bits:
-        quantize_model(model, q_bits)
+    quantize_model(model, *quantization)
     model.read_now()
     return model
+
+
+def in_words(quantization: dict | None) -> str:
+    """What the table says of it: ", 8 bit"; of a mode other than affine its name, too."""
+    if quantization is None:
+        return ""
+    mode = quantization.get("mode", "affine")
+    return f", {quantization['bits']} bit{'' if mode == 'affine' else f' ({mode})'}"
 
 
 def weight_bytes(decoder: Decoder) -> int:
@@ -253,9 +262,12 @@ def measure_model(args: argparse.Namespace) -> dict[str, str]:
     dtype = args.dtype or ("float16" if on_gpu else "float32")
     start = time.perf_counter()
     if args.random:
-        model = random_model(args.random, getattr(mx, dtype), args.q_bits)
+        quantization = args.q_bits, args.q_group_size, args.q_mode
+        model = random_model(args.random, getattr(mx, dtype), *quantization)
     else:
-        model = MusicGen.from_pretrained(args.model, getattr(mx, dtype), args.q_bits)
+        names = ("q_bits", "q_group_size", "q_mode")
+        quantization = {name: getattr(args, name) for name in names}
+        model = MusicGen.from_pretrained(args.model, getattr(mx, dtype), **quantization)
     model.plain = args.plain
     load = time.perf_counter() - start
     if args.lora:
@@ -263,7 +275,7 @@ def measure_model(args: argparse.Namespace) -> dict[str, str]:
     model.generate("a", duration=0.1)  # compiles what MLX compiles once
     mx.reset_peak_memory()
     rows = {
-        "decoder": f"{dtype}, {args.q_bits} bit" if args.q_bits else dtype,
+        "decoder": dtype + in_words(model.config.quantization),
         "takes": f"{args.batch} of {args.duration:g} s",
         "load": f"{load:.2f} s",
     }
@@ -287,7 +299,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--lora", type=int, help="measure the training of adapters of this rank")
     add("--dtype", choices=["float16", "bfloat16", "float32"])
     add("--plain", action="store_true", help="measure the plain step and decode")
-    add("--q-bits", type=int, choices=[4, 8], help="quantize the decoder's layers")
+    add_flags(add)
     args = parser.parse_args()
     if not 0.02 <= args.duration <= 30 or args.batch < 1:
         parser.error("--duration must be from 0.02 to 30, and --batch at least 1")

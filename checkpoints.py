@@ -6,7 +6,7 @@
 A folder that `convert.py` wrote is read here: `config.json`, `model.safetensors` and
 `spiece.model`. Published ones, audiocraft's and transformers', are read by
 published.py, and fetched by hub.py; models that follow a sound are configured by
-conditioning.py, those that are quantized by engine.py. No MusicGen is built; the
+conditioning.py, those that are quantized by quantize.py. No MusicGen is built; the
 weights have our names, and each is checked when it is loaded. Needs decoder.py,
 encodec.py, options.py and t5.py beside it; limits.py is needed to refuse a stranger's
 config of absurd sizes.
@@ -41,7 +41,7 @@ class MusicGenConfig:
     text_encoder: T5Config = field(default_factory=T5Config)
     audio_encoder: EncodecConfig = field(default_factory=EncodecConfig)
     max_duration: float = 30.0
-    quantization: dict[str, int] | None = None  # bits and group_size, of the decoder
+    quantization: dict | None = None  # of the decoder: bits, group_size, mode
     conditioner: Any = None  # config of the file that turns a sound into a prefix
 
 
@@ -81,6 +81,10 @@ def read(name: str) -> Checkpoint:
         read_text = lambda: text_encoder_of(read_weights(folder))  # noqa: E731
     try:
         config = read_config(settings)
+        if config.quantization is not None:
+            from quantize import check_stored
+
+            check_stored(config.quantization, weights)
         tokenizer.check(config.text_encoder)
         dtype = DTYPES[settings.get("decoder_dtype", "float16")]
     except KeyError as error:
@@ -121,9 +125,8 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
     if len(weights) < len(found):
         raise ValueError(f"{path}: {sound} is there twice, under two spellings")
     for name, weight in weights.items():
-        packed = f"{name.removesuffix('.weight')}.scales" in weights
-        quantized = packed and weight.dtype == mx.uint32
-        if not (quantized or mx.issubdtype(weight.dtype, mx.floating)):
+        packed = f"{name.rpartition('.')[0]}.scales" in weights  # see quantize.py
+        if not (packed or mx.issubdtype(weight.dtype, mx.floating)):
             raise ValueError(
                 f"{path}: {name} must hold floats, but holds {weight.dtype}"
             )
@@ -189,10 +192,6 @@ def read_config(settings: dict) -> MusicGenConfig:
         from limits import check_parts
 
         check_parts(config)
-    if config.quantization is not None:
-        from engine import check_quantization
-
-        check_quantization(config.quantization)
     seconds = config.max_duration
     if type(seconds) not in (int, float) or not 0.1 <= seconds <= 600:
         raise ValueError(

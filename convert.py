@@ -5,8 +5,8 @@
 The folder holds `config.json`, `model.safetensors` and `spiece.model`: decoder, T5
 encoder and codec together, in our names and layouts, ready to be loaded by
 `MusicGen.from_pretrained(DIR)` or uploaded. Needs musicgen.py and what that needs,
-published.py and what that needs, hub.py, outputs.py, messages.py, and engine.py to
-quantize, lora.py for adapters.
+published.py and what that needs, hub.py, outputs.py, messages.py, quantize.py, and
+engine.py to quantize, lora.py for adapters.
 """
 
 import signal
@@ -27,11 +27,11 @@ import mlx.core as mx
 from huggingface_hub.utils import logging
 from mlx.utils import tree_flatten
 
-from engine import BITS, GROUP_SIZES, quantize_model
 from hub import MODELS, check_name
 from messages import Forgiving, one_line
 from musicgen import MusicGen
 from outputs import is_there, leave_nothing, reason_in, whole_folder
+from quantize import add_flags, complete, quantize_model
 
 FILES = ("config.json", "model.safetensors", "spiece.model")
 CARD = """---
@@ -60,13 +60,15 @@ def convert(
     target: Path,
     dtype: mx.Dtype,
     q_bits: int | None = None,
-    q_group_size: int = 64,
+    q_group_size: int | None = None,
     adapter: Path | None = None,
     adapter_scale: float = 1.0,
+    q_mode: str | None = None,
 ) -> None:
     """Write the model `source` (short name, Hub id or folder) to `target`.
 
-    `q_bits` quantizes the decoder's layers, with a scale for `q_group_size` weights.
+    `q_bits` or `q_mode` quantizes the decoder's layers, with a scale for `q_group_size`
+    weights; what is None is the mode's own, see quantize.py.
     An `adapter` of `train.py lora` is worked in, `adapter_scale` times.
 
     Raises FileExistsError when `target` is there already. What is written
@@ -79,15 +81,16 @@ def convert(
         raise FileNotFoundError(f"The folder {target.parent} must exist.")
     with whole_folder(target) as folder:
         options = dict(lazy=True, adapter=adapter, adapter_scale=adapter_scale)
-        sizes = (None if adapter else q_bits, q_group_size)
-        model = MusicGen.from_pretrained(source, dtype, *sizes, **options)
+        if adapter is None:
+            options |= dict(q_bits=q_bits, q_group_size=q_group_size, q_mode=q_mode)
+        model = MusicGen.from_pretrained(source, dtype, **options)
         if adapter is not None and model.config.quantization:
             raise ValueError(
                 f"An adapter cannot be worked into {source}, which is quantized; take "
                 "the model that it was made from."
             )
-        if adapter is not None and q_bits is not None:  # with the change in them
-            quantize_model(model, q_bits, q_group_size)
+        if adapter is not None:
+            quantize_model(model, q_bits, q_group_size, q_mode)  # with the change in it
         try:
             save(model, folder)
         except (OSError, RuntimeError) as error:
@@ -181,13 +184,7 @@ def parse_arguments() -> argparse.Namespace:
         help="of the decoder; T5 and codec stay float32 (default: %(default)s)",
     )
     add("-q", "--quantize", action="store_true", help="quantize the decoder's layers")
-    add("--q-bits", type=int, choices=BITS, help="bits per weight (default: 4)")
-    add(
-        "--q-group-size",
-        type=int,
-        choices=GROUP_SIZES,
-        help="weights that share a scale (default: 64)",
-    )
+    add_flags(add)
     add("--adapter", type=Path, help="file of train.py lora to work in")
     add("--adapter-scale", type=float, default=1.0, help="how much (default: 1)")
     add(
@@ -199,9 +196,10 @@ def parse_arguments() -> argparse.Namespace:
     repo = args.upload_repo
     if repo is not None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
         parser.error(f"--upload-repo must be OWNER/NAME, got '{repo}'")
-    if (args.q_bits or args.q_group_size) and not args.quantize:
-        parser.error("--q-bits and --q-group-size need --quantize")
+    if (args.q_bits or args.q_group_size or args.q_mode) and not args.quantize:
+        parser.error("--q-bits, --q-group-size and --q-mode need --quantize")
     try:
+        complete(args.q_bits, args.q_group_size, args.q_mode)
         check_name(args.hf_path)
     except ValueError as error:
         parser.error(str(error))
@@ -212,10 +210,10 @@ def run(args: argparse.Namespace) -> None:
     if args.upload_repo and is_converted(args.mlx_path):
         print(f"{args.mlx_path} is there already and is uploaded as it is")
     else:
-        q_bits = (args.q_bits or 4) if args.quantize else None
-        sizes = (getattr(mx, args.dtype), q_bits, args.q_group_size or 64)
+        q_mode = (args.q_mode or "affine") if args.quantize else None
+        sizes = (getattr(mx, args.dtype), args.q_bits, args.q_group_size)
         adapter = (args.adapter, args.adapter_scale)
-        convert(args.hf_path, args.mlx_path, *sizes, *adapter)
+        convert(args.hf_path, args.mlx_path, *sizes, *adapter, q_mode)
         print(f"Wrote {args.mlx_path}")
     if args.upload_repo:
         upload(args.mlx_path, args.upload_repo, args.hf_path)

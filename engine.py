@@ -5,8 +5,8 @@ step: all between two self-attentions is compiled, so that Python does not build
 graph anew in every step; rows without a text skip the cross-attention; on the CPU the
 rows are two lanes, computed side by side; on an NVIDIA GPU products of few rows are
 taken as columns. And what concerns a machine: a decoder quantized or shared among
-processes, and what its memory holds. Needs decoder.py and parallel.py beside it; lora.py
-and settings.py are needed for an adapter.
+processes, and what its memory holds. Needs decoder.py and parallel.py beside it;
+quantize.py is needed to quantize, lora.py and settings.py for an adapter.
 
     forward = Engine(decoder, text, copies=2, steps=403)
     logits = forward(tokens)  # (B, S, K) -> (R, 1, K, V)
@@ -299,14 +299,17 @@ def store_columns(decoder: Decoder) -> None:
 def adjust(
     model: "MusicGen",
     q_bits: int | None = None,
-    q_group_size: int = 64,
+    q_group_size: int | None = None,
+    q_mode: str | None = None,
     group: mx.distributed.Group | None = None,
     adapter: str | Path | None = None,
     adapter_scale: float = 1.0,
 ) -> None:
     """Quantize a model, adapt it and share it, as `from_pretrained` is asked to."""
-    if q_bits is not None:
-        quantize_model(model, q_bits, q_group_size)
+    if any(value is not None for value in (q_bits, q_group_size, q_mode)):
+        from quantize import quantize_model
+
+        quantize_model(model, q_bits, q_group_size, q_mode)
     shared = group is not None and group.size() > 1
     if adapter is not None:
         from lora import load_adapter
@@ -317,69 +320,25 @@ def adjust(
         shard(model.decoder, group)
 
 
-def quantize_model(model: "MusicGen", bits: int, group_size: int = 64) -> None:
-    """Quantize a model's decoder, unless it is so already.
-
-    Raises ValueError where it is in other bits, or MLX cannot do it.
-    """
-    before = model.config.quantization
-    if before is None:
-        quantize(model.decoder, bits, group_size)
-        model.config.quantization = {"bits": bits, "group_size": group_size}
-    elif before["bits"] != bits:
-        raise ValueError(
-            f"{model.name} has {before['bits']} bits a weight already: leave out q_bits, "
-            f"or quantize the original to {bits}."
-        )
-
-
-BITS, GROUP_SIZES = (2, 3, 4, 6, 8), (32, 64, 128)
-
-
-def check_quantization(settings: dict[str, int]) -> None:
-    """Raise ValueError unless MLX can quantize so."""
-    if not isinstance(settings, dict) or settings.keys() != {"bits", "group_size"}:
-        raise ValueError(
-            f"quantization must give bits and group_size, got {settings!r:.80}."
-        )
-    for name, choices in (("bits", BITS), ("group_size", GROUP_SIZES)):
-        value = settings[name]
-        if type(value) is not int or value not in choices:
-            raise ValueError(
-                f"q_{name} must be one of {', '.join(map(str, choices))}, got {value!r}."
-            )
-
-
-def quantize(decoder: Decoder, bits: int, group_size: int = 64) -> None:
-    """Store the layers' matrices in `bits` bits, with a scale for each group.
-
-    Embeddings and output heads stay as they are, and the keys and values of the text,
-    which are made once. Raises ValueError for what MLX cannot do.
-    """
-    check_quantization({"bits": bits, "group_size": group_size})
-    width = math.gcd(decoder.config.hidden_size, decoder.config.ffn_dim)
-    if width % group_size:
-        raise ValueError(
-            "q_group_size must divide the matrices' width, a multiple of "
-            f"{width}; got {group_size}."
-        )
-
-    def in_every_step(name: str, module: nn.Module) -> bool:
-        in_layer = isinstance(module, nn.Linear) and name.startswith("layers.")
-        return in_layer and not name.endswith("kv_proj")
-
-    nn.quantize(decoder, group_size, bits, class_predicate=in_every_step)
-
-
 def shard(decoder: Decoder, group: mx.distributed.Group) -> None:
     """Keep this process's share of every layer: some of the heads, and of the
-    feed-forward's width. Raises ValueError when they do not divide."""
+    feed-forward's width. Raises ValueError when they do not divide, or where they are
+    quantized not into whole groups."""
     for name in ("num_attention_heads", "ffn_dim"):
         if getattr(decoder.config, name) % group.size():
             raise ValueError(
                 f"The number of processes must divide {name}, "
                 f"{getattr(decoder.config, name)}, got {group.size()}."
             )
+
+    config, linear = decoder.config, decoder.layers[0].linear1
+    width = math.gcd(config.hidden_size, config.ffn_dim) // group.size()
+    if width % getattr(linear, "group_size", 1):
+        raise ValueError(
+            f"A process's share of the quantized matrices' width, {width}, must be a "
+            f"multiple of q_group_size, {linear.group_size}: take fewer processes, a "
+            "smaller q_group_size, or the model that is not quantized."
+        )
 
     def share(module: nn.Module, name: str, way: str, segments: int = 1) -> None:
         linear = shard_linear(module[name], way, segments=segments, group=group)

@@ -14,7 +14,7 @@ through the codec, and of the takes under other takes' prompts, which is chance.
 
 `--codec` measures how well the codec reconstructs sound. `--timbre` asks for one
 timbre, such as one that an adapter was taught. Needs musicgen.py, train_codec.py,
-synth.py and all that these need beside it.
+synth.py, quantize.py and all that these need beside it.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import numpy as np
 
 import synth
 from musicgen import MusicGen
+from quantize import add_flags
 
 FRAME, HOP = 4096, 1024  # samples, for pitch and timbre
 REGISTERS = (240.0, 540.0)  # Hz between low, middle and high
@@ -216,7 +217,9 @@ def follow(args: argparse.Namespace) -> dict[str, dict[str, str]]:
 
     With --timbre it has the median distance to that timbre, too.
     """
-    model = MusicGen.from_pretrained(args.model, adapter=args.adapter)
+    asked = {name: getattr(args, name) for name in ("q_bits", "q_group_size", "q_mode")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    model = MusicGen.from_pretrained(args.model, adapter=args.adapter, **asked)
     timbres, clips = synth.TRAITS["timbre"], synth.HELD_OUT
     if args.timbre:
         timbres = tuple(dict.fromkeys((*timbres, args.timbre)))
@@ -324,6 +327,7 @@ def main() -> None:
     source.add_argument("--codec", help="model whose codec to measure")
     add = parser.add_argument
     add("--adapter", help="file that train.py lora wrote")
+    add_flags(add)
     add("--timbre", choices=synth.VOICES, help="only prompts of this timbre")
     add("--prompts", type=int, default=200, help="how many (default: %(default)s)")
     add("--duration", type=float, default=4.0, help="seconds (default: %(default)s)")
@@ -335,8 +339,9 @@ def main() -> None:
         parser.error(
             "--duration must be from 1 to 600 s, --prompts and --batch 1 or more"
         )
-    if args.codec and (args.adapter or args.timbre):
-        parser.error("--adapter and --timbre must go with --model")
+    quantized = args.q_bits or args.q_group_size or args.q_mode
+    if args.codec and (args.adapter or args.timbre or quantized):
+        parser.error("--adapter, --timbre and --q-... must go with --model")
     try:
         show(reconstruct(args) if args.codec else follow(args))
     except (OSError, ValueError) as error:

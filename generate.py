@@ -16,8 +16,8 @@
 
 `python generate.py --help` explains every flag. Needs arguments.py, which has the flags,
 jobs.py, lines.py and stream.py, which plan and write takes, progress.py, together.py,
-musicgen.py, encodec_stream.py and all that these need beside it; lora.py for an
-adapter, melody.py to follow a melody, play.py to play.
+musicgen.py, encodec_stream.py, quantize.py and all that these need beside it; lora.py
+for an adapter, melody.py to follow a melody, play.py to play.
 """
 
 import signal
@@ -43,7 +43,7 @@ import jobs
 import lines
 import settings
 import stream
-from arguments import OF_MODEL, parse_arguments
+from arguments import OF_MODEL, QUANTIZATION, parse_arguments
 from audio import check_writable, save_audio
 from encodec_stream import play as play_take
 from hub import local, same_model
@@ -52,6 +52,7 @@ from messages import Forgiving, one_line
 from musicgen import MusicGen, Take
 from outputs import check_new, in_words, leave_nothing
 from progress import Progress, say
+from quantize import asked
 from together import Peers, signals_at_once
 
 
@@ -100,6 +101,8 @@ def choose_jobs(args: argparse.Namespace, group: mx.distributed.Group) -> list[J
     given = {name: getattr(args, name) for name in OF_MODEL}
     given = {name: value for name, value in given.items() if value is not None}
     given |= dict(adapter=args.adapter and str(args.adapter))
+    quantization = asked(*(getattr(args, name) for name in QUANTIZATION))
+    given |= {f"q_{name}": value for name, value in quantization.items()}
     wanted, messages = lines.left(planned, given, args.force, every)
     if not args.tensor_parallel:
         tell_all(messages)
@@ -218,8 +221,9 @@ def load(
     progress.stage(f"loading {args.model}{asking}")
     dtype = getattr(mx, args.dtype) if args.dtype else None
     adapter = dict(adapter=args.adapter, adapter_scale=args.adapter_scale)
+    quantization = {name: getattr(args, name) for name in QUANTIZATION}
     model = MusicGen.from_pretrained(
-        args.model, dtype, args.q_bits, group=group, **adapter
+        args.model, dtype, group=group, **quantization, **adapter
     )
     model.plain = model.plain or args.plain
     return model

@@ -574,7 +574,8 @@ def take_settings(
         # else the file need not be there any more
         record["style_start"] = sounds.style_start(job)
     if model.config.quantization:
-        record["q_bits"] = model.config.quantization["bits"]
+        told = {"mode": "affine"} | model.config.quantization  # older ones have none
+        record |= {f"q_{name}": value for name, value in told.items()}
     dtype = str(model.decoder.dtype).removeprefix("mlx.core.")
     return record | model.adapter | dict(dtype=dtype, mlx=mx.__version__)
 

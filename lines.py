@@ -175,6 +175,8 @@ def differences(job: Job, given: dict[str, Any], record: dict[str, Any]) -> list
         del wanted["seed"]
     if job.options.style_start is None:  # drawn by the seed
         del wanted["style_start"]
+    if "q_bits" in record:
+        record = {"q_mode": "affine"} | record  # older files do not say so
     changed = []
     for name, value in sorted(wanted.items()):
         before = record.get(name, DEFAULTS.get(name))

@@ -3,11 +3,11 @@
 The single-stage language model over EnCodec codes of Copet et al.
 (https://arxiv.org/abs/2306.05284): a decoder that attends a text and writes K codes for
 every frame of 20 ms, the k-th codebook a little later than the first. From the whole to
-its parts: `MusicGen`, which ties text encoder, decoder and codec together; the take
-that it makes; the loop (`generate_step`), guidance and sampling; the delay pattern.
-Needs decoder.py, t5.py, encodec.py, options.py and checkpoints.py beside it. Where they
-lie beside it, engine.py, encodec_stream.py and parallel.py make it faster. To begin
-with a sound, prompt.py and what that needs are needed; to follow one, conditioning.py.
+its parts: `MusicGen`, text encoder, decoder and codec together; the take that it makes;
+the loop (`generate_step`), guidance and sampling; the delay pattern. Needs decoder.py,
+t5.py, encodec.py, options.py and checkpoints.py beside it. Beside them, engine.py,
+encodec_stream.py and parallel.py make it faster. To begin with a sound, prompt.py and
+what that needs are needed; to follow one, conditioning.py; for few bits, quantize.py.
 
     model = MusicGen.from_pretrained("stereo-small")
     audio = model.generate(["happy rock", "calm piano"], duration=8.0, seed=0)
@@ -51,7 +51,7 @@ class MusicGen(nn.Module):
 
             self.conditioner = build(config, self.audio_encoder)
         if config.quantization is not None:
-            from engine import quantize
+            from quantize import quantize
 
             quantize(self.decoder, **config.quantization)
         self.name, self.revision = "", None  # that from_pretrained loaded
@@ -235,22 +235,23 @@ class MusicGen(nn.Module):
         path_or_repo: str | Path,
         dtype: mx.Dtype | None = None,
         q_bits: int | None = None,
-        q_group_size: int = 64,
+        q_group_size: int | None = None,
         lazy: bool = False,
         group: mx.distributed.Group | None = None,
         adapter: str | Path | None = None,
         adapter_scale: float = 1.0,
+        q_mode: str | None = None,
     ) -> "MusicGen":
         """Load a model by short name ("small"), Hub id or local folder, in audiocraft's
         layout, transformers', or the one that `convert.py` writes.
 
         `dtype` is the decoder's: by default float32 on the CPU, on a GPU what
-        `convert.py` wrote, else float16. T5 and codec are always float32. `q_bits`
-        quantizes the decoder's layers, unless the folder holds them so. `lazy` leaves
-        the weights to be read when this thread needs them. `group` shares the layers among its
-        processes, which must then all generate the same. `adapter` is a file of
-        `train.py lora` that changes them, `adapter_scale` times. Raises ValueError or
-        OSError naming the file, tensor or key and what to do.
+        `convert.py` wrote, else float16. T5 and codec are always float32. `q_bits` or
+        `q_mode` quantizes the decoder's layers, unless the folder holds them so. `lazy`
+        leaves the weights unread until this thread needs them. `group` shares the
+        layers among processes, which must then all generate the same. `adapter` is a
+        file of `train.py lora` that changes them, `adapter_scale` times. Raises
+        ValueError or OSError naming file, tensor or key and what to do.
         """
         check_dtype(dtype)
         files, on_cpu = read(str(path_or_repo)), mx.default_device() == mx.cpu
@@ -263,10 +264,10 @@ class MusicGen(nn.Module):
         model.name, model.revision = str(path_or_repo), files.revision
         model.read_text_encoder = files.read_text_encoder
         model.decoder.set_dtype(dtype or (mx.float32 if on_cpu else files.dtype))
-        if any(value is not None for value in (q_bits, group, adapter)):
+        if any(x is not None for x in (q_bits, q_group_size, q_mode, group, adapter)):
             from engine import adjust
 
-            adjust(model, q_bits, q_group_size, group, adapter, adapter_scale)
+            adjust(model, q_bits, q_group_size, q_mode, group, adapter, adapter_scale)
         if not lazy:
             model.read_now()
         return model

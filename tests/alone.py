@@ -144,6 +144,11 @@ def try_evaluate(evaluate):
     assert evaluate.measure(sound) is not None
 
 
+def try_fidelity(fidelity):
+    case = ["--model", TINY, "--duration", "0.1", "--q-mode", "mxfp4"]
+    run("fidelity.py", *case)
+
+
 def try_generate(generate):
     flags = ["--model", TINY, "--duration", "0.1", "--takes", "2", "--seed", "7"]
     run("generate.py", "--prompt", "slow bell", *flags)
@@ -268,6 +273,14 @@ def try_published(published):
         )
         assert path.parent == REFERENCE / name and weights
         assert tokenizer.encode("a") and read_text_encoder()
+
+
+def try_quantize(quantize):
+    model = nn.Module()
+    model.config = Namespace(hidden_size=32, ffn_dim=64)
+    model.layers = [nn.Linear(32, 64, bias=False)]
+    quantize.quantize(model, mode="mxfp4")
+    assert model.layers[0].scales.dtype == mx.uint8
 
 
 def try_resample(resample):

@@ -73,6 +73,18 @@ class TestBenchmark(Test):
         plain, fast = (int(rows["operations per step"]) for rows in (plain, fast))
         self.assertGreater(plain, 1.5 * fast)
 
+    def test_quantized(self):
+        folder = str(REFERENCE / "mono-transformers")
+        for flags, told in (
+            (["--q-mode", "nvfp4"], "float32, 4 bit (nvfp4)"),
+            (["--q-bits", "8", "--q-group-size", "32"], "float32, 8 bit"),
+        ):
+            rows = self.table("--model", folder, "--duration", "0.1", *flags)
+            self.assertEqual(rows["decoder"], told)
+        with patch.dict(benchmark.SIZES, small=(64, 1)):
+            rows = self.table("--random", "small", "--duration", "0.1", *flags)
+        self.assertEqual(rows["decoder"], told)
+
     def test_training(self):
         folder = str(REFERENCE / "mono-audiocraft")
         flags = ("--duration", "0.4", "--batch", "2", "--lora", "3")

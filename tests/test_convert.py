@@ -204,7 +204,10 @@ class TestConvert(Test):
             (["--upload-repo", "nobody"], "must be OWNER/NAME"),
             (["--dtype", "int8"], "invalid choice"),
             (["--q-bits", "8"], "need --quantize"),
-            (["-q", "--q-bits", "5"], "invalid choice"),
+            (["--q-mode", "mxfp4"], "need --quantize"),
+            (["-q", "--q-mode", "mxfp4", "--q-bits", "8"], "q_bits must be 4 in the"),
+            (["-q", "--q-mode", "fp4"], "invalid choice"),
+            (["-q", "--q-bits", "7"], "invalid choice"),
             (["--hf-path", "smal"], "must be one of small"),
         ):
             with redirect_stderr(io.StringIO()) as err:

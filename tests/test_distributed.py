@@ -67,6 +67,18 @@ class TestDistributed(Test):
         self.assertEqual(self.sounds("two"), self.sounds("one"), told)
 
     @slow(4)
+    def test_tensor_parallel_quantized(self):
+        """Each process has whole groups of its share."""
+        self.model = str(REFERENCE / "mono-transformers")
+        flags = ("--temp", "0", "--q-mode", "nvfp4")
+        subprocess.run(
+            self.command(*flags, name="one"), capture_output=True, check=True
+        )
+        told = self.launch(*flags, "--tensor-parallel", name="two", port=32473)
+        self.assertEqual(len(self.sounds("one")), 3, told)
+        self.assertEqual(self.sounds("two"), self.sounds("one"), told)
+
+    @slow(4)
     def test_a_process_that_fails_leaves_the_other_its_lines(self):
         lines = ['{"prompt": "a", "audio_prompt": "none.wav"}', '{"prompt": "b"}'] * 4
         (self.folder / "prompts.txt").write_text("\n".join(lines))
@@ -121,3 +133,14 @@ class TestDistributed(Test):
         model = MusicGen.from_pretrained(self.model)
         with self.assertRaisesRegex(ValueError, "must divide num_attention_heads"):
             engine.shard(model.decoder, Three())
+
+    def test_processes_that_do_not_divide_the_groups(self):
+        class Two:
+            def size(self):
+                return 2
+
+        folder = REFERENCE / "mono-transformers"
+        model = MusicGen.from_pretrained(folder, q_mode="mxfp4")
+        pattern = "matrices' width, 16, must be a multiple of q_group_size, 32: take"
+        with self.assertRaisesRegex(ValueError, pattern):
+            engine.shard(model.decoder, Two())

@@ -40,6 +40,7 @@ WHOLE = {"--loudness", "--save-codes", "--prompts", "--audio-prompt"}  # else ha
 CHEAP = {  # flags that come after those of the document
     "benchmark.py": "--duration 0.1",
     "demucs.py": f"--model {REFERENCE / 'htdemucs'}",
+    "fidelity.py": "--duration 0.1",
     "synth.py": "--listen 1",
     "train.py lora": "--steps 1 --batch 1 --crop 0.2",
     "train.py synth": "--listen 1",

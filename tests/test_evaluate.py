@@ -99,6 +99,12 @@ class TestEvaluate(Test):
         self.assertEqual(timbres, {"brass"})
         self.given.assert_called_with("x", adapter="a.safetensors")
 
+    def test_quantized(self):
+        flags = ("--q-mode", "mxfp4", "--q-group-size", "32", "--prompts", "2")
+        self.table(Echo(), *flags)
+        asked = dict(q_mode="mxfp4", q_group_size=32)
+        self.given.assert_called_once_with("x", adapter=None, **asked)
+
     def test_codec(self):
         """Half of the amplitude costs distance, but is the same signal."""
         codec = Mock(encode=lambda audio: [Mock(codes=mx.repeat(audio, 4, 2))])
@@ -135,6 +141,7 @@ class TestEvaluate(Test):
             "--model x --duration 0.5",
             "--model x --prompts 0",
             "--codec x --timbre brass",
+            "--codec x --q-mode mxfp4",
             "",
         ):
             argv = ["evaluate.py", *flags.split()]

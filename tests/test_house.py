@@ -23,7 +23,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 # Every import points to an earlier layer, from people at the end to leaves.
 LAYERS = """
-    options outputs messages together limits hub resample torch_file decoder parallel test
+    options outputs messages together limits hub resample torch_file decoder parallel test quantize
     settings audio audiocraft t5_files progress
     training lora encodec_files loudness wav_stream synth demucs mert t5
     play stream engine encodec melody
@@ -34,10 +34,13 @@ LAYERS = """
     jobs convert evaluate
     lines train arguments
     generate benchmark
+    fidelity
 """
 
 # Those of many files, which say "and what these need".
-ON_TOP = "generate jobs lines arguments train convert evaluate benchmark".split()
+ON_TOP = (
+    "generate jobs lines arguments train convert evaluate benchmark fidelity".split()
+)
 
 TEXT_TO_MUSIC = ("musicgen", "decoder", "t5", "encodec", "options", "checkpoints")
 LINES = 2000  # of these at most

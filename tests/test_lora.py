@@ -16,8 +16,8 @@ import sounds
 from common import REFERENCE, ScriptTest, exact
 
 import convert
-import engine
 import lora
+import quantize
 import settings
 import train
 from audio import load_audio, save_audio
@@ -257,7 +257,7 @@ class TestLora(ScriptTest):
     def test_beside_quantized_layers(self):
         sizes = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
         decoder = Decoder(DecoderConfig(ffn_dim=64, **sizes), text_width=16)
-        engine.quantize(decoder, 8, 32)
+        quantize.quantize(decoder, 8, 32)
         inputs = mx.random.normal((1, 3, 64))
         layer = decoder.layers[0].linear1
         lora.add_adapters(decoder, 2, 0.5)

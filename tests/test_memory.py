@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 import benchmark
 import engine
+import quantize
 from musicgen import MusicGen
 from options import Options
 
@@ -130,7 +131,7 @@ def needs(name: str, bits: int) -> int:
     model = MusicGen(benchmark.published_config(name), benchmark.Words())
     model.decoder.set_dtype(mx.float16)
     if bits < 16:
-        engine.quantize(model.decoder, bits)
+        quantize.quantize(model.decoder, bits)
     weights = sum(weight.nbytes for _, weight in tree_flatten(model.parameters()))
     caches = 2 * engine.cache_bytes(model.decoder, 30 * 50 + 3)
     return weights + max(caches, engine.DECODING_MEMORY)

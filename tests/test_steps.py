@@ -154,7 +154,8 @@ class TestSteps(Test):
         self.assertTrue(callable(extract_chroma))
         loading = inspect.signature(MusicGen.from_pretrained).parameters
         names = (
-            "path_or_repo dtype q_bits q_group_size lazy group adapter adapter_scale"
+            "path_or_repo dtype q_bits q_group_size lazy group adapter adapter_scale "
+            "q_mode"
         )
         self.assertEqual([*loading], names.split())
 
