@@ -134,7 +134,7 @@ def fetch(name: str) -> Path:
 
 def fetch_transformers(repo: str, **options) -> Path:
     common = ["config.json", "spiece.model", "tokenizer.json"]
-    common += ["preprocessor_config.json"]
+    common += ["preprocessor_config.json", "processor_config.json"]
     files = ["model*.safetensors", "model.safetensors.index.json"]
     folder = Path(snapshot_download(repo, allow_patterns=common + files, **options))
     if not any(folder.glob("model*.safetensors")):

@@ -33,6 +33,7 @@ WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+EXTRACTORS = ("preprocessor", "processor")
 Weights = dict[str, mx.array]
 
 
@@ -215,11 +216,17 @@ def read_json(path: Path) -> dict:
 
 
 def read_extractor(folder: Path, settings: dict) -> dict[str, Any]:
-    """What transformers' feature extractor says of a melody, if its file is there."""
+    """What transformers' feature extractor says of a melody, if its file is there:
+    `preprocessor_config.json`, or since transformers 5 a part of another."""
     from melody import extractor_settings
 
-    path = folder / "preprocessor_config.json"
-    return extractor_settings(read_json(path) if path.is_file() else {}, settings)
+    path, newer = (folder / f"{name}_config.json" for name in EXTRACTORS)
+    found = read_json(path) if path.is_file() else {}
+    if not path.is_file() and newer.is_file():
+        found = read_json(newer).get("feature_extractor", {})
+        if not isinstance(found, dict):
+            raise ValueError(f"{newer} must hold an object, feature_extractor.")
+    return extractor_settings(found, settings)
 
 
 def warn_of_heads(path: Path, settings: dict) -> None:

@@ -78,6 +78,29 @@ class TestAgainstTransformers(Test):
         self.assertSame(last(codes), expected(name)["batch_g3_codes"])
 
 
+class TestMelody(Test):
+    def test_extractor_in_the_processors_file(self):
+        """There transformers 5 writes what preprocessor_config.json held."""
+        folder = self.copy("melody-transformers")
+        path = folder / "processor_config.json"
+        kind = "MusicgenMelodyFeatureExtractor"
+        extractor = dict(feature_extractor_type=kind, n_fft=4096, hop_length=1024)
+        extractor |= dict(chunk_length=30, feature_size=12, sampling_rate=32000)
+        path.write_text(json.dumps({"feature_extractor": extractor}))
+        config = checkpoints.read(str(folder)).config.conditioner
+        self.assertEqual((config.n_fft, config.num_chroma), (4096, 12))
+        extractor |= dict(hop_length=999)
+        path.write_text(json.dumps({"feature_extractor": extractor}))
+        with self.assertRaisesRegex(ValueError, "hop_length of the feature extractor"):
+            checkpoints.read(str(folder))
+        for text in ('{"feature_extractor": 3}', "[]"):
+            path.write_text(text)
+            with self.assertRaisesRegex(ValueError, f"{path} must "):
+                checkpoints.read(str(folder))
+        (folder / "preprocessor_config.json").write_text("{}")  # which comes first
+        self.assertEqual(checkpoints.read(str(folder)).config.conditioner.n_fft, 16384)
+
+
 class TestTokenizer(Test):
     """Of a folder with tokenizer.json alone."""
 

@@ -37,7 +37,7 @@ class TestHub(Test):
             (self.folder / "model-00001-of-00002.safetensors").touch()
             hub.fetch_transformers("a/b")
         common = ["config.json", "spiece.model", "tokenizer.json"]
-        common += ["preprocessor_config.json"]
+        common += ["preprocessor_config.json", "processor_config.json"]
         files = ["model*.safetensors", "model.safetensors.index.json"]
         wanted = [common + files, common + ["pytorch_model*"], common + files]
         self.assertEqual(calls, wanted)
