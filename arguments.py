@@ -4,8 +4,8 @@
     args.prompt, args.duration  # ["happy rock"], 12.0
 
 All that can be known before a model is loaded is checked here. Needs jobs.py, hub.py,
-settings.py, audio.py, outputs.py, messages.py, options.py, quantize.py and what these
-need beside it.
+models.py, settings.py, audio.py, outputs.py, messages.py, options.py, quantize.py and
+what these need beside it.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import settings
 from audio import SUBTYPES, check_bitrate, choose_subtype
 from hub import MODELS, check_name, follows, local
 from messages import one_line
+from models import ListModels
 from options import row_seeds
 from outputs import check_apart, same_file
 from quantize import BITS, GROUP_SIZES, MODES, asked
@@ -54,9 +55,9 @@ FLAGS = {  # by groups: name, what it is, and how it is read
             dict(type=path),
         ),
         "duration": (
-            "length in seconds; beyond the model's 30 (tiny: 8) a window slides "
-            "(default: %(default)s)",
-            dict(type=float, default=8.0),
+            "length in seconds; beyond the model's 30 (tiny: 8, AudioGen: 10) a window "
+            "slides (default: the model's own: 8, AudioGen: 5)",
+            dict(type=float),
         ),
         "seed": (
             "number that fixes the take; further ones count up (default: any)",
@@ -217,7 +218,8 @@ FLAGS = {  # by groups: name, what it is, and how it is read
             dict(type=float, default=3.0),
         ),
         "extend_stride": (
-            "seconds by which the window of long audio slides (default: 18; tiny: 4.8)",
+            "seconds by which the window of long audio slides (default: 18; tiny: 4.8; "
+            "AudioGen: 2)",
             dict(type=float),
         ),
     },
@@ -279,6 +281,9 @@ def make_parser() -> Parser:
         f"MusicGen for MLX: mlx {mx.__version__}, Python {platform.python_version()}"
     )
     parser.add_argument("--version", action="version", version=versions)
+    parser.add_argument(
+        "--list-models", action=ListModels, help="show all models, with their sizes"
+    )
     parser.add_argument(
         "text", nargs="?", metavar="PROMPT", help="what to play, as of --prompt"
     )

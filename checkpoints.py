@@ -30,7 +30,7 @@ from t5 import T5Config, Tokenizer
 
 TINY = Path(__file__).with_name("tiny")
 KINDS = ("small", "medium", "large", "melody", "melody-large")
-SHORT_NAMES = {*KINDS, *(f"stereo-{kind}" for kind in KINDS), "style"}  # of the Hub
+SHORT_NAMES = {*KINDS, *(f"stereo-{k}" for k in KINDS), "style", "audiogen-medium"}
 
 
 @dataclass
@@ -43,6 +43,8 @@ class MusicGenConfig:
     max_duration: float = 30.0
     quantization: dict | None = None  # of the decoder: bits, group_size, mode
     conditioner: Any = None  # config of the file that turns a sound into a prefix
+    default_duration: float = 8.0  # seconds, where none are given
+    default_stride: float | None = None  # between windows; None: 3/5 of max_duration
 
 
 class Checkpoint(NamedTuple):
@@ -180,21 +182,16 @@ def read_config(settings: dict) -> MusicGenConfig:
 
         conditioner = read_conditioner(settings)
     width = conditioner.width if conditioner else 0
+    names = ("max_duration", "quantization", "default_duration", "default_stride")
     config = MusicGenConfig(
         decoder.read_config(settings["decoder"], width),
         T5Config.from_dict(settings["text_encoder"]),
         EncodecConfig.from_dict(settings["audio_encoder"]),
-        settings.get("max_duration", 30.0),
-        settings.get("quantization"),
-        conditioner,
+        conditioner=conditioner,
+        **{name: settings[name] for name in names if name in settings},
     )
     if Path(__file__).with_name("limits.py").is_file():
         from limits import check_parts
 
         check_parts(config)
-    seconds = config.max_duration
-    if type(seconds) not in (int, float) or not 0.1 <= seconds <= 600:
-        raise ValueError(
-            f"max_duration must be from 0.1 to 600 seconds, got {seconds!r:.80}."
-        )
     return config

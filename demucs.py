@@ -532,16 +532,16 @@ def locate(path_or_repo: str | Path) -> Path:
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
             wrong = f"'{repo}' must be a folder or a Hub id like {REPO}."
             raise FileNotFoundError(wrong)
-        reason = ""
+        reason, explain = "", lambda error, *_: str(error)
         if Path(__file__).with_name("hub.py").is_file():
-            from hub import no_network
+            from hub import explain, no_network
 
             reason = no_network()
         options = dict(allow_patterns="*.safetensors", local_files_only=bool(reason))
         try:
             folder = Path(snapshot_download(repo, **options))
         except (OSError, ValueError) as error:
-            why = str(isinstance(error, OSError) and reason or error).rstrip(". ")
+            why = explain(error, repo, reason).rstrip(". ")
             told = f"The Hub did not give Demucs, {repo}: {why}. Or name a folder with"
             raise OSError(f"{told} its .safetensors file.") from error
     paths = sorted(folder.glob("*.safetensors"))

@@ -199,7 +199,9 @@ def make_all(
 ) -> list[Result]:
     """Load the model and run the jobs."""
     model = load(args, group, progress)
-    sounds = Sounds(model)
+    good, sounds = [job.timed(model) for job in good], Sounds(model)
+    if args.duration is None:
+        args.duration = model.config.default_duration
     if not (args.prompts or args.redecode):
         if good[0].melody:
             progress.stage("separating the melody")

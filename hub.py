@@ -10,10 +10,12 @@ huggingface_hub tries for half a minute. Stands alone.
 """
 
 import difflib
+import json
 import os
 import re
 import socket
 import time
+from errno import ENOENT
 from functools import lru_cache
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -21,8 +23,19 @@ from threading import Thread
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from huggingface_hub import constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub import (
+    constants,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 AUDIOCRAFT_FILES = ("state_dict.bin", "compression_state_dict.bin")
 MODELS = {
@@ -40,7 +53,9 @@ MODELS = {
         "stereo-melody-large",
         "style",
     )
-} | {"tiny": str(Path(__file__).with_name("tiny"))}
+}
+MODELS |= {"audiogen-medium": "facebook/audiogen-medium"}
+MODELS |= {"tiny": str(Path(__file__).with_name("tiny"))}
 LOOK = 2.5  # seconds that the Hub's server has to answer
 
 
@@ -103,30 +118,100 @@ def fetch(name: str) -> Path:
         try:
             paths = [hf_hub_download(repo, f, **options) for f in AUDIOCRAFT_FILES]
             return Path(paths[0]).parent
-        except EntryNotFoundError:
-            if name in MODELS:
+        except EntryNotFoundError as error:  # or, of the cache, no network
+            failed = isinstance(error, LocalEntryNotFoundError) and not reason
+            if name in MODELS or failed:
                 raise
             return fetch_transformers(repo, **options)
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        why = isinstance(error, OSError) and reason or error
-        why = str(why).rstrip(". \n")
+        why = explain(error, repo, reason, AUDIOCRAFT_FILES)
         here = "" if name in MODELS else ", and there is no such folder"
         raise OSError(
             f"The Hub did not give the model {repo}{here}: {why}. To work offline, take "
-            f"--model tiny or a local folder with {' and '.join(AUDIOCRAFT_FILES)}, "
-            "T5 in t5-base/ and, for stereo, the codec in encodec_32khz/; or one that "
-            "convert.py wrote."
+            "--model tiny or a folder that convert.py wrote."
         ) from error
 
 
 def fetch_transformers(repo: str, **options) -> Path:
-    common = ["config.json", "spiece.model", "preprocessor_config.json"]
+    common = ["config.json", "spiece.model", "tokenizer.json"]
+    common += ["preprocessor_config.json", "processor_config.json"]
     files = ["model*.safetensors", "model.safetensors.index.json"]
     folder = Path(snapshot_download(repo, allow_patterns=common + files, **options))
     if not any(folder.glob("model*.safetensors")):
         weights = ["pytorch_model*"]
         snapshot_download(repo, allow_patterns=common + weights, **options)
+    if options.get("local_files_only") and (names := absent(folder)):
+        raise FileNotFoundError(ENOENT, "not in the cache", ", ".join(names))
     return folder
+
+
+def absent(folder: Path) -> list[str]:
+    """What a folder of the cache lacks of transformers' layout. Half a download looks
+    whole to huggingface_hub, which does not know what was wanted."""
+    names = {"config.json"}
+    if not (folder / "tokenizer.json").is_file():
+        names.add("spiece.model")
+    indices = sorted(folder.glob("*.index.json"), reverse=True)
+    weights = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    if not (folder / "model.safetensors").is_file() and indices:
+        try:
+            names |= {*json.loads(indices[-1].read_text())["weight_map"].values()}
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+            pass  # whoever reads it says so
+    elif not weights:
+        names.add("model.safetensors")
+    return sorted(str(name) for name in names if not (folder / str(name)).is_file())
+
+
+def explain(
+    error: Exception, repo: str, reason: str = "", files: tuple[str, ...] = ()
+) -> str:
+    """Why the Hub did not give `files` of a repository, without the full stop.
+
+    `reason` is that of `no_network`. What is gated, missing, refused or out of reach is
+    told apart, each with the way out.
+    """
+    local_only = isinstance(error, LocalEntryNotFoundError)
+    if local_only and isinstance(error.__cause__, HfHubHTTPError) and not reason:
+        error, local_only = error.__cause__, False  # the Hub has answered
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    code = f"HTTP {status}" if status else "no access"
+    page = f"{constants.ENDPOINT}/{repo}"
+    if isinstance(error, OSError) and reason:
+        text = in_part(repo, reason, files, error)
+    elif local_only:
+        text = (
+            "the connection failed, and it is not in the cache. Connect, and try again"
+        )
+    elif isinstance(error, GatedRepoError):
+        text = f"it is gated ({code}). Ask for access at {page}, and set HF_TOKEN to a "
+        text += "token of that account"
+    elif isinstance(error, RepositoryNotFoundError):
+        text = f"there is none of this name, or it is private ({code}). Compare with "
+        text += f"{page}; for a private one set HF_TOKEN"
+    elif isinstance(error, EntryNotFoundError) and status:
+        name = re.search(r"/resolve/[^/\s]+/([^\s?]+?)\.?(\s|$)", str(error))
+        text = f"it has no {name[1] if name else 'such file'} ({code})"
+    elif isinstance(error, HfHubHTTPError) and status in (401, 403):
+        text = f"it refused the token ({code}). Correct HF_TOKEN, or unset it"
+    elif isinstance(error, HfHubHTTPError) and status:
+        text = f"it answered with {code}. Try again later"
+    else:
+        text = str(error)
+    return text.rstrip(". \n")
+
+
+def in_part(repo: str, reason: str, files: tuple[str, ...], error: OSError) -> str:
+    """The reason, which names what is missing where the rest is in the cache."""
+    there = [f for f in files if isinstance(try_to_load_from_cache(repo, f), str)]
+    missing = ", ".join(f for f in files if f not in there) if there else ""
+    if error.errno == ENOENT and error.filename and not there:
+        missing = str(error.filename)
+    if not missing:
+        return reason
+    return reason.replace(
+        "it is not in the cache", f"only a part is in the cache, without {missing:.120}"
+    )
 
 
 def no_network() -> str:

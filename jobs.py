@@ -91,10 +91,11 @@ class Job:
         check_level(self.loudness, self.peak)
         if writes:
             check_audio_path(self.output, self.subtype, self.mp3_bitrate)
-        if self.loudness is not None and self.options.duration < SHORTEST:
+        duration = self.options.duration  # None: the model's own
+        if self.loudness is not None and duration and duration < SHORTEST:
             raise ValueError(
                 f"loudness needs a duration of {SHORTEST} s or more, got "
-                f"{self.options.duration:g}."
+                f"{duration:g}."
             )
         for path in self.inputs().values():
             if reads and not Path(path).is_file():
@@ -103,6 +104,13 @@ class Job:
             check_apart(self.output, self.inputs())
         if writes and not self.overwrite:
             check_new(self.output)
+
+    def timed(self, model: MusicGen) -> "Job":
+        """The same, as long as the model's own takes where no duration is given."""
+        own = model.config.default_duration
+        if self.options.duration is not None:
+            return self
+        return replace(self, options=replace(self.options, duration=own))
 
     def level(self, audio: mx.array, sampling_rate: int) -> np.ndarray:
         """Samples (N, C) brought to the loudness or peak that is asked for."""
@@ -489,6 +497,7 @@ def run(
     leaves the others alone.
     """
     sounds, group = sounds or Sounds(model), model.decoder.group
+    jobs = [job.timed(model) for job in jobs]
 
     def rows(job: Job) -> int:
         fit = min(size, model.rows_that_fit(job.options))

@@ -13,6 +13,23 @@ def check_parts(config: Any) -> None:
     check_t5(config.text_encoder)
     check_codec(config.audio_encoder)
     check_pair(config.decoder, config.audio_encoder)
+    check_lengths(config)
+
+
+def check_lengths(config: Any) -> None:
+    """Raise ValueError for windows, takes or strides of absurd lengths, in seconds."""
+    longest = config.max_duration
+    check_seconds("max_duration", longest, 0.1, 600)
+    check_seconds("default_duration", config.default_duration, 0.1, 600)
+    if config.default_stride is not None:
+        check_seconds("default_stride", config.default_stride, 0.02, longest)
+
+
+def check_seconds(name: str, seconds: Any, least: float, most: float) -> None:
+    if type(seconds) not in (int, float) or not least <= seconds <= most:
+        raise ValueError(
+            f"{name} must be from {least} to {most} seconds, got {seconds!r:.80}."
+        )
 
 
 T5 = {  # least and largest value of each size

@@ -24,6 +24,7 @@ from settings import read_settings
 
 ALIASES = {"guidance": "guidance_coef", "negative": "negative_prompt"}
 DEFAULTS = asdict(Options()) | {"model": None, "adapter_scale": 1.0}  # of a record
+DURATIONS = (8.0, 5.0)  # seconds that models take where none are given
 
 
 def plan_file(path: Path, values: dict[str, Any]) -> list[Job]:
@@ -173,6 +174,8 @@ def differences(job: Job, given: dict[str, Any], record: dict[str, Any]) -> list
     wanted = dict.fromkeys({*ALL_KEYS} - {"output"}) | job.record() | given
     if not job.seed_is_given:
         del wanted["seed"]
+    if job.options.duration is None and record.get("duration") in DURATIONS:
+        del wanted["duration"]  # the model is not loaded yet
     if job.options.style_start is None:  # drawn by the seed
         del wanted["style_start"]
     if "q_bits" in record:

@@ -321,8 +321,12 @@ def locate(path_or_repo: str | Path) -> list[Path]:
         try:
             return [Path(hf_hub_download(repo, name, **options)) for name in FILES]
         except (OSError, ValueError) as error:
-            why = isinstance(error, OSError) and reason or error
-            why = str(why).rstrip(". \n")
+            why = str(isinstance(error, OSError) and reason or error)
+            if Path(__file__).with_name("hub.py").is_file():
+                from hub import explain
+
+                why = explain(error, repo, reason, FILES)
+            why = why.rstrip(". \n")
             raise OSError(
                 f"The Hub did not give MERT, {repo}, and there is no such folder: {why}. "
                 f"To work offline, name a folder with {' and '.join(FILES)}."

@@ -31,6 +31,7 @@ from options import Options, check_batch_size, check_dtype, check_prompts, row_s
 from t5 import T5, Tokenizer
 
 TWINS = ("engine.py", "encodec_stream.py", "parallel.py")  # what makes it faster
+Seconds = float | None  # None: the model's own, 8, and AudioGen's 5
 
 
 class MusicGen(nn.Module):
@@ -96,7 +97,7 @@ class MusicGen(nn.Module):
     def generate(
         self,
         prompts: str | list[str],
-        duration: float = 8.0,
+        duration: Seconds = None,
         *,
         drop_prompt: bool = False,
         **options,
@@ -117,7 +118,7 @@ class MusicGen(nn.Module):
         return audio
 
     def generate_codes(
-        self, prompts: str | list[str], duration: float = 8.0, **options
+        self, prompts: str | list[str], duration: Seconds = None, **options
     ) -> mx.array:
         """Codes (B, T, K), T = frames_in(duration); options as of `steps`."""
         take = self.steps(prompts, duration, **options)
@@ -126,7 +127,7 @@ class MusicGen(nn.Module):
         return take.codes
 
     def stream(
-        self, prompt: str, duration: float = 8.0, *, chunk: float = 0.5, **options
+        self, prompt: str, duration: Seconds = None, *, chunk: float = 0.5, **options
     ) -> Iterator[mx.array]:
         """The samples that `generate` gives for one prompt, while they are made.
 
@@ -143,7 +144,7 @@ class MusicGen(nn.Module):
     def steps(
         self,
         prompts: str | list[str],
-        duration: float = 8.0,
+        duration: Seconds = None,
         *,
         seed: int | list[int] | None = None,
         audio_prompt: mx.array | str | Path | None = None,
@@ -159,7 +160,7 @@ class MusicGen(nn.Module):
 
         Args:
             prompts: one text or several; "" is unconditional.
-            duration: seconds. Beyond the longest window, a window slides.
+            duration: seconds. Beyond the longest window, one slides. None: the model's.
             seed: row i draws from seed + i, or from the i-th of a list; a row's
                 codes depend on its own prompt and seed only. None: any.
             audio_prompt: sound (N, C) at `sampling_rate`, or its file, to start with.
@@ -177,6 +178,7 @@ class MusicGen(nn.Module):
 
         Raises ValueError for what cannot be made.
         """
+        duration = self.config.default_duration if duration is None else duration
         options = Options(duration, **options)
         options.check(self.config.max_duration, self.frame_rate)
         prompts = check_prompts(prompts)
@@ -345,8 +347,8 @@ class Take:
         self.prompts, self._seeds, self._prompt_codes = prompts, seeds, prompt_codes
         T, self._delays = prompt_codes.shape[1], model.config.decoder.delays
         self._frames = model.frames_in(options.duration)
-        stride = options.extend_stride or 0.6 * model.config.max_duration
-        sizes = (model.longest_window, model.frames_in(stride))
+        own = model.config.default_stride or 0.6 * model.config.max_duration
+        sizes = (model.longest_window, model.frames_in(options.extend_stride or own))
         plan = windows(self._frames, *sizes)
         self._plan = [(start, end) for start, end in plan if end > T]
         size, groups = batch_size or model.rows_that_fit(options), [range(len(prompts))]

@@ -17,7 +17,7 @@ STYLE_OPTIONS = ("guidance_beta", "style_start", "style_length", "style_quantize
 class Options:
     """What shapes a take, besides its prompt and seed.
 
-    duration: seconds; beyond the model's longest window, a window slides.
+    duration: seconds; beyond the longest window, one slides. None: the model's own.
     temp: sampling temperature; 0 takes the likeliest code.
     top_k: draw from this many likeliest codes.
     top_p: draw from the likeliest codes that together reach this probability, instead
@@ -26,7 +26,7 @@ class Options:
         half the rows.
     negative_prompt: what to move away from, in place of no text.
     extend_stride: seconds from one window's start to the next's; what lies between that
-        and the window's end begins the next. None: 3/5 of the window, so 18 of 30.
+        and the window's end begins the next. None: 3/5 of it, and AudioGen's 2.
     guidance_beta: how many times the text counts beside the style. None: they count
         alike.
     style_start, style_length: seconds of the style's excerpt. None: from anywhere on,
@@ -34,7 +34,7 @@ class Options:
     style_quantizers: how much to keep to the style, 1 to 6. None: the model's own, 3.
     """
 
-    duration: float = 8.0
+    duration: float | None = None
     temp: float = 1.0
     top_k: int = 250
     top_p: float = 0.0
@@ -60,18 +60,19 @@ class Options:
         """Raise ValueError, saying what must hold, for what cannot be made."""
         for name in ("duration", "temp", "top_p", "guidance_coef", *STYLE_OPTIONS):
             number = getattr(self, name)
-            if not (number is None and name in STYLE_OPTIONS or is_number(number)):
+            if not (number is getattr(Options, name) or is_number(number)):
                 raise ValueError(
                     f"{name} must be a finite number below 1e6, got {number!r}."
                 )
         frame, least, stride = f"1/{frame_rate} s", 1 / frame_rate, self.extend_stride
         slides = stride is None or is_number(stride) and least <= stride < max_duration
+        lasts = self.duration is None or self.duration >= least
         several = is_whole(self.top_k) and 1 <= self.top_k <= 2048
         whole = isinstance(self.style_quantizers, Integral | None)
         guided = not self.negative_prompt or self.copies > 1
         longest = f" of {max_duration:g} s" if max_duration < 1e6 else ""
         for name, holds, rule in (
-            ("duration", self.duration >= least, f"at least a frame, {frame}"),
+            ("duration", lasts, f"at least a frame, {frame}"),
             # dividing by less overflows
             ("temp", self.temp == 0 or self.temp >= 1e-3, "0 (greedy) or 0.001 up"),
             ("top_k", several, "from 1 to 2048; for greedy decoding give temp=0"),

@@ -33,6 +33,7 @@ WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+EXTRACTORS = ("preprocessor", "processor")
 Weights = dict[str, mx.array]
 
 
@@ -59,6 +60,13 @@ def read(folder: Path) -> Published:
     if (folder / audiocraft.FILES[0]).is_file() and (has_t5 or not complete):
         return read_audiocraft(folder)
     return read_transformers(folder)
+
+
+def decoder_dtype(weights: Weights) -> str:
+    """The type in which the decoder runs where none is asked for. What was published in
+    bfloat16 stays so, for float16 might not hold it."""
+    types = {w.dtype for name, w in weights.items() if name.startswith("decoder.")}
+    return "bfloat16" if mx.bfloat16 in types else "float16"
 
 
 def under(prefix: str, weights: Weights | nn.Module) -> Weights:
@@ -88,6 +96,7 @@ def read_audiocraft(folder: Path) -> Published:
             "audio_encoder": codec,
             "max_duration": float(package.cfg.get("dataset.segment_duration", 30)),
         }
+        settings |= own_defaults(package.cfg, codec, settings["max_duration"])
         weights = under("decoder", package.decoder)
         weights |= under("text_encoder", text_weights)
         weights |= under("audio_encoder", codec_weights)
@@ -96,6 +105,7 @@ def read_audiocraft(folder: Path) -> Published:
         if has_sound:
             settings["conditioner"], learned = read_conditioner(package, folder)
             weights |= under("conditioner", learned)
+        settings["decoder_dtype"] = decoder_dtype(weights)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not load: {error}") from error
 
@@ -103,6 +113,19 @@ def read_audiocraft(folder: Path) -> Published:
         return t5_files.read(place)[1]
 
     return Published(path, settings, weights, Tokenizer(spiece), read_text_encoder)
+
+
+AUDIOGEN = {"default_duration": 5.0, "default_stride": 2.0}  # seconds, in audiocraft
+
+
+def own_defaults(
+    cfg: dict[str, Any], codec: dict[str, Any], longest: float
+) -> dict[str, float]:
+    """What audiocraft's AudioGen does otherwise than MusicGen where nothing is asked.
+    The file names its solver; one that does not is told by its 16 kHz."""
+    unsaid = "audiogen" if codec["sampling_rate"] == 16000 else "musicgen"
+    is_audiogen = cfg.get("solver", unsaid) == "audiogen"
+    return AUDIOGEN if is_audiogen and longest > AUDIOGEN["default_stride"] else {}
 
 
 def find_t5(path: Path, cfg: dict[str, Any]) -> tuple[Path, Path | str]:
@@ -160,15 +183,12 @@ def read_transformers(folder: Path) -> Published:
         )
     settings = read_json(path)
     warn_of_heads(path, settings)
-    if not (folder / "spiece.model").is_file():
-        raise FileNotFoundError(
-            f"{folder} must hold spiece.model; take that of {T5_REPO}."
-        )
-    tokenizer = Tokenizer(folder / "spiece.model")
+    tokenizer = Tokenizer(t5_files.find_spiece(folder, T5_REPO))
     try:
         if settings.get("model_type") == "musicgen_melody":
             settings |= read_extractor(folder, settings)
         weights = sanitize(read_weights(folder))
+        settings["decoder_dtype"] = decoder_dtype(weights)
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} does not load: {error}") from error
 
@@ -196,11 +216,17 @@ def read_json(path: Path) -> dict:
 
 
 def read_extractor(folder: Path, settings: dict) -> dict[str, Any]:
-    """What transformers' feature extractor says of a melody, if its file is there."""
+    """What transformers' feature extractor says of a melody, if its file is there:
+    `preprocessor_config.json`, or since transformers 5 a part of another."""
     from melody import extractor_settings
 
-    path = folder / "preprocessor_config.json"
-    return extractor_settings(read_json(path) if path.is_file() else {}, settings)
+    path, newer = (folder / f"{name}_config.json" for name in EXTRACTORS)
+    found = read_json(path) if path.is_file() else {}
+    if not path.is_file() and newer.is_file():
+        found = read_json(newer).get("feature_extractor", {})
+        if not isinstance(found, dict):
+            raise ValueError(f"{newer} must hold an object, feature_extractor.")
+    return extractor_settings(found, settings)
 
 
 def warn_of_heads(path: Path, settings: dict) -> None:

@@ -17,6 +17,7 @@ import mlx.core as mx
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
+from sentencepiece import SentencePieceProcessor
 
 FILES = ("config.json", "model.safetensors", "spiece.model")
 
@@ -37,20 +38,62 @@ def read(path_or_repo: str | Path) -> tuple[dict, Weights, Path]:
         raise ValueError(f"T5 in {path.parent} does not load: {error}") from error
 
 
+def find_spiece(folder: Path, repo: str) -> Path:
+    """The `spiece.model` of a whole model's folder. Where only `tokenizer.json` is
+    there, as transformers 5 saves it, that of T5's `repo` serves: from the folder of
+    that name in it, such as `t5-base/`, else from the Hub.
+
+    Raises ValueError where the two have not the same pieces, OSError for none.
+    """
+    path, other = folder / "spiece.model", folder / "tokenizer.json"
+    if path.is_file():
+        return path
+    if not other.is_file():
+        raise FileNotFoundError(
+            f"{folder} must hold spiece.model; take that of {repo}."
+        )
+    path = folder / repo.split("/")[-1] / "spiece.model"
+    if not path.is_file():
+        try:
+            path = fetch(repo, path.name)[0]
+        except OSError as error:
+            raise OSError(
+                f"{folder} has tokenizer.json alone, and the Hub did not give "
+                f"spiece.model of {repo}: {error}. To work offline, put it into {path}."
+            ) from error
+    check_pieces(path, other)
+    return path
+
+
+def check_pieces(path: Path, other: Path) -> None:
+    """Raise ValueError unless `tokenizer.json`, the `other`, begins with the pieces of a
+    `spiece.model`."""
+    try:
+        pieces = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{path} must be a SentencePiece model: {error}") from error
+    try:
+        vocabulary = json.loads(other.read_text(encoding="utf-8"))["model"]["vocab"]
+        theirs = [piece for piece, _ in vocabulary[: pieces.vocab_size()]]
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{other} is no tokenizer of T5's: {error!r:.80}") from error
+    if theirs != [pieces.id_to_piece(i) for i in range(pieces.vocab_size())]:
+        raise ValueError(
+            f"{other} has other pieces than {path}: put the spiece.model that it was "
+            f"made from into {other.parent}."
+        )
+
+
 def locate(path_or_repo: str | Path) -> list[Path]:
     """The three FILES: in a local folder, or from the Hub through its cache."""
     folder = Path(os.path.expanduser(path_or_repo))
     if not folder.is_dir():
         repo = str(path_or_repo)
-        reason = no_network(repo)
-        options = dict(local_files_only=bool(reason))
         try:
-            return [Path(hf_hub_download(repo, name, **options)) for name in FILES]
-        except (OSError, ValueError) as error:
-            why = isinstance(error, OSError) and reason or error
-            why = str(why).rstrip(". \n")
+            return fetch(repo, *FILES)
+        except OSError as error:
             raise OSError(
-                f"The Hub did not give T5, {repo}, and there is no such folder: {why}. "
+                f"The Hub did not give T5, {repo}, and there is no such folder: {error}. "
                 f"To work offline, name a folder with {', '.join(FILES)}."
             ) from error
     for name in FILES:
@@ -59,6 +102,22 @@ def locate(path_or_repo: str | Path) -> list[Path]:
                 f"{folder} must hold {', '.join(FILES)}, but {name} is missing."
             )
     return [folder / name for name in FILES]
+
+
+def fetch(repo: str, *files: str) -> list[Path]:
+    """Files of a repository, from the Hub through its cache. Raises OSError with the
+    reason, which has no full stop."""
+    reason = no_network(repo)
+    options = dict(local_files_only=bool(reason))
+    try:
+        return [Path(hf_hub_download(repo, name, **options)) for name in files]
+    except (OSError, ValueError) as error:
+        why = str(isinstance(error, OSError) and reason or error)
+        if Path(__file__).with_name("hub.py").is_file():
+            from hub import explain
+
+            why = explain(error, repo, reason, files)
+        raise OSError(why.rstrip(". \n")) from error
 
 
 def no_network(repo: str) -> str:

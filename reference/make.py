@@ -100,8 +100,10 @@ def published(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load(model_class: type, folder: Path) -> torch.nn.Module:
-    """Read a checkpoint back, making sure that every weight had its place."""
-    model, info = model_class.from_pretrained(folder, output_loading_info=True)
+    """Read a checkpoint back in float32, making sure that every weight had its
+    place."""
+    options = dict(output_loading_info=True, dtype=torch.float32)
+    model, info = model_class.from_pretrained(folder, **options)
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:
             raise ValueError(f"{folder}: {kind} {info[kind]}")

@@ -26,7 +26,8 @@ MELODY = [
     for size in ("", "-large")
 ]
 STYLE = ["musicgen-style"]  # has no checkpoint of the transformers kind
-OTHERS = ["encodec_24khz", "encodec_32khz", "encodec_48khz", "t5-base"]
+AUDIOGEN = ["audiogen-medium"]  # neither
+OTHERS = ["encodec_24khz", "encodec_32khz", "encodec_48khz", "t5-base", "t5-large"]
 
 # Every transformers checkpoint of MusicGen holds the same codec, written once.
 CODEC = {"audio_encoder.": "encodec_32khz.transformers"}
@@ -99,9 +100,9 @@ def full_manifests(folder: Path) -> tuple[dict, dict]:
         key = f"{name}.transformers"
         tensors[key] = json.loads((folder / f"{key}.json").read_text())
     others = ("mert-v1-95m.transformers", "encodec_32khz.audiocraft", "htdemucs.demucs")
-    for key in others:
+    for key in (*others, "encodec_16khz_audiogen.audiocraft"):
         tensors[key] = json.loads((folder / f"{key}.json").read_text())
-    for name in MUSICGEN + STYLE + MELODY:
+    for name in MUSICGEN + STYLE + MELODY + AUDIOGEN:
         files = json.loads((folder / f"{name}.audiocraft.json").read_text())
         tensors[f"{name}.audiocraft"] = files["state_dict.bin"]["best_state"]
         compression[name] = files["compression_state_dict.bin"]

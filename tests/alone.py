@@ -218,6 +218,11 @@ def try_mert(mert):
     run("mert.py", "a.wav", "--model", folder)
 
 
+def try_models(models):
+    assert "audiogen-medium" in models.table()
+    run("models.py")
+
+
 def try_musicgen(musicgen):
     model = musicgen.MusicGen.from_pretrained(TINY)
     assert model.plain

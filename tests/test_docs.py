@@ -34,6 +34,7 @@ PUBLISHED = re.compile(r"(facebook/musicgen-)?(stereo-)?(small|medium|large)")
 STANDINS = {
     "melody": str(REFERENCE / "melody-audiocraft"),
     "style": str(REFERENCE / "style-audiocraft"),
+    "audiogen-medium": str(REFERENCE / "audiogen-audiocraft"),
 }
 SHORTER, LONGEST = 20, 0.6  # how many times, and no more seconds
 WHOLE = {"--loudness", "--save-codes", "--prompts", "--audio-prompt"}  # else half

@@ -24,7 +24,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 # Every import points to an earlier layer, from people at the end to leaves.
 LAYERS = """
     options outputs messages together limits hub resample torch_file decoder parallel test quantize
-    settings audio audiocraft t5_files progress
+    settings audio audiocraft t5_files progress models
     training lora encodec_files loudness wav_stream synth demucs mert t5
     play stream engine encodec melody
     encodec_stream style train_codec

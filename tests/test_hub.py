@@ -36,7 +36,8 @@ class TestHub(Test):
             hub.fetch_transformers("a/b")
             (self.folder / "model-00001-of-00002.safetensors").touch()
             hub.fetch_transformers("a/b")
-        common = ["config.json", "spiece.model", "preprocessor_config.json"]
+        common = ["config.json", "spiece.model", "tokenizer.json"]
+        common += ["preprocessor_config.json", "processor_config.json"]
         files = ["model*.safetensors", "model.safetensors.index.json"]
         wanted = [common + files, common + ["pytorch_model*"], common + files]
         self.assertEqual(calls, wanted)
@@ -112,6 +113,7 @@ class TestHub(Test):
         for name, kind in (
             ("small", ""),
             ("tiny", ""),
+            ("facebook/audiogen-medium", ""),
             ("stereo-melody-large", "melody"),
             ("facebook/musicgen-style", "style"),
             ("someone/model", None),
@@ -120,7 +122,9 @@ class TestHub(Test):
             self.assertEqual(hub.follows(name), kind, name)
 
     def test_unknown_name(self):
-        with self.assertRaisesRegex(ValueError, "one of small, .*, style, tiny, a Hub"):
+        with self.assertRaisesRegex(
+            ValueError, "one of small, .*, style, .*, tiny, a Hub"
+        ):
             MusicGen.from_pretrained("nobody knows this")
 
     def test_a_misspelt_name_gets_a_question(self):
@@ -128,6 +132,7 @@ class TestHub(Test):
             ("smal", "small"),
             ("Stereo_Melody", "stereo-melody"),
             ("musicgen-medium", "medium"),
+            ("audiogen", "audiogen-medium"),
             ("nobody knows this", None),
             (f"{self.folder}/no-such-folder", None),
         ):
