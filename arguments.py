@@ -311,6 +311,9 @@ def read_input() -> str:
     return text
 
 
+NO_PROMPT = 'a prompt must be given, such as "happy rock", or --prompts'
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for what does not go together or cannot be made."""
     for name in ("melody", "style"):
@@ -321,8 +324,11 @@ def check_arguments(args: argparse.Namespace) -> None:
             )
     if args.style and args.prompt is None and args.prompts is None:
         args.prompt = [""]
-    if args.prompt is None and args.prompts is None:
-        raise ValueError('a prompt must be given, such as "happy rock", or --prompts')
+    args.any_music = args.prompt is None and args.prompts is None
+    if args.any_music and follows(args.model) is not None:
+        raise ValueError(NO_PROMPT)
+    if args.any_music:  # of a model without text, perhaps: generate.py sees to it
+        args.prompt = [""]
     if args.prompt is not None and args.prompts is not None:
         raise ValueError("a prompt and --prompts must not be given together")
     for name in ("takes", "batch_size"):

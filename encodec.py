@@ -407,7 +407,7 @@ class Encodec(nn.Module):
         `compression_state_dict.bin`. Raises ValueError or OSError naming the
         file and what is wrong with it.
         """
-        from encodec_files import read
+        from encodec_files import misfit, read
         from limits import check_codec
 
         path, settings, weights = read(path_or_repo)
@@ -418,7 +418,7 @@ class Encodec(nn.Module):
             model.load_weights(list(weights.items()))
             mx.eval(model.state)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"Codec {path} does not load: {error}") from error
+            raise ValueError(misfit(path, error)) from error
         return model
 
 

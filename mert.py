@@ -152,6 +152,7 @@ class MERT(nn.Module):
         Raises OSError where a file is missing, or ValueError for one that is damaged or
         of another model.
         """
+        from strict import misfit
         from torch_file import load_state
 
         config, weights = locate(path_or_repo)
@@ -160,7 +161,7 @@ class MERT(nn.Module):
             model.load_weights(list(cls.sanitize(load_state(weights)).items()))
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"MERT in {config.parent} does not load: {error}"
+                f"MERT in {config.parent} does not load: {misfit(error)}"
             ) from error
         mx.eval(model.state)
         return model

@@ -245,6 +245,7 @@ class T5(nn.Module):
         ValueError or OSError naming the file and what is wrong with it.
         """
         from limits import check_t5
+        from strict import misfit
         from t5_files import read
 
         settings, weights, spiece = read(path_or_repo)
@@ -257,7 +258,8 @@ class T5(nn.Module):
             model.load_weights(list(weights.items()))
             mx.eval(model.state)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"T5 in {spiece.parent} does not load: {error}") from error
+            why = f"T5 in {spiece.parent} does not load: {misfit(error)}"
+            raise ValueError(why) from error
         return model, tokenizer
 
 
