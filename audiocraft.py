@@ -3,8 +3,8 @@
 `state_dict.bin` holds the decoder, the projections and what a conditioner has learned;
 `compression_state_dict.bin` the codec, or the name of one. Both are pickles of torch,
 with their settings as a text of YAML. `checkpoint.th`, which the training saves, holds
-the decoder, too, and the settings as objects of omegaconf. Needs torch_file.py and
-decoder_names.py beside it. No model is built.
+the decoder, too, and the settings as objects of omegaconf. Needs torch_file.py,
+decoder_names.py and strict.py beside it. No model is built.
 
     package = read_decoder(Path("musicgen/state_dict.bin"))
     package.config, package.decoder, package.conditioner
@@ -183,6 +183,7 @@ def read_codec(
         raise ValueError(f"{path} does not load: {error}") from error
 
 
+LSTM = ".lstm.weight_"  # before "ih_l0" and the like
 CONV = r"(encoder|decoder)\.model\.(.+)\.conv(?:tr)?\.conv(?:tr)?\.weight_v"
 
 
@@ -210,7 +211,9 @@ def codec_settings(weights: dict[str, mx.array], cfg: dict) -> dict[str, Any]:
     filters, channels, kernel_size = shapes["encoder", "0"]
     hidden, _, residual_kernel_size = shapes["encoder", "1.block.1"]
     entries, width = weights["quantizer.vq.layers.0._codebook.embed"].shape
-    codebooks = sum(name.endswith("._codebook.embed") for name in weights)
+    embeds = [re.search(r"\.(\d+)\._codebook\.embed$", name) for name in weights]
+    codebooks = 1 + max(int(match[1]) for match in embeds if match)
+    codebooks = max(codebooks, int(cfg.get("rvq.n_q", 0)))
     rate = int(cfg.get("sample_rate", 32000))
     ratios = [shapes["decoder", str(n)][2] // 2 for n in upsampling]
     bits = codebooks * math.ceil(math.log2(entries))
@@ -233,7 +236,7 @@ def codec_settings(weights: dict[str, mx.array], cfg: dict) -> dict[str, Any]:
         use_causal_conv=flag("seanet.causal", cfg.get("seanet.causal", "false")),
         pad_mode=cfg.get("seanet.pad_mode", "reflect"),
         compress=filters // hidden,
-        num_lstm_layers=sum(".lstm.weight_hh_l" in name for name in weights) // 2,
+        num_lstm_layers=len({n.rpartition("_l")[2] for n in weights if LSTM in n}),
         trim_right_ratio=1.0,
         codebook_size=entries,
         use_conv_shortcut=any(".shortcut." in name for name in weights),

@@ -3,8 +3,8 @@
 The neural codec of Défossez et al. (https://arxiv.org/abs/2210.13438), encoder and
 decoder, in its three published sizes: 24 kHz mono (causal), 32 kHz mono (the one that
 MusicGen speaks) and 48 kHz stereo (normalised, in overlapping chunks). Stands alone;
-encodec_files.py and limits.py are needed beside it to load published weights, hub.py to
-fetch them; audio.py, resample.py and outputs.py to pass a sound file through it.
+encodec_files.py, strict.py and limits.py are needed to load published weights, hub.py
+to fetch them; audio.py, resample.py and outputs.py to pass a sound file through it.
 
     model = Encodec.from_pretrained("32khz")
     chunks = model.encode(audio)  # (B, N, C) at model.sampling_rate

@@ -1,10 +1,10 @@
 """EnCodec's published files -> settings, and weights by our names and layouts.
 
 transformers' form is `config.json` and `model.safetensors`, audiocraft's one
-`compression_state_dict.bin`, for which audiocraft.py and torch_file.py are needed
-beside this file, as hub.py is to see at once that there is no network; else it stands
-alone. What `python encodec.py` does is here, too, and needs audio.py, resample.py and
-outputs.py.
+`compression_state_dict.bin`, for which audiocraft.py, decoder_names.py and torch_file.py
+are needed. To see at once that there is no network hub.py is needed. Needs strict.py
+beside it. What `python encodec.py` does is here, too, for which audio.py, resample.py
+and outputs.py are needed.
 
     path, settings, weights = read("32khz")  # or a Hub id, or a folder
 """
@@ -278,7 +278,7 @@ def merge_lstm(weights: Weights) -> Weights:
         ours = {"weight_ih": "Wx", "weight_hh": "Wh", "bias_ih": "bias"}[kind]
         add(merged, f"{stem}.{layer}.{ours}", weight)
     for name in merged:
-        if ".bias_hh_l" in name:
+        if re.search(r"\.bias_hh_l\d+$", name):
             raise Misfit(name.replace(".bias_hh_l", ".bias_ih_l"), "is missing")
     return merged
 

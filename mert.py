@@ -3,7 +3,7 @@
 The music model of Li et al. (https://arxiv.org/abs/2306.00107) with 95 M parameters: a
 HuBERT (https://arxiv.org/abs/2106.07447) that was trained on music. Convolutions turn
 24 000 samples a second into 75 frames, and a transformer relates these, in float32.
-Stands alone; torch_file.py is needed beside it to read the published
+Stands alone; torch_file.py and strict.py are needed beside it to read the published
 `pytorch_model.bin`, hub.py to see at once that there is no network, and audio.py,
 resample.py and outputs.py to read a sound file from the command line.
 

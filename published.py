@@ -4,7 +4,8 @@ names.
 audiocraft's layout is two `.bin` files beside T5 and, where the codec is only named,
 the codec; or `checkpoint.th` in place of the first; transformers' a `config.json` with
 all weights. Needs audiocraft.py,
-torch_file.py, encodec_files.py, t5.py and t5_files.py beside it. The files of what a
+torch_file.py, decoder_names.py, strict.py, encodec_files.py, t5.py and t5_files.py
+beside it. The files of what a
 model follows are needed beside it, too: melody.py, or style.py and mert.py, and what
 these need.
 

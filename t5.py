@@ -2,8 +2,8 @@
 
 The encoder half of T5 (Raffel et al., https://arxiv.org/abs/1910.10683) in
 float32, with relu or gated feed-forward, and a tokenizer that needs only the
-published `spiece.model`. Stands alone; t5_files.py and limits.py are needed
-beside it to load published weights, and hub.py to fetch them.
+published `spiece.model`. Stands alone; t5_files.py, strict.py and limits.py are
+needed to load published weights, and hub.py to fetch them.
 
     model, tokenizer = T5.from_pretrained("google-t5/t5-base")
     states, mask = model.encode([tokenizer.encode("happy rock")])

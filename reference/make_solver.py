@@ -122,8 +122,8 @@ def export(checkpoint: Path, target: Path) -> None:
 
 
 def load_exported(audiocraft, path: Path):
-    """`loaders.load_lm_model`, which cannot delete a setting below `conditioners: null`
-    in omegaconf 2.3."""
+    """As `loaders.load_lm_model`, which stumbles over `conditioners: null` where it
+    deletes settings below it."""
     package = torch.load(path)
     cfg = OmegaConf.create(package["xp.cfg"])
     cfg.device, cfg.dtype = "cpu", "float32"
