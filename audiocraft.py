@@ -178,9 +178,9 @@ def read_codec(
         weights = package["best_state"]
         return codec_settings(weights, read_settings(package)), weights
     except KeyError as error:
-        raise ValueError(f"{path} lacks {error}.") from error
+        raise ValueError(f"{path} lacks {error!s:.200}.") from error
     except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} does not load: {error}") from error
+        raise ValueError(f"{path} does not load: {misfit(error)}") from error
 
 
 LSTM = ".lstm.weight_"  # before "ih_l0" and the like
@@ -281,7 +281,7 @@ def read_decoder(path: Path) -> Package:
         size = None if window is None else window.size
         return Package(cfg, config, name_decoder(decoder), conditioner, size)
     except KeyError as error:
-        raise ValueError(f"{path} lacks {error}.") from error
+        raise ValueError(f"{path} lacks {error!s:.200}.") from error
     except (IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not load: {misfit(error, spell)}") from error
 

@@ -91,7 +91,7 @@ def read(name: str) -> Checkpoint:
             tokenizer.check(config.text_encoder)
         dtype = DTYPES[settings.get("decoder_dtype", "float16")]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not load: {error}") from error
+        raise ValueError(f"{path} does not load: {error!s:.250}") from error
     return Checkpoint(path, config, weights, tokenizer, dtype, read_text, misfit)
 
 
@@ -100,7 +100,7 @@ def read_json(path: Path) -> dict:
     try:
         settings = json.loads(path.read_text())
     except (RecursionError, ValueError) as error:
-        raise ValueError(f"{path} does not load: {error}") from error
+        raise ValueError(f"{path} does not load: {error!s:.250}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold an object, got {settings!r:.40}")
     return settings

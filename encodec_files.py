@@ -128,7 +128,7 @@ def read_files(config: Path, weights: Path) -> tuple[Path, dict, Weights]:
         with safe_open(weights, "numpy"):  # checks the header as mx.load does not
             return folder, settings, mx.load(str(weights))
     except (RuntimeError, SafetensorError, ValueError) as error:
-        raise ValueError(f"Codec {folder} does not load: {error}") from error
+        raise ValueError(f"Codec {folder} does not load: {error!s:.250}") from error
 
 
 def read_config(path: Path) -> dict:

@@ -32,6 +32,7 @@ import strict
 import t5_files
 from decoder_names import TRANSFORMERS, name_decoder, spell
 from t5 import Tokenizer
+from torch_file import load_torch
 
 T5_REPO = "google-t5/t5-base"
 NAMED_CODEC = (
@@ -77,6 +78,20 @@ def under(prefix: str, weights: Weights | nn.Module) -> Weights:
     return {f"{prefix}.{name}": weight for name, weight in weights.items()}
 
 
+def may_lack_text(folder: Path) -> bool:
+    """Whether a folder's model may be one without text, as far as its settings tell. No
+    weights are read, and what is damaged is told when it is loaded."""
+    path = folder / "config.json"
+    try:
+        if path.is_file():
+            return read_json(path).get("text_encoder", "") is None
+        package = load_torch(audiocraft.find_decoder(folder), ("xp.cfg",))
+        names = audiocraft.read_settings(package)
+        return not any(name.startswith("conditioners.description.") for name in names)
+    except (AttributeError, OSError, TypeError, ValueError):
+        return True
+
+
 # audiocraft's layout
 
 
@@ -106,7 +121,7 @@ def read_audiocraft(folder: Path) -> Published:
             settings["conditioner"], learned = read_conditioner(package, folder)
             weights |= under("conditioner", learned)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not load: {error}") from error
+        raise ValueError(f"{path} does not load: {strict.misfit(error)}") from error
 
     def spell_any(name: str) -> str:
         part, _, rest = name.partition(".")
@@ -228,7 +243,7 @@ def read_transformers(folder: Path) -> Published:
     except strict.Misfit as error:
         raise ValueError(misfit(error)) from error
     except (AttributeError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} does not load: {error}") from error
+        raise ValueError(f"{folder} does not load: {strict.misfit(error)}") from error
 
     def read_text_encoder() -> Weights:
         prefix = "text_encoder."
@@ -259,7 +274,7 @@ def read_json(path: Path) -> dict:
     try:
         settings = json.loads(path.read_text())
     except (RecursionError, ValueError) as error:
-        raise ValueError(f"{path} does not load: {error}") from error
+        raise ValueError(f"{path} does not load: {strict.misfit(error)}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold an object, got {settings!r:.40}")
     return settings
@@ -319,7 +334,9 @@ def read_index(path: Path) -> list[str]:
         TypeError,
         ValueError,
     ) as error:
-        raise ValueError(f"{path} is damaged, fetch it again: {error!r}") from error
+        raise ValueError(
+            f"{path} is damaged, fetch it again: {error!r:.200}"
+        ) from error
     return shards
 
 

@@ -52,9 +52,11 @@ def load_torch(path: str | Path, keys: tuple[str, ...] | None = None) -> Any:
 
 
 def in_words(error: Exception) -> str:
-    """Why a file cannot be read, without bytes of it and the last full stop."""
-    text = str(error)
-    return text.rstrip(". ") if text and "b'" not in text else "it holds something else"
+    """Why a file cannot be read, in a line, without bytes of it and the last full stop."""
+    text = " ".join(str(error).split())
+    if text == "" or "b'" in text:
+        return "it holds something else"
+    return f"{text.rstrip('. '):.200}"
 
 
 def load_state(path: str | Path) -> dict[str, mx.array]:

@@ -12,6 +12,7 @@ from common import REFERENCE, ScriptTest, expected
 
 import audiocraft
 import checkpoints
+import published
 import train
 from convert import convert
 from musicgen import MusicGen
@@ -134,6 +135,16 @@ class TestTextless(ScriptTest):
             self.assertNotEqual(status, 0)
             self.assertIn("a prompt must be given", err)
             self.assertEqual(len(err.splitlines()), 1, err)
+
+    def test_what_is_known_before_loading(self):
+        folder, target = self.folder_of(*CASES[1]), self.folder / "out"
+        convert(str(folder), target, mx.float32)
+        for place in (folder, target, self.folder, self.folder / "none"):
+            self.assertTrue(published.may_lack_text(place))
+        for name in ("mono-audiocraft", "solver-audiocraft", "mono-transformers"):
+            self.assertFalse(published.may_lack_text(REFERENCE / name))
+        (folder / "checkpoint.th").write_bytes(b"noise")
+        self.assertTrue(published.may_lack_text(folder))
 
     def test_nothing_to_train(self):
         folder = self.folder_of(*CASES[0])
