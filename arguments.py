@@ -5,7 +5,7 @@
 
 All that can be known before a model is loaded is checked here. Needs jobs.py, hub.py,
 models.py, settings.py, audio.py, outputs.py, messages.py, options.py, quantize.py and
-what these need beside it.
+what these need beside it; where a folder is given without a prompt, published.py, too.
 """
 
 import argparse
@@ -326,6 +326,21 @@ def read_input() -> str:
     return text
 
 
+NO_PROMPT = 'a prompt must be given, such as "happy rock", or --prompts'
+
+
+def may_lack_text(model: str) -> bool:
+    """Whether a model may be one without text, as far as is known before it is loaded."""
+    if follows(model) is not None:
+        return False
+    folder = local(model)
+    if folder is None:
+        return True
+    from published import may_lack_text
+
+    return may_lack_text(folder)
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for what does not go together or cannot be made."""
     for name in ("melody", "style"):
@@ -336,8 +351,11 @@ def check_arguments(args: argparse.Namespace) -> None:
             )
     if args.style and args.prompt is None and args.prompts is None:
         args.prompt = [""]
-    if args.prompt is None and args.prompts is None:
-        raise ValueError('a prompt must be given, such as "happy rock", or --prompts')
+    args.any_music = args.prompt is None and args.prompts is None
+    if args.any_music and not may_lack_text(args.model):
+        raise ValueError(NO_PROMPT)
+    if args.any_music:  # of a model without text, perhaps: generate.py sees to it
+        args.prompt = [""]
     if args.prompt is not None and args.prompts is not None:
         raise ValueError("a prompt and --prompts must not be given together")
     for name in ("takes", "batch_size"):

@@ -2,7 +2,9 @@
 
 `state_dict.bin` holds the decoder, the projections and what a conditioner has learned;
 `compression_state_dict.bin` the codec, or the name of one. Both are pickles of torch,
-with their settings as a text of YAML. Needs torch_file.py beside it. No model is built.
+with their settings as a text of YAML. `checkpoint.th`, which the training saves, holds
+the decoder, too, and the settings as objects of omegaconf. Needs torch_file.py,
+decoder_names.py and strict.py beside it. No model is built.
 
     package = read_decoder(Path("musicgen/state_dict.bin"))
     package.config, package.decoder, package.conditioner
@@ -15,25 +17,91 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from decoder_names import COMPUTED, name_decoder, spell
+from strict import misfit
 from torch_file import check_state, load_torch
 
 FILES = ("state_dict.bin", "compression_state_dict.bin")
+DECODERS = (FILES[0], "checkpoint.th")  # what is exported comes first
+KEYS = ("pretrained", "fsdp_best_state", "best_state", "xp.cfg")  # that are read
+
+
+def find_decoder(folder: Path) -> Path | None:
+    """The first of DECODERS that is there."""
+    return next((folder / name for name in DECODERS if (folder / name).is_file()), None)
 
 
 def load_package(path: Path) -> dict[str, Any]:
-    """Read what audiocraft exported: `best_state` and `xp.cfg`, or `pretrained`.
+    """Read what audiocraft exported, or saved in training: `best_state`, tensors by
+    name, and `xp.cfg`, a text or a dict; or `pretrained`.
 
     Raises ValueError naming the file when it holds neither.
     """
-    package = load_torch(path)
+    package = load_torch(path, KEYS)
     if not isinstance(package, dict):
         raise ValueError(f"{path} must hold what audiocraft exports, but does not.")
     if isinstance(package.get("pretrained"), str):
         return package
-    if "best_state" not in package or not isinstance(package.get("xp.cfg", ""), str):
+    settings = package.get("xp.cfg", "")
+    if "best_state" not in package or not isinstance(settings, str | dict):
         raise ValueError(f"{path} must hold what audiocraft exports, but does not.")
-    check_state(path, package["best_state"])
+    package["best_state"] = check_state(path, best_state(path, package))
     return package
+
+
+def best_state(path: Path, package: dict[str, Any]) -> Any:
+    """The state by names of tensors, which in training lies below "model"; that of all
+    processes (FSDP) comes first. Raises ValueError where the training has none yet."""
+    states = [package.get(key) for key in ("fsdp_best_state", "best_state")]
+    nested = [s for s in states if isinstance(s, dict) and type(s.get("model")) is dict]
+    if not nested:
+        return package["best_state"]
+    if state := next((s["model"] for s in nested if s["model"]), None):
+        return state
+    raise ValueError(
+        f"{path} must hold a best state, but it is empty. Let the training run to a "
+        "validation, or take a file that audiocraft's export_lm wrote."
+    )
+
+
+def read_settings(package: dict[str, Any]) -> dict[str, Any]:
+    """`xp.cfg` of either form, as `read_yaml` gives it."""
+    settings = package.get("xp.cfg", "")
+    return read_yaml(settings) if isinstance(settings, str) else flatten(settings)
+
+
+MOST_SETTINGS = 10_000  # a hostile tree may hold one branch in a great many places
+
+
+def flatten(settings: dict[Any, Any]) -> dict[str, Any]:
+    """The same of the settings as objects: scalars and lists of scalars, as texts."""
+    values, todo = {}, [("", settings)]
+    for _ in range(MOST_SETTINGS):
+        if not todo:
+            return {name: resolve(value, values) for name, value in values.items()}
+        name, value = todo.pop()
+        if isinstance(value, dict) and value:
+            stem = f"{name}." if name else ""
+            todo += [(f"{stem}{key}", item) for key, item in value.items()]
+        elif isinstance(value, list):
+            if items := [in_yaml(item) for item in value if is_scalar(item)]:
+                values[name] = items
+        elif is_scalar(value) or value == {}:
+            values[name] = in_yaml(value)
+        if len(todo) > MOST_SETTINGS or len(name) > 1000:
+            break
+    raise ValueError("xp.cfg holds more settings than any training has")
+
+
+def is_scalar(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float)
+
+
+def in_yaml(value: Any) -> str:
+    """A setting as YAML writes it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def read_yaml(text: str) -> dict[str, Any]:
@@ -108,14 +176,22 @@ def read_codec(
     """Settings as in transformers' `config.json`, and tensors by audiocraft's names."""
     try:
         weights = package["best_state"]
-        return codec_settings(weights, read_yaml(package.get("xp.cfg", ""))), weights
+        return codec_settings(weights, read_settings(package)), weights
     except KeyError as error:
-        raise ValueError(f"{path} lacks {error}.") from error
+        raise ValueError(f"{path} lacks {error!s:.200}.") from error
     except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} does not load: {error}") from error
+        raise ValueError(f"{path} does not load: {misfit(error)}") from error
 
 
+LSTM = ".lstm.weight_"  # before "ih_l0" and the like
 CONV = r"(encoder|decoder)\.model\.(.+)\.conv(?:tr)?\.conv(?:tr)?\.weight_v"
+
+
+class Shapes(dict):
+    """Shapes of kernels by the coder and the place in it."""
+
+    def __missing__(self, key: tuple[str, str]) -> None:
+        raise KeyError("{}.model.{}.conv.conv.weight_v".format(*key))
 
 
 def codec_settings(weights: dict[str, mx.array], cfg: dict) -> dict[str, Any]:
@@ -125,7 +201,7 @@ def codec_settings(weights: dict[str, mx.array], cfg: dict) -> dict[str, Any]:
     defaults of audiocraft's code hold.
     """
     # of the kernels (out, in, kernel), and (in, out, kernel) where the codec upsamples
-    shapes = {}
+    shapes = Shapes()
     for name, weight in weights.items():
         name = name.replace("parametrizations.weight.original1", "weight_v")
         if match := re.fullmatch(CONV, name):
@@ -135,7 +211,9 @@ def codec_settings(weights: dict[str, mx.array], cfg: dict) -> dict[str, Any]:
     filters, channels, kernel_size = shapes["encoder", "0"]
     hidden, _, residual_kernel_size = shapes["encoder", "1.block.1"]
     entries, width = weights["quantizer.vq.layers.0._codebook.embed"].shape
-    codebooks = sum(name.endswith("._codebook.embed") for name in weights)
+    embeds = [re.search(r"\.(\d+)\._codebook\.embed$", name) for name in weights]
+    codebooks = 1 + max(int(match[1]) for match in embeds if match)
+    codebooks = max(codebooks, int(cfg.get("rvq.n_q", 0)))
     rate = int(cfg.get("sample_rate", 32000))
     ratios = [shapes["decoder", str(n)][2] // 2 for n in upsampling]
     bits = codebooks * math.ceil(math.log2(entries))
@@ -158,7 +236,7 @@ def codec_settings(weights: dict[str, mx.array], cfg: dict) -> dict[str, Any]:
         use_causal_conv=flag("seanet.causal", cfg.get("seanet.causal", "false")),
         pad_mode=cfg.get("seanet.pad_mode", "reflect"),
         compress=filters // hidden,
-        num_lstm_layers=sum(".lstm.weight_hh_l" in name for name in weights) // 2,
+        num_lstm_layers=len({n.rpartition("_l")[2] for n in weights if LSTM in n}),
         trim_right_ratio=1.0,
         codebook_size=entries,
         use_conv_shortcut=any(".shortcut." in name for name in weights),
@@ -181,7 +259,7 @@ WINDOW = f"{SELF_WAV}chroma.spec.window"
 class Package(NamedTuple):
     """What a `state_dict.bin` holds."""
 
-    cfg: dict[str, Any]  # `xp.cfg`: dotted names -> texts
+    cfg: dict[str, Any]  # `xp.cfg`: dotted names -> texts; lists
     config: dict[str, Any]  # the decoder's, as in our config.json
     decoder: dict[str, mx.array]  # weights by our names
     conditioner: dict[str, mx.array]  # weights by audiocraft's names
@@ -189,11 +267,11 @@ class Package(NamedTuple):
 
 
 def read_decoder(path: Path) -> Package:
-    """Read a `state_dict.bin`. Raises ValueError naming the file and what it lacks, or
-    the setting that is not ported."""
+    """Read one of DECODERS. Raises ValueError naming the file and what it lacks, or the
+    setting that is not ported."""
     package = load_package(path)
     try:
-        cfg = read_yaml(package.get("xp.cfg", ""))
+        cfg = read_settings(package)
         for name, value in SETTINGS.items():
             if cfg.get(name, value) != value:
                 raise ValueError(f"{name} must be {value}, got {cfg[name]}")
@@ -203,9 +281,9 @@ def read_decoder(path: Path) -> Package:
         size = None if window is None else window.size
         return Package(cfg, config, name_decoder(decoder), conditioner, size)
     except KeyError as error:
-        raise ValueError(f"{path} lacks {error}.") from error
+        raise ValueError(f"{path} lacks {error!s:.200}.") from error
     except (IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not load: {error}") from error
+        raise ValueError(f"{path} does not load: {misfit(error, spell)}") from error
 
 
 def split_conditioner(
@@ -229,11 +307,15 @@ def decoder_settings(weights: dict[str, mx.array], cfg: dict) -> dict[str, Any]:
     Where `cfg` is silent the published models' values hold: heads of width 64, and
     the delays that belong to the number of codebooks.
     """
-    K = sum(name.startswith("emb.") for name in weights)
+    tables = [re.sub(r"^(emb|linears)\.\d+\.weight$", r"\1", name) for name in weights]
+    K = max(tables.count("emb"), tables.count("linears"))
     entries, D = weights["emb.0.weight"].shape
     layers = {name.split(".")[2] for name in weights if "transformer.layers." in name}
     stereo = cfg.get("interleave_stereo_codebooks.use", str(K == 8).lower())
-    prefix = weights.get(f"{SELF_WAV}output_proj.weight")
+    name = f"{SELF_WAV}output_proj.weight"
+    prefix = weights.get(name)
+    if prefix is None and "self_wav" in (cfg.get("fuser.prepend") or ""):
+        raise KeyError(name)
     config = dict(
         vocab_size=entries - 1,
         hidden_size=D,
@@ -387,11 +469,24 @@ def style_sizes(config: dict[str, int]) -> dict[str, str]:
 METHODS = ("sum", "cross", "prepend", "input_interpolate")
 
 
-def check_conditions(cfg: dict[str, Any], has_sound: bool) -> None:
+def has_text(package: Package) -> bool:
+    """Whether a text reaches the decoder, alone or with a sound, as its weights or its
+    settings tell."""
+    names = [*package.cfg, *package.decoder]
+    return any(
+        name.startswith(("conditioners.description.", "output_proj.", "sound_proj."))
+        or ".cross_attention." in name
+        for name in names
+    )
+
+
+def check_conditions(
+    cfg: dict[str, Any], has_sound: bool, has_text: bool = True
+) -> None:
     """Raise ValueError for other ways in which text, and with `has_sound` a sound,
     reach the decoder: text is attended, or it and the sound come before the codes."""
     lists = {m: cfg[f"fuser.{m}"] for m in METHODS if f"fuser.{m}" in cfg}
-    wanted = {"cross": {"description"}}
+    wanted = {"cross": {"description"}} if has_text else {}
     if has_sound:
         wanted = {"prepend": {"self_wav", "description"}}
     for method in METHODS if lists else ():
@@ -451,108 +546,3 @@ def flag(name: str, text: str) -> bool:
     if str(text).lower() not in ("true", "false"):
         raise ValueError(f"{name} must be true or false, got {text}")
     return str(text).lower() == "true"
-
-
-# Names of the decoder's weights
-
-
-def name_decoder(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """audiocraft's or transformers' names -> ours, with what we fuse fused.
-
-    Safe to run twice. Raises ValueError for integers, save quantized ones, and for
-    missing parts.
-    """
-    renamed = {}
-    for name, weight in weights.items():
-        if not name.endswith(COMPUTED):
-            add(renamed, rename(name), weight)
-    check_numbers(renamed)
-    return fuse(split_cross(renamed))
-
-
-COMPUTED = ("embed_positions.weights", ".self_wav.chroma.spec.window")  # from nothing
-
-RENAMES = (  # transformers' names -> audiocraft's -> ours
-    (r"^model\.decoder\.", ""),
-    (r"^embed_tokens\.", "emb."),
-    (r"^lm_heads\.", "linears."),
-    (r"^enc_to_dec_proj\.", "output_proj."),
-    (r"^(audio_enc_to_dec|melody)_proj\.", "sound_proj."),
-    (r"^layer_norm\.", "out_norm."),
-    (r"\.self_attn_layer_norm\.", ".norm1."),
-    (r"\.encoder_attn_layer_norm\.", ".norm_cross."),
-    (r"\.final_layer_norm\.", ".norm2."),
-    (r"\.encoder_attn\.", ".cross_attention."),
-    (r"\.fc([12])\.", r".linear\1."),
-    (r"^transformer\.", ""),
-    (r"^condition_provider\.conditioners\.description\.", ""),
-    (r"^condition_provider\.conditioners\.self_wav\.output_", "sound_"),
-    (r"\.in_proj_weight$", ".in_proj.weight"),
-)
-
-
-def rename(name: str) -> str:
-    for pattern, replacement in RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def add(weights: dict[str, mx.array], name: str, weight: mx.array) -> None:
-    """Put a tensor under a name. Raises ValueError when the name is taken."""
-    if name in weights:
-        raise ValueError(f"{name} is there twice, under two spellings")
-    weights[name] = weight
-
-
-def check_numbers(weights: dict[str, mx.array]) -> None:
-    """Raise ValueError unless all are floats, or quantized and so with `scales`."""
-    for name, weight in weights.items():
-        packed = f"{name.removesuffix('.weight')}.scales" in weights
-        quantized = packed and weight.dtype == mx.uint32
-        if not (quantized or mx.issubdtype(weight.dtype, mx.floating)):
-            raise ValueError(f"{name} must hold floats, but holds {weight.dtype}")
-
-
-def split_cross(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Part the queries of audiocraft's cross-attention from keys and values."""
-    split = {}
-    for name, weight in weights.items():
-        stem, found, _ = name.partition("cross_attention.in_proj.weight")
-        if found:
-            if weight.ndim != 2 or weight.shape[0] % 3:
-                raise ValueError(f"{name} must hold 3 matrices, got {weight.shape}")
-            D = weight.shape[0] // 3
-            add(split, f"{stem}cross_attention.q_proj.weight", weight[:D])
-            add(split, f"{stem}cross_attention.kv_proj.weight", weight[D:])
-        else:
-            add(split, name, weight)
-    return split
-
-
-FUSED = (  # pattern of the parts' names -> name of the whole; parts in order
-    (r"(.*self_attn)\.([qkv])_proj\.weight", r"\1.in_proj.weight", "qkv"),
-    (r"(.*cross_attention)\.([kv])_proj\.weight", r"\1.kv_proj.weight", "kv"),
-    (r"(emb)\.(0|[1-9]\d?)\.weight", r"\1.weight", None),
-    (r"(linears)\.(0|[1-9]\d?)\.weight", r"\1.weight", None),
-)
-
-
-def fuse(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Stack the matrices that are applied to the same input."""
-    fused, parts = {}, {}
-    for name, weight in weights.items():
-        for pattern, whole, order in FUSED:
-            if match := re.fullmatch(pattern, name):
-                place = order.index(match[2]) if order else int(match[2])
-                parts.setdefault(match.expand(whole), {})[place] = weight
-                break
-        else:
-            fused[name] = weight
-    for name, places in parts.items():
-        if missing := set(range(max(places) + 1)) - places.keys():
-            raise ValueError(f"part {min(missing)} of {name} is missing")
-        if len({weight.shape for weight in places.values()}) > 1:
-            shapes = ", ".join(str(places[i].shape) for i in sorted(places))
-            raise ValueError(f"the parts of {name} must have one shape, got {shapes}")
-        add(fused, name, mx.concatenate([places[i] for i in sorted(places)]))
-    return fused

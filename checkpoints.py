@@ -38,7 +38,7 @@ class MusicGenConfig:
     """Configs of the models, and the longest audio in seconds that it knows."""
 
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    text_encoder: T5Config = field(default_factory=T5Config)
+    text_encoder: T5Config | None = field(default_factory=T5Config)  # None: no text
     audio_encoder: EncodecConfig = field(default_factory=EncodecConfig)
     max_duration: float = 30.0
     quantization: dict | None = None  # of the decoder: bits, group_size, mode
@@ -53,9 +53,10 @@ class Checkpoint(NamedTuple):
     path: Path  # of the config, or of audiocraft's decoder
     config: MusicGenConfig
     weights: dict[str, mx.array]  # by our names
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None: there is no text
     dtype: mx.Dtype  # in which the decoder was published or written
     read_text_encoder: Callable[[], dict[str, mx.array]]  # its weights once more
+    misfit: Callable[[Exception], str]  # why the weights do not load, in a line
 
     @property
     def revision(self) -> str | None:
@@ -75,27 +76,28 @@ def read(name: str) -> Checkpoint:
     if "decoder_dtype" not in settings:
         import published
 
-        path, settings, weights, tokenizer, read_text = published.read(folder)
+        path, settings, weights, tokenizer, read_text, misfit = published.read(folder)
     else:
-        if not (folder / "spiece.model").is_file():
+        pieces = folder / "spiece.model"
+        has_text = settings.get("text_encoder", {}) is not None
+        if has_text and not pieces.is_file():
             raise FileNotFoundError(f"{folder} must hold spiece.model, but lacks it.")
-        tokenizer, weights = Tokenizer(folder / "spiece.model"), read_weights(folder)
-        read_text = lambda: text_encoder_of(read_weights(folder))  # noqa: E731
+        tokenizer = Tokenizer(pieces) if has_text else None
+        weights = read_weights(folder)
+        read_text = lambda: read_weights(folder, "text_encoder.")  # noqa: E731
+        misfit = lambda e: f"{folder} does not load: {e!s:.250}"  # noqa: E731
     try:
         config = read_config(settings)
         if config.quantization is not None:
             from quantize import check_stored
 
             check_stored(config.quantization, weights)
-        tokenizer.check(config.text_encoder)
+        if tokenizer:
+            tokenizer.check(config.text_encoder)
         dtype = DTYPES[settings.get("decoder_dtype", "float16")]
-    except KeyError as error:
-        raise ValueError(
-            f"decoder_dtype in {path} must be one of {', '.join(DTYPES)}, got {error}."
-        ) from None
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not load: {error}") from error
-    return Checkpoint(path, config, weights, tokenizer, dtype, read_text)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not load: {error!s:.250}") from error
+    return Checkpoint(path, config, weights, tokenizer, dtype, read_text, misfit)
 
 
 def read_json(path: Path) -> dict:
@@ -103,14 +105,15 @@ def read_json(path: Path) -> dict:
     try:
         settings = json.loads(path.read_text())
     except (RecursionError, ValueError) as error:
-        raise ValueError(f"{path} does not load: {error}") from error
+        raise ValueError(f"{path} does not load: {error!s:.250}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold an object, got {settings!r:.40}")
     return settings
 
 
-def read_weights(folder: Path) -> dict[str, mx.array]:
-    """The tensors of a folder that `convert.py` wrote; T5 and codec in float32."""
+def read_weights(folder: Path, of: str = "") -> dict[str, mx.array]:
+    """The tensors of a folder that `convert.py` wrote; T5 and codec in float32. `of` is
+    the beginning of names that are read, and taken away."""
     path = folder / "model.safetensors"
     if not path.is_file():
         import published
@@ -134,15 +137,7 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
             )
         if not name.startswith("decoder."):
             weights[name] = weight.astype(mx.float32)
-    return weights
-
-
-def text_encoder_of(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """T5's weights among a whole model's, by its own names."""
-    prefix = "text_encoder."
-    return {
-        k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)
-    }
+    return {k.removeprefix(of): w for k, w in weights.items() if k.startswith(of)}
 
 
 def locate(name: str) -> Path:
@@ -166,15 +161,11 @@ def read_config(settings: dict) -> MusicGenConfig:
 
     Raises ValueError for what is missing, not ported, or absurd.
     """
-    if settings.get("model_type") not in ("musicgen", "musicgen_melody"):
-        raise ValueError(
-            "model_type must be 'musicgen' or 'musicgen_melody', got "
-            f"{settings.get('model_type')!r:.80}."
-        )
-    for part in ("decoder", "text_encoder", "audio_encoder"):
-        if not isinstance(settings.get(part), dict):
-            raise ValueError(f"It must have '{part}', an object, but lacks it.")
-    conditioner = None
+    if has_limits := Path(__file__).with_name("limits.py").is_file():
+        from limits import check_parts, check_settings
+
+        check_settings(settings)
+    conditioner, text = None, settings["text_encoder"]
     section = settings.get("conditioner")
     legacy = settings["decoder"].get("num_chroma")  # we wrote it there once
     if settings["model_type"] != "musicgen" or section is not None or legacy:
@@ -185,13 +176,11 @@ def read_config(settings: dict) -> MusicGenConfig:
     names = ("max_duration", "quantization", "default_duration", "default_stride")
     config = MusicGenConfig(
         decoder.read_config(settings["decoder"], width),
-        T5Config.from_dict(settings["text_encoder"]),
+        text and T5Config.from_dict(text),
         EncodecConfig.from_dict(settings["audio_encoder"]),
         conditioner=conditioner,
         **{name: settings[name] for name in names if name in settings},
     )
-    if Path(__file__).with_name("limits.py").is_file():
-        from limits import check_parts
-
+    if has_limits:
         check_parts(config)
     return config

@@ -107,7 +107,8 @@ def save(model: MusicGen, folder: Path) -> None:
     dtype = str(model.decoder.dtype).removeprefix("mlx.core.")
     config = {"model_type": "musicgen", "decoder_dtype": dtype} | asdict(model.config)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "spiece.model").write_bytes(model.tokenizer.serialized())
+    if model.tokenizer is not None:
+        (folder / "spiece.model").write_bytes(model.tokenizer.serialized())
 
 
 def is_converted(folder: Path) -> bool:

@@ -128,9 +128,9 @@ class CrossAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention, cross-attention (with no prefix), feed-forward."""
+    """Self-attention, cross-attention (of a text, with no prefix), feed-forward."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, has_text: bool = True):
         super().__init__()
         D = config.hidden_size
         self.norm1 = nn.LayerNorm(D)
@@ -138,7 +138,7 @@ class Layer(nn.Module):
         self.norm2 = nn.LayerNorm(D)
         self.linear1 = nn.Linear(D, config.ffn_dim, bias=False)
         self.linear2 = nn.Linear(config.ffn_dim, D, bias=False)
-        if not config.prefix_width:
+        if has_text and not config.prefix_width:
             self.norm_cross = nn.LayerNorm(D)
             self.cross_attention = CrossAttention(config)
 
@@ -171,16 +171,18 @@ class Decoder(nn.Module):
     """The language model: codes and conditions in, logits of the next codes out.
 
     The K embedding tables lie in one, codebook after codebook, and so do the K
-    output projections.
+    output projections. A `text_width` of 0 is a model without text.
     """
 
     def __init__(self, config: DecoderConfig, text_width: int):
         super().__init__()
         self.config = config
         K, V, D = config.num_codebooks, config.vocab_size, config.hidden_size
-        self.output_proj = nn.Linear(text_width, D)  # of the text, as audiocraft has it
+        if text_width:
+            self.output_proj = nn.Linear(text_width, D)  # as audiocraft names it
         self.emb = nn.Embedding(K * (V + 1), D)
-        self.layers = [Layer(config) for _ in range(config.num_hidden_layers)]
+        layers = range(config.num_hidden_layers)
+        self.layers = [Layer(config, text_width > 0) for _ in layers]
         if config.prefix_width:
             self.sound_proj = nn.Linear(config.prefix_width, D)
         self.out_norm = nn.LayerNorm(D)
@@ -226,11 +228,11 @@ class Decoder(nn.Module):
         return x.reshape(R, S, self.config.num_codebooks, -1)
 
     def text_kv(self, text: Condition) -> list[TextKV | None]:
-        """Keys and values of the text in each layer; None where it is in the prefix.
+        """Keys and values of the text in each layer; None where none is attended.
 
         A row without a text attends nothing but zeros, which adds nothing.
         """
-        if self.config.prefix_width:
+        if "cross_attention" not in self.layers[0]:
             return [None] * len(self.layers)
         states = self.output_proj(text.states.astype(self.dtype)) * text.mask[..., None]
         attended = text.mask | ~text.mask.any(axis=1, keepdims=True)

@@ -483,7 +483,7 @@ class HTDemucs(nn.Module):
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} does not load: {error}") from error
+            raise ValueError(f"{path} does not load: {error!s:.250}") from error
         mx.eval(model.state)
         return model
 

@@ -3,8 +3,8 @@
 The neural codec of Défossez et al. (https://arxiv.org/abs/2210.13438), encoder and
 decoder, in its three published sizes: 24 kHz mono (causal), 32 kHz mono (the one that
 MusicGen speaks) and 48 kHz stereo (normalised, in overlapping chunks). Stands alone;
-encodec_files.py and limits.py are needed beside it to load published weights, hub.py to
-fetch them; audio.py, resample.py and outputs.py to pass a sound file through it.
+encodec_files.py, strict.py and limits.py are needed to load published weights, hub.py
+to fetch them; audio.py, resample.py and outputs.py to pass a sound file through it.
 
     model = Encodec.from_pretrained("32khz")
     chunks = model.encode(audio)  # (B, N, C) at model.sampling_rate
@@ -407,7 +407,7 @@ class Encodec(nn.Module):
         `compression_state_dict.bin`. Raises ValueError or OSError naming the
         file and what is wrong with it.
         """
-        from encodec_files import read
+        from encodec_files import misfit, read
         from limits import check_codec
 
         path, settings, weights = read(path_or_repo)
@@ -418,7 +418,7 @@ class Encodec(nn.Module):
             model.load_weights(list(weights.items()))
             mx.eval(model.state)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"Codec {path} does not load: {error}") from error
+            raise ValueError(misfit(path, error)) from error
         return model
 
 

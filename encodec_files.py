@@ -1,10 +1,10 @@
 """EnCodec's published files -> settings, and weights by our names and layouts.
 
 transformers' form is `config.json` and `model.safetensors`, audiocraft's one
-`compression_state_dict.bin`, for which audiocraft.py and torch_file.py are needed
-beside this file, as hub.py is to see at once that there is no network; else it stands
-alone. What `python encodec.py` does is here, too, and needs audio.py, resample.py and
-outputs.py.
+`compression_state_dict.bin`, for which audiocraft.py, decoder_names.py and torch_file.py
+are needed. To see at once that there is no network hub.py is needed. Needs strict.py
+beside it. What `python encodec.py` does is here, too, for which audio.py, resample.py
+and outputs.py are needed.
 
     path, settings, weights = read("32khz")  # or a Hub id, or a folder
 """
@@ -21,6 +21,9 @@ import mlx.core as mx
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
+
+import strict
+from strict import Misfit
 
 REPOS = {size: f"facebook/encodec_{size}" for size in ("24khz", "32khz", "48khz")}
 FILES = ("config.json", "model.safetensors")
@@ -53,7 +56,23 @@ def read(path_or_repo: str | Path) -> tuple[Path, dict, Weights]:
     try:
         return path, settings, sanitize(weights)
     except (IndexError, ValueError) as error:
-        raise ValueError(f"Codec {path} does not load: {error}") from error
+        raise ValueError(misfit(path, error)) from error
+
+
+def misfit(path: Path, error: Exception) -> str:
+    """Why the codec in `path`, a folder or audiocraft's file, does not load: a line,
+    which names a tensor as its file does."""
+    told = strict.misfit(error, lambda name: spell(name, names_in(path)))
+    return f"Codec {path} does not load: {told}"
+
+
+def names_in(path: Path) -> list[str]:
+    """Of the tensors in a folder, or in audiocraft's file."""
+    if path.name == AUDIOCRAFT_FILE:
+        from audiocraft import load_package
+
+        return [*load_package(path)["best_state"]]
+    return [*mx.load(str(path / FILES[1]))]  # their data is not read
 
 
 def locate(path_or_repo: str | Path) -> list[Path]:
@@ -113,7 +132,7 @@ def read_files(config: Path, weights: Path) -> tuple[Path, dict, Weights]:
         with safe_open(weights, "numpy"):  # checks the header as mx.load does not
             return folder, settings, mx.load(str(weights))
     except (RuntimeError, SafetensorError, ValueError) as error:
-        raise ValueError(f"Codec {folder} does not load: {error}") from error
+        raise ValueError(f"Codec {folder} does not load: {error!s:.250}") from error
 
 
 def read_config(path: Path) -> dict:
@@ -139,7 +158,7 @@ def sanitize(weights: Weights) -> Weights:
             add(kept, rename(name), weight)
     for name, weight in kept.items():
         if not mx.issubdtype(weight.dtype, mx.floating):
-            raise ValueError(f"{name} must hold floats, but holds {weight.dtype}")
+            raise Misfit(name, f"must hold floats, but holds {weight.dtype}")
     weights = {name: weight.astype(mx.float32) for name, weight in kept.items()}
     if not any("lstm.weight_ih" in name for name in weights):
         return weights  # ours already
@@ -159,6 +178,35 @@ RENAMES = (  # audiocraft's names, then transformers' since 4.46
 )
 
 
+SPELLINGS = (  # our names -> transformers'
+    (r"\.lstm\.(\d+)\.Wx$", r".lstm.weight_ih_l\1"),
+    (r"\.lstm\.(\d+)\.Wh$", r".lstm.weight_hh_l\1"),
+    (r"\.lstm\.(\d+)\.bias$", r".lstm.bias_ih_l\1"),
+)
+AUDIOCRAFT_SPELLINGS = (  # and these -> audiocraft's
+    (r"\.conv\.", ".conv.conv."),
+    (r"^(encoder|decoder)\.layers\.", r"\1.model."),
+    (r"^quantizer\.", "quantizer.vq."),
+    (r"\.codebook\.", "._codebook."),
+)
+
+
+def spell(name: str, names: list[str]) -> str:
+    """A name, ours, as it is in the file whose other `names` these are; of what we
+    merge, the part that is largest."""
+    if any(".parametrizations." in other for other in names):
+        name = re.sub(r"\.weight(_v)?$", ".parametrizations.weight.original1", name)
+        name = re.sub(r"\.weight_g$", ".parametrizations.weight.original0", name)
+    elif any(other.endswith(".weight_v") for other in names):
+        name = re.sub(r"\.conv\.weight$", ".conv.weight_v", name)
+    audiocraft = any(n.startswith(("encoder.model.", "decoder.model.")) for n in names)
+    for pattern, replacement in SPELLINGS + AUDIOCRAFT_SPELLINGS * audiocraft:
+        name = re.sub(pattern, replacement, name)
+    upsamples = name.replace(".conv.conv.", ".convtr.convtr.")
+    has = {other.rpartition(".")[0] for other in names}
+    return upsamples if upsamples.rpartition(".")[0] in has else name
+
+
 def rename(name: str) -> str:
     for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
@@ -176,21 +224,25 @@ def fold_weight_norm(weights: Weights) -> Weights:
     """weight = g * v / |v|, the norm taken over all dimensions but the first."""
     folded = dict(weights)
     for name, weight in weights.items():
-        stem, found, _ = name.partition(".weight_v")
-        if found:
+        stem = name.removesuffix(".weight_v")
+        if stem != name:
             if weight.ndim != 3:
-                raise ValueError(f"{name} must have 3 dimensions, got {weight.shape}")
+                raise Misfit(name, f"must have 3 dimensions, got {weight.shape}")
             gain = partner(folded, f"{stem}.weight_g", (len(weight), 1, 1))
             norm = mx.sqrt((weight**2).sum(axis=(1, 2), keepdims=True))
             add(folded, f"{stem}.weight", gain * folded.pop(name) / norm)
+    for name in folded:
+        if name.endswith(".weight_g"):
+            raise Misfit(name.replace(".weight_g", ".weight_v"), "is missing")
     return folded
 
 
 def partner(weights: Weights, name: str, shape: tuple) -> mx.array:
     """Take `name` out of `weights`. Raises ValueError unless it has the shape."""
     if name not in weights or weights[name].shape != shape:
-        found = weights[name].shape if name in weights else "nothing"
-        raise ValueError(f"{name} must have the shape {shape}, got {found}")
+        if name not in weights:
+            raise Misfit(name, "is missing")
+        raise Misfit(name, f"must have the shape {shape}, got {weights[name].shape}")
     return weights.pop(name)
 
 
@@ -203,7 +255,7 @@ def channels_last(weights: Weights) -> Weights:
     inner = re.compile(r"decoder\.layers\.(\d+)\.conv\.weight")
     numbers = [int(m[1]) for m in map(inner.fullmatch, weights) if m]
     if not numbers:
-        raise ValueError("decoder.layers.0.conv.weight is missing")
+        raise Misfit("decoder.layers.0.conv.weight", "is missing")
     last = max(numbers)
 
     def move(name: str, weight: mx.array) -> mx.array:
@@ -229,6 +281,9 @@ def merge_lstm(weights: Weights) -> Weights:
             weight = weight + partner(merged, other, weight.shape)
         ours = {"weight_ih": "Wx", "weight_hh": "Wh", "bias_ih": "bias"}[kind]
         add(merged, f"{stem}.{layer}.{ours}", weight)
+    for name in merged:
+        if re.search(r"\.bias_hh_l\d+$", name):
+            raise Misfit(name.replace(".bias_hh_l", ".bias_ih_l"), "is missing")
     return merged
 
 

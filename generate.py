@@ -43,7 +43,7 @@ import jobs
 import lines
 import settings
 import stream
-from arguments import OF_MODEL, QUANTIZATION, parse_arguments
+from arguments import NO_PROMPT, OF_MODEL, QUANTIZATION, parse_arguments
 from audio import check_writable, save_audio
 from encodec_stream import play as play_take
 from hub import local, same_model
@@ -227,6 +227,8 @@ def load(
     model = MusicGen.from_pretrained(
         args.model, dtype, group=group, **quantization, **adapter
     )
+    if args.any_music and model.config.text_encoder is not None:
+        raise ValueError(NO_PROMPT)
     model.plain = model.plain or args.plain
     return model
 

@@ -6,14 +6,35 @@ ported is refused, too. All is checked before a model is built. Stands alone.
 
 from typing import Any
 
+MODEL_TYPES = ("musicgen", "musicgen_melody")
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raise ValueError unless a `config.json` is that of a MusicGen."""
+    kind, dtype = settings.get("model_type"), settings.get("decoder_dtype", DTYPES[0])
+    if kind not in MODEL_TYPES:
+        listed = " or ".join(map(repr, MODEL_TYPES))
+        raise ValueError(f"model_type must be {listed}, got {kind!r:.80}.")
+    if dtype not in DTYPES:
+        listed = ", ".join(DTYPES)
+        raise ValueError(f"decoder_dtype must be one of {listed}, got {dtype!r:.80}.")
+    for part in ("decoder", "text_encoder", "audio_encoder"):
+        no_text = part == "text_encoder" and settings.get(part, "") is None
+        if not (no_text or isinstance(settings.get(part), dict)):
+            raise ValueError(f"It must have '{part}', an object, but lacks it.")
+
 
 def check_parts(config: Any) -> None:
     """Raise ValueError for a `MusicGenConfig` of which a part is refused below."""
     check_decoder(config.decoder)
-    check_t5(config.text_encoder)
+    if config.text_encoder is not None:
+        check_t5(config.text_encoder)
     check_codec(config.audio_encoder)
     check_pair(config.decoder, config.audio_encoder)
     check_lengths(config)
+    if config.text_encoder is None and config.conditioner is not None:
+        raise ValueError("a model that follows a sound must have a text_encoder.")
 
 
 def check_lengths(config: Any) -> None:

@@ -3,7 +3,7 @@
 The music model of Li et al. (https://arxiv.org/abs/2306.00107) with 95 M parameters: a
 HuBERT (https://arxiv.org/abs/2106.07447) that was trained on music. Convolutions turn
 24 000 samples a second into 75 frames, and a transformer relates these, in float32.
-Stands alone; torch_file.py is needed beside it to read the published
+Stands alone; torch_file.py and strict.py are needed beside it to read the published
 `pytorch_model.bin`, hub.py to see at once that there is no network, and audio.py,
 resample.py and outputs.py to read a sound file from the command line.
 
@@ -152,6 +152,7 @@ class MERT(nn.Module):
         Raises OSError where a file is missing, or ValueError for one that is damaged or
         of another model.
         """
+        from strict import misfit
         from torch_file import load_state
 
         config, weights = locate(path_or_repo)
@@ -160,7 +161,7 @@ class MERT(nn.Module):
             model.load_weights(list(cls.sanitize(load_state(weights)).items()))
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"MERT in {config.parent} does not load: {error}"
+                f"MERT in {config.parent} does not load: {misfit(error)}"
             ) from error
         mx.eval(model.state)
         return model

@@ -7,7 +7,7 @@ its parts: `MusicGen`, text encoder, decoder and codec together; the take that i
 the loop (`generate_step`), guidance and sampling; the delay pattern. Needs decoder.py,
 t5.py, encodec.py, options.py and checkpoints.py beside it. Beside them, engine.py,
 encodec_stream.py and parallel.py make it faster. To begin with a sound, prompt.py and
-what that needs are needed; to follow one, conditioning.py; for few bits, quantize.py.
+what that needs are needed; to follow one, conditioning.py; quantize.py; textless.py.
 
     model = MusicGen.from_pretrained("stereo-small")
     audio = model.generate(["happy rock", "calm piano"], duration=8.0, seed=0)
@@ -40,11 +40,12 @@ class MusicGen(nn.Module):
     # True: the plain step and the plain decode run, as they do without the twins.
     plain = not all(Path(__file__).with_name(name).is_file() for name in TWINS)
 
-    def __init__(self, config: MusicGenConfig, tokenizer: Tokenizer):
+    def __init__(self, config: MusicGenConfig, tokenizer: Tokenizer | None):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self.text_encoder = T5(config.text_encoder)
-        self.decoder = Decoder(config.decoder, config.text_encoder.d_model)
+        text = config.text_encoder
+        self.text_encoder = text and T5(text)
+        self.decoder = Decoder(config.decoder, text.d_model if text else 0)
         self.audio_encoder = Encodec(config.audio_encoder)
         self.conditioner = None
         if config.conditioner:
@@ -182,6 +183,10 @@ class MusicGen(nn.Module):
         options = Options(duration, **options)
         options.check(self.config.max_duration, self.frame_rate)
         prompts = check_prompts(prompts)
+        if self.config.text_encoder is None:
+            from textless import without_text
+
+            options = without_text(self.name, prompts, options)
         seeds = row_seeds(seed, len(prompts))
         check_batch_size(batch_size)
         prompt_codes = mx.zeros((1, 0, self.config.decoder.num_codebooks), mx.uint32)
@@ -262,7 +267,7 @@ class MusicGen(nn.Module):
             model.load_weights(list(files.weights.items()))
             files.weights.clear()  # so that what is cast or quantized goes
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{files.path.parent} does not load: {error}") from error
+            raise ValueError(files.misfit(error)) from error
         model.name, model.revision = str(path_or_repo), files.revision
         model.read_text_encoder = files.read_text_encoder
         model.decoder.set_dtype(dtype or (mx.float32 if on_cpu else files.dtype))
@@ -295,6 +300,9 @@ def encode_text(
     negative prompt if there is one. Longer prompts than T5 knows lose their end, with a
     warning.
     """
+    if model.config.text_encoder is None:
+        empty = mx.zeros((len(prompts), 1, 1), mx.bool_)
+        return Condition(empty, empty[..., 0])
     if (encoder := model.text_encoder) is None:  # another thread may free it again
         encoder = T5(model.config.text_encoder)
         mx.eval(encoder.load_weights(list(model.read_text_encoder().items())).state)

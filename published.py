@@ -2,8 +2,10 @@
 names.
 
 audiocraft's layout is two `.bin` files beside T5 and, where the codec is only named,
-the codec; transformers' a `config.json` with all weights. Needs audiocraft.py,
-torch_file.py, encodec_files.py, t5.py and t5_files.py beside it. The files of what a
+the codec; or `checkpoint.th` in place of the first; transformers' a `config.json` with
+all weights. Needs audiocraft.py,
+torch_file.py, decoder_names.py, strict.py, encodec_files.py, t5.py and t5_files.py
+beside it. The files of what a
 model follows are needed beside it, too: melody.py, or style.py and mert.py, and what
 these need.
 
@@ -15,6 +17,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,10 +28,16 @@ from safetensors import SafetensorError, safe_open
 
 import audiocraft
 import encodec_files
+import strict
 import t5_files
+from decoder_names import TRANSFORMERS, name_decoder, spell
 from t5 import Tokenizer
+from torch_file import load_torch
 
 T5_REPO = "google-t5/t5-base"
+NAMED_CODEC = (
+    r"//pretrained/([\w-][\w.-]*/[\w-][\w.-]*)"  # in the settings of a training
+)
 WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -43,8 +52,9 @@ class Published(NamedTuple):
     path: Path  # of the config, or of audiocraft's decoder
     settings: dict[str, Any]  # as in our config.json
     weights: Weights  # by our names
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None: there is no text
     read_text_encoder: Callable[[], Weights]  # T5's weights once more
+    misfit: Callable[[Exception], str]  # why the weights do not load, in a line
 
 
 def read(folder: Path) -> Published:
@@ -57,7 +67,7 @@ def read(folder: Path) -> Published:
     other = [folder / "config.json", folder / "spiece.model"]
     complete = all(path.is_file() for path in other) and find_weights(folder)
     has_t5 = (folder / T5_REPO.split("/")[1]).is_dir()
-    if (folder / audiocraft.FILES[0]).is_file() and (has_t5 or not complete):
+    if audiocraft.find_decoder(folder) and (has_t5 or not complete):
         return read_audiocraft(folder)
     return read_transformers(folder)
 
@@ -76,43 +86,103 @@ def under(prefix: str, weights: Weights | nn.Module) -> Weights:
     return {f"{prefix}.{name}": weight for name, weight in weights.items()}
 
 
+def may_lack_text(folder: Path) -> bool:
+    """Whether a folder's model may be one without text, as far as its settings tell. No
+    weights are read, and what is damaged is told when it is loaded."""
+    path = folder / "config.json"
+    try:
+        if path.is_file():
+            return read_json(path).get("text_encoder", "") is None
+        package = load_torch(audiocraft.find_decoder(folder), ("xp.cfg",))
+        names = audiocraft.read_settings(package)
+        return not any(name.startswith("conditioners.description.") for name in names)
+    except (AttributeError, OSError, TypeError, ValueError):
+        return True
+
+
 # audiocraft's layout
 
 
 def read_audiocraft(folder: Path) -> Published:
-    path = folder / audiocraft.FILES[0]
+    path = audiocraft.find_decoder(folder)
     package = audiocraft.read_decoder(path)
-    local, place = find_t5(path, package.cfg)
-    try:
-        t5, text_weights, spiece = t5_files.read(place)
-    except OSError as error:
-        raise OSError(f"{folder} needs T5 in {local.name}/ or from the Hub: {error}")
-    _, codec, codec_weights = encodec_files.read(folder)
+    has_text, text = audiocraft.has_text(package), Text(None, {}, None, dict)
+    if has_text:
+        text = read_text(path, package.cfg)
+    codec_path, codec, codec_weights = encodec_files.read(
+        codec_folder(path, package.cfg)
+    )
     try:
         settings = {
             "model_type": "musicgen",
             "decoder": package.config,
-            "text_encoder": t5,
+            "text_encoder": text.settings,
             "audio_encoder": codec,
             "max_duration": float(package.cfg.get("dataset.segment_duration", 30)),
         }
         settings |= own_defaults(package.cfg, codec, settings["max_duration"])
         weights = under("decoder", package.decoder)
-        weights |= under("text_encoder", text_weights)
+        weights |= under("text_encoder", text.weights)
         weights |= under("audio_encoder", codec_weights)
         has_sound = package.config["prefix_width"] > 0
-        audiocraft.check_conditions(package.cfg, has_sound)
+        audiocraft.check_conditions(package.cfg, has_sound, has_text)
         if has_sound:
             settings["conditioner"], learned = read_conditioner(package, folder)
             weights |= under("conditioner", learned)
         settings["decoder_dtype"] = decoder_dtype(weights)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not load: {error}") from error
+        raise ValueError(f"{path} does not load: {strict.misfit(error)}") from error
 
-    def read_text_encoder() -> Weights:
-        return t5_files.read(place)[1]
+    def spell_any(name: str) -> str:
+        part, _, rest = name.partition(".")
+        if part == "text_encoder":
+            return f"{rest} of {text.place}/{t5_files.FILES[1]}"
+        if part == "audio_encoder":
+            names = encodec_files.names_in(codec_path)
+            return f"{encodec_files.spell(rest, names)} of {codec_path.name}"
+        own = spell(rest) if part == "decoder" else f"{audiocraft.SELF_WAV}{rest}"
+        return f"{own} of {path.name}"
 
-    return Published(path, settings, weights, Tokenizer(spiece), read_text_encoder)
+    misfit = partial(tell_misfit, folder, spell_any)
+    return Published(path, settings, weights, text.tokenizer, text.read_again, misfit)
+
+
+def tell_misfit(folder: Path, spell: Callable[[str], str], error: Exception) -> str:
+    return f"{folder} does not load: {strict.misfit(error, spell)}"
+
+
+class Text(NamedTuple):
+    """What stands for the text encoder; nothing in a model without text."""
+
+    settings: dict[str, Any] | None
+    weights: Weights
+    tokenizer: Tokenizer | None
+    read_again: Callable[[], Weights]
+    place: str = ""
+
+
+def read_text(path: Path, cfg: dict[str, Any]) -> Text:
+    """The T5 that goes with audiocraft's decoder in `path`."""
+    local, place = find_t5(path, cfg)
+    try:
+        settings, weights, spiece = t5_files.read(place)
+    except OSError as error:
+        raise OSError(
+            f"{path.parent} needs T5 in {local.name}/ or from the Hub: {error}"
+        )
+    again = lambda: t5_files.read(place)[1]  # noqa: E731
+    return Text(settings, weights, Tokenizer(spiece), again, local.name)
+
+
+def codec_folder(path: Path, cfg: dict[str, Any]) -> Path | str:
+    """Where the codec lies: beside the decoder in `path`, else where its settings name
+    one of the Hub, as those of a training do."""
+    name = cfg.get("compression_model_checkpoint")
+    pointed = re.fullmatch(NAMED_CODEC, name) if isinstance(name, str) else None
+    if path.with_name(audiocraft.FILES[1]).is_file() or not pointed:
+        return path.parent
+    local = path.with_name(pointed[1].split("/")[1])
+    return local if local.is_dir() else pointed[1]
 
 
 AUDIOGEN = {"default_duration": 5.0, "default_stride": 2.0}  # seconds, in audiocraft
@@ -184,13 +254,16 @@ def read_transformers(folder: Path) -> Published:
     settings = read_json(path)
     warn_of_heads(path, settings)
     tokenizer = Tokenizer(t5_files.find_spiece(folder, T5_REPO))
+    misfit = partial(tell_misfit, folder, partial(spell_transformers, folder))
     try:
         if settings.get("model_type") == "musicgen_melody":
             settings |= read_extractor(folder, settings)
         weights = sanitize(read_weights(folder))
         settings["decoder_dtype"] = decoder_dtype(weights)
+    except strict.Misfit as error:
+        raise ValueError(misfit(error)) from error
     except (AttributeError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} does not load: {error}") from error
+        raise ValueError(f"{folder} does not load: {strict.misfit(error)}") from error
 
     def read_text_encoder() -> Weights:
         prefix = "text_encoder."
@@ -201,7 +274,19 @@ def read_transformers(folder: Path) -> Published:
         }
         return t5_files.sanitize(weights)
 
-    return Published(path, settings, weights, tokenizer, read_text_encoder)
+    return Published(path, settings, weights, tokenizer, read_text_encoder, misfit)
+
+
+def spell_transformers(folder: Path, name: str) -> str:
+    """A tensor's name as transformers has it, and its file."""
+    part, _, rest = name.partition(".")
+    if part == "decoder":
+        name = spell(rest, TRANSFORMERS)
+    elif part == "audio_encoder":
+        names = [n for n in read_weights(folder) if n.startswith(f"{part}.")]
+        names = [name.removeprefix(f"{part}.") for name in names]
+        name = f"{part}.{encodec_files.spell(rest, names)}"
+    return f"{name} of {find_weights(folder).name}"
 
 
 def read_json(path: Path) -> dict:
@@ -209,7 +294,7 @@ def read_json(path: Path) -> dict:
     try:
         settings = json.loads(path.read_text())
     except (RecursionError, ValueError) as error:
-        raise ValueError(f"{path} does not load: {error}") from error
+        raise ValueError(f"{path} does not load: {strict.misfit(error)}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold an object, got {settings!r:.40}")
     return settings
@@ -275,7 +360,9 @@ def read_index(path: Path) -> list[str]:
         TypeError,
         ValueError,
     ) as error:
-        raise ValueError(f"{path} is damaged, fetch it again: {error!r}") from error
+        raise ValueError(
+            f"{path} is damaged, fetch it again: {error!r:.200}"
+        ) from error
     return shards
 
 
@@ -298,7 +385,7 @@ def sanitize(weights: Weights) -> Weights:
     parts = {
         "text_encoder": t5_files.sanitize,
         "audio_encoder": encodec_files.sanitize,
-        "decoder": audiocraft.name_decoder,
+        "decoder": name_decoder,
     }
     if any(name.startswith("conditioner.") for name in weights):
         from style import StyleConditioner
@@ -311,5 +398,11 @@ def sanitize(weights: Weights) -> Weights:
             grouped[part][rest] = weight
         else:
             grouped["decoder"][name] = weight
-    named = {part: parts[part](own) for part, own in grouped.items()}
+    named = {}
+    for part, own in grouped.items():
+        try:
+            named[part] = parts[part](own)
+        except strict.Misfit as error:
+            name, why = error.args
+            raise strict.Misfit(f"{part}.{name}", why) from error
     return {k: w for part, own in named.items() for k, w in under(part, own).items()}

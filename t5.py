@@ -2,8 +2,8 @@
 
 The encoder half of T5 (Raffel et al., https://arxiv.org/abs/1910.10683) in
 float32, with relu or gated feed-forward, and a tokenizer that needs only the
-published `spiece.model`. Stands alone; t5_files.py and limits.py are needed
-beside it to load published weights, and hub.py to fetch them.
+published `spiece.model`. Stands alone; t5_files.py, strict.py and limits.py are
+needed to load published weights, and hub.py to fetch them.
 
     model, tokenizer = T5.from_pretrained("google-t5/t5-base")
     states, mask = model.encode([tokenizer.encode("happy rock")])
@@ -245,6 +245,7 @@ class T5(nn.Module):
         ValueError or OSError naming the file and what is wrong with it.
         """
         from limits import check_t5
+        from strict import misfit
         from t5_files import read
 
         settings, weights, spiece = read(path_or_repo)
@@ -257,7 +258,8 @@ class T5(nn.Module):
             model.load_weights(list(weights.items()))
             mx.eval(model.state)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"T5 in {spiece.parent} does not load: {error}") from error
+            why = f"T5 in {spiece.parent} does not load: {misfit(error)}"
+            raise ValueError(why) from error
         return model, tokenizer
 
 

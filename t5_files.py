@@ -35,7 +35,9 @@ def read(path_or_repo: str | Path) -> tuple[dict, Weights, Path]:
         with safe_open(path, "numpy"):  # checks the header as mx.load does not
             return settings, sanitize(mx.load(str(path))), spiece
     except (RuntimeError, SafetensorError, ValueError) as error:
-        raise ValueError(f"T5 in {path.parent} does not load: {error}") from error
+        raise ValueError(
+            f"T5 in {path.parent} does not load: {error!s:.250}"
+        ) from error
 
 
 def find_spiece(folder: Path, repo: str) -> Path:

@@ -5,8 +5,9 @@
 
 or `python torch_file.py state_dict.bin`, which lists what is in it. Such a file holds a
 pickle, and a pickle is a program that may call anything. This reader allows only the
-few names that tensors need, and checks that every tensor lies within the file. Stands
-alone.
+few names that tensors need, and those of omegaconf's settings, for which it puts
+records that do nothing; it checks that every tensor lies within the file, and that its
+bytes are those that were written. Stands alone.
 """
 
 import io
@@ -16,6 +17,7 @@ import pickletools
 import struct
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -24,18 +26,21 @@ import mlx.core as mx
 import numpy as np
 
 
-def load_torch(path: str | Path) -> Any:
+def load_torch(path: str | Path, keys: tuple[str, ...] | None = None) -> Any:
     """Read a file that `torch.save` wrote: plain data, with arrays for tensors.
 
-    Reads both of torch's formats. The file is memory-mapped, so each number is read
-    once, into its array. Raises FileNotFoundError, or ValueError naming a file that is
-    damaged, points outside itself, or holds anything but tensors and plain data.
+    Reads both of torch's formats. omegaconf's settings become dicts and lists. The file
+    is memory-mapped: of a dict only what has one of the `keys` is read, where these are
+    given. Raises FileNotFoundError, or ValueError naming a file that is damaged, points
+    outside itself, or holds anything but tensors and plain data.
     """
     path = Path(path)
     try:
         with open(path, "rb") as file:
             read = read_zip if file.read(2) == b"PK" else read_legacy
         tree, numbers = read(path)
+        if keys is not None and isinstance(tree, dict):
+            tree = {key: tree[key] for key in keys if key in tree}
         return fill(tree, numbers, room=2 * path.stat().st_size)
     except FileNotFoundError:
         raise
@@ -47,9 +52,11 @@ def load_torch(path: str | Path) -> Any:
 
 
 def in_words(error: Exception) -> str:
-    """Why a file cannot be read, without bytes of it and the last full stop."""
-    text = str(error)
-    return text.rstrip(". ") if text and "b'" not in text else "it holds something else"
+    """Why a file cannot be read, in a line, without bytes of it and the last full stop."""
+    text = " ".join(str(error).split())
+    if text == "" or "b'" in text:
+        return "it holds something else"
+    return f"{text.rstrip('. '):.200}"
 
 
 def load_state(path: str | Path) -> dict[str, mx.array]:
@@ -79,11 +86,11 @@ DTYPES = {  # of torch's storages; numpy has no bfloat16, so its bits come as ui
     "BoolStorage": np.dtype("?"),
 }
 
-OPCODES = frozenset(  # that torch uses in a pickle of tensors and plain data
+OPCODES = frozenset(  # that torch uses in a pickle of tensors, plain data and settings
     "PROTO STOP MARK EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
     "APPEND APPENDS SETITEM SETITEMS NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 "
     "LONG1 BINFLOAT BINUNICODE SHORT_BINSTRING BINGET LONG_BINGET BINPUT "
-    "LONG_BINPUT GLOBAL BINPERSID REDUCE BUILD".split()
+    "LONG_BINPUT GLOBAL BINPERSID REDUCE BUILD NEWOBJ".split()
 )
 
 
@@ -111,6 +118,43 @@ class Dict(dict):
 
     def __setstate__(self, state: Any) -> None:
         pass
+
+
+class Record:
+    """In place of an object of omegaconf: keeps what a pickle sets on it, and does
+    nothing. What is of use in it is below `key`; a record without one says nothing."""
+
+    __slots__ = ("_state",)
+    key: str | None = None
+
+    def __new__(cls) -> "Record":
+        record = object.__new__(cls)
+        record._state = {}
+        return record
+
+    def __setstate__(self, state: Any) -> None:
+        if type(state) is not dict:
+            raise ValueError("it holds settings of another kind")
+        self._state = state
+
+    def plain(self) -> Any:
+        """A dict or list of records, or a value."""
+        return self._state.get(self.key)
+
+
+class Container(Record):
+    """Of settings by name, or of a list. It knows what it lies in, too (`_parent`),
+    where a walk would never end."""
+
+    __slots__ = ()
+    key = "_content"
+
+
+class Leaf(Record):
+    """A single setting."""
+
+    __slots__ = ()
+    key = "_val"
 
 
 class Maker(NamedTuple):
@@ -145,7 +189,16 @@ KNOWN = {  # all that a pickle may call
     "collections.OrderedDict": Maker(lambda: Dict()),
     "torch._utils._rebuild_tensor_v2": Maker(make_tensor),
     "torch._utils._rebuild_parameter": Maker(make_parameter),
+    "collections.defaultdict": Maker(lambda *_: Dict()),
+    "omegaconf.dictconfig.DictConfig": Container,
+    "omegaconf.listconfig.ListConfig": Container,
+    "omegaconf.nodes.AnyNode": Leaf,
+    "omegaconf.base.ContainerMetadata": Record,
+    "omegaconf.base.Metadata": Record,
 }
+TYPES = (  # that settings are said to be of; a text stands for each, and calls nothing
+    *("__builtin__.dict", "__builtin__.list", "__builtin__.long", "typing.Any"),
+)
 
 
 class Unpickler(pickle.Unpickler):
@@ -157,6 +210,8 @@ class Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in DTYPES:
+            return name
+        if f"{module}.{name}" in TYPES:
             return name
         if f"{module}.{name}" not in KNOWN:
             raise ValueError(
@@ -225,26 +280,32 @@ Numbers = Callable[[Storage], np.ndarray]  # gives the numbers of a storage
 
 def read_zip(path: Path) -> tuple[Any, Numbers]:
     """Read torch's zip format: the tree of objects, and the numbers of storages."""
-    data = np.memmap(path, np.uint8, "r")
+    data, sound = np.memmap(path, np.uint8, "r"), set()
     with zipfile.ZipFile(path) as archive:
         entries = {info.filename: info for info in archive.infolist()}
-        if any(info.compress_type != zipfile.ZIP_STORED for info in entries.values()):
-            raise ValueError("its entries must be stored, not compressed")
-        (program,) = (name for name in entries if name.endswith("/data.pkl"))
-        root = program.removesuffix("data.pkl")
-        tree, _ = unpickle(io.BytesIO(archive.read(program)))
-        order = root + "byteorder"
-        if order in entries and archive.read(order) != b"little":
-            raise ValueError("its numbers must be little-endian")
+    if any(info.compress_type != zipfile.ZIP_STORED for info in entries.values()):
+        raise ValueError("its entries must be stored, not compressed")
+    # torch can be told to leave the sums out, and then writes zeros.
+    has_sums = any(info.CRC for info in entries.values())
 
-    def numbers(storage: Storage) -> np.ndarray:
-        info = entries[f"{root}data/{storage.key}"]
+    def content(name: str) -> np.ndarray:
+        info = entries[name]
         # Lengths of the local header, where torch pads to align, not the directory's.
-        name, extra = struct.unpack_from("<HH", data, info.header_offset + 26)
-        start = info.header_offset + 30 + name + extra
-        return cut(data[start : start + info.file_size], storage)
+        lengths = struct.unpack_from("<HH", data, info.header_offset + 26)
+        start = info.header_offset + 30 + sum(lengths)
+        found = data[start : start + info.file_size]
+        if has_sums and name not in sound and zlib.crc32(found) != info.CRC:
+            raise ValueError(f"the checksum (CRC) of its {name!r:.80} does not match")
+        sound.add(name)
+        return found
 
-    return tree, numbers
+    (program,) = (name for name in entries if name.endswith("/data.pkl"))
+    root = program.removesuffix("data.pkl")
+    tree, _ = unpickle(io.BytesIO(content(program).tobytes()))
+    order = root + "byteorder"
+    if order in entries and content(order).tobytes() != b"little":
+        raise ValueError("its numbers must be little-endian")
+    return tree, lambda storage: cut(content(f"{root}data/{storage.key}"), storage)
 
 
 def read_legacy(path: Path) -> tuple[Any, Numbers]:
@@ -284,7 +345,7 @@ def fill(tree: Any, numbers: Numbers, room: int) -> Any:
 
     def build(node: Any) -> Any:
         nonlocal room
-        if not isinstance(node, Tensor | dict | list):
+        if not isinstance(node, Tensor | Record | dict | list):
             return node
         key = node if isinstance(node, Tensor) else id(node)
         if key not in nodes:
@@ -293,6 +354,8 @@ def fill(tree: Any, numbers: Numbers, room: int) -> Any:
                 room -= nodes[key].nbytes
                 if room < 0:
                     raise ValueError("its tensors hold far more than the file")
+            elif isinstance(node, Record):
+                nodes[key] = build(node.plain())
             elif isinstance(node, dict):
                 nodes[key] = {name: build(item) for name, item in node.items()}
             else:

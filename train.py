@@ -434,6 +434,8 @@ def train_lora(args: argparse.Namespace) -> None:
     folder = check_adapter_path(args)
     dtype = None if args.dtype is None else getattr(mx, args.dtype)
     model = MusicGen.from_pretrained(args.model, dtype, args.q_bits)
+    if model.config.text_encoder is None:
+        raise ValueError(f"{args.model} has no text, so it cannot be trained here.")
     add_adapters(model.decoder, args.rank, 1.0)
     adapt_only(model)
     texts, codes = load_clips(model, args.data)

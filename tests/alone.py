@@ -92,6 +92,11 @@ def try_decoder(decoder):
     assert model(tokens, model.text_kv(text), cache).shape == (2, 3, 4, 10)
 
 
+def try_decoder_names(decoder_names):
+    weights = {f"lm_heads.{i}.weight": mx.zeros((2, 3)) for i in range(4)}
+    assert decoder_names.name_decoder(weights)["linears.weight"].shape == (8, 3)
+
+
 def try_demucs(demucs):
     import audio
 
@@ -273,11 +278,9 @@ def try_prompt(prompt):
 
 def try_published(published):
     for name in ("style-audiocraft", "melody-transformers"):
-        path, _, weights, tokenizer, read_text_encoder = published.read(
-            REFERENCE / name
-        )
-        assert path.parent == REFERENCE / name and weights
-        assert tokenizer.encode("a") and read_text_encoder()
+        found = published.read(REFERENCE / name)
+        assert found.path.parent == REFERENCE / name and found.weights
+        assert found.tokenizer.encode("a") and found.read_text_encoder()
 
 
 def try_quantize(quantize):
@@ -335,6 +338,16 @@ def try_together(together):
     peers = together.Peers(mx.distributed.init())
     with peers.watched("nobody is left"):
         assert mx.distributed.all_sum(mx.ones(1)).item() == 1
+
+
+def try_strict(strict):
+    told = strict.misfit(ValueError("Missing 2 parameters: \na,\nb."))
+    assert told == "a is missing, and so are 1 more"
+
+
+def try_textless(textless):
+    options = textless.without_text("m", [""], textless.Options(guidance_coef=3.0))
+    assert options.copies == 1
 
 
 def try_torch_file(torch_file):

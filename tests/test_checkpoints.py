@@ -248,8 +248,8 @@ class TestCheckpoints(Test):
         folder = self.converted("mono-transformers")
         config = json.loads((folder / "config.json").read_text())
         for dtype, pattern in (
-            ("load", "decoder_dtype in .* must be one of float16"),
-            (3, "decoder_dtype in .* must be one of float16"),
+            ("load", "decoder_dtype must be one of float16"),
+            (3, "decoder_dtype must be one of float16"),
             ([], "config.json does not load"),
         ):
             changed = json.dumps(config | {"decoder_dtype": dtype})

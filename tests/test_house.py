@@ -23,10 +23,11 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 # Every import points to an earlier layer, from people at the end to leaves.
 LAYERS = """
-    options outputs messages together limits hub resample torch_file decoder parallel test quantize
-    settings audio audiocraft t5_files progress models
-    training lora encodec_files loudness wav_stream synth demucs mert t5
-    play stream engine encodec melody
+    options outputs messages together limits hub resample torch_file decoder test strict parallel quantize
+    settings audio decoder_names t5_files progress textless models
+    training lora loudness wav_stream synth demucs mert t5 audiocraft
+    play stream engine encodec_files melody
+    encodec
     encodec_stream style train_codec
     prompt conditioning published
     checkpoints

@@ -1,0 +1,191 @@
+"""Models without text, against audiocraft: mono and stereo, exported and not."""
+
+import json
+import shutil
+from pathlib import Path
+from unittest.mock import patch
+
+import mlx.core as mx
+import numpy as np
+import soundfile
+from common import REFERENCE, ScriptTest, expected
+
+import audiocraft
+import checkpoints
+import published
+import train
+from convert import convert
+from musicgen import MusicGen
+from options import Options
+from textless import without_text
+
+CASES = (  # model, where its codec is, its file
+    ("textless-audiocraft", "mono-audiocraft", "state_dict.bin"),
+    ("textless-audiocraft", "mono-audiocraft", "checkpoint.th"),
+    ("stereo-textless-audiocraft", "stereo-audiocraft", "checkpoint.th"),
+)
+
+
+class TestTextless(ScriptTest):
+    def folder_of(self, name: str, codec: str, file: str) -> Path:
+        folder = Path(shutil.copytree(REFERENCE / codec, self.folder / name))
+        shutil.rmtree(folder / "t5-base")
+        (folder / "state_dict.bin").unlink()
+        shutil.copy(REFERENCE / name / file, folder)
+        return folder
+
+    def assertCodes(self, model: MusicGen, name: str):
+        """Whatever the guidance, and as often as it is asked for."""
+        self.assertIsNone(model.text_encoder)
+        self.assertIsNone(model.tokenizer)
+        for coef in (1, 3):
+            options = dict(temp=0, guidance_coef=coef)
+            codes = model.generate_codes(["", ""], 15 / 50, **options)
+            wanted = expected(name)[f"g{coef}_codes"]
+            for row in codes.swapaxes(1, 2):
+                self.assertSame(row[None], wanted)
+
+    def test_codes(self):
+        for name, codec, file in CASES:
+            for plain in (False, True):
+                with self.subTest((name, file, plain)):
+                    folder = self.folder_of(name, codec, file)
+                    with patch("t5_files.hf_hub_download") as fetch:
+                        model = MusicGen.from_pretrained(folder, mx.float32)
+                    fetch.assert_not_called()
+                    model.plain = plain
+                    self.assertEqual(model.channels, 2 if "stereo" in name else 1)
+                    self.assertCodes(model, name)
+                    shutil.rmtree(folder)
+
+    def test_logits(self):
+        for name, codec, file in CASES[1:]:
+            folder = self.folder_of(name, codec, file)
+            decoder = MusicGen.from_pretrained(folder, mx.float32).decoder
+            nothing = [None] * len(decoder.layers)
+            tokens = expected(name)["tokens"].swapaxes(1, 2)
+            logits = decoder(tokens, nothing, nothing)  # (B, S, K, V)
+            self.assertClose(logits.swapaxes(1, 2), expected(name)["logits"])
+
+    def test_converted(self):
+        for name, codec, file in CASES[1:]:
+            folder, target = self.folder_of(name, codec, file), self.folder / "out"
+            convert(str(folder), target, mx.float32)
+            files = sorted(path.name for path in target.iterdir())
+            self.assertEqual(files, ["config.json", "model.safetensors"])
+            settings = json.loads((target / "config.json").read_text())
+            self.assertIsNone(settings["text_encoder"])
+            self.assertCodes(MusicGen.from_pretrained(target, mx.float32), name)
+            again = self.folder / "again"
+            convert(str(target), again, mx.float16, q_bits=None)
+            weights = mx.load(str(again / "model.safetensors"))
+            self.assertFalse([k for k in weights if "text" in k or "output_proj" in k])
+            for path in (target, again):
+                shutil.rmtree(path)
+
+    def test_a_text_is_refused(self):
+        folder = self.folder_of(*CASES[0])
+        model = MusicGen.from_pretrained(folder)
+        for prompts, options in (
+            ("happy rock", {}),
+            (["", "happy rock"], {}),
+            ("", dict(negative_prompt="noise")),
+            ("x" * 9999, {}),
+        ):
+            with self.assertRaises(ValueError) as caught:
+                model.steps(prompts, 0.1, **options)
+            message = str(caught.exception)
+            self.assertRegex(message, "prompt must be empty, .* trained without texts")
+            self.assertLess(len(message), 400)
+            self.assertNotIn("\n", message)
+
+    def test_a_sound_is_not_followed(self):
+        folder = self.folder_of(*CASES[0])
+        model = MusicGen.from_pretrained(folder)
+        sound = mx.zeros((3200, 1))
+        for options in (dict(melody=sound), dict(style=sound), dict(condition=sound)):
+            with self.assertRaisesRegex(ValueError, "must go with a"):
+                model.steps("", 0.1, **options)
+        codes = model.generate_codes("", 0.3, seed=1)
+        begun = model.generate_codes("", 0.3, seed=1, codes_prompt=codes[:, :5])
+        self.assertSame(begun, codes)
+
+    def test_options(self):
+        options = without_text("m", ["", ""], Options(guidance_coef=3.0, temp=0.5))
+        self.assertEqual((options.copies, options.temp), (1, 0.5))
+
+    def test_command(self):
+        folder, out = self.folder_of(*CASES[0]), self.folder / "out.wav"
+        common = ["--model", folder, "--duration", "0.3", "--output", out, "--force"]
+        sounds = []
+        for prompt in ([], ["--prompt", ""], ["--prompt", "", "--guidance-coef", "1"]):
+            status, _, err = self.run_script(*prompt, *common, "--seed", "3")
+            self.assertEqual(status, 0, err)
+            sounds.append(soundfile.read(out)[0])
+        for other in sounds[1:]:
+            self.assertSame(other, sounds[0])
+        self.assertGreater(np.abs(sounds[0]).max(), 0.01)
+        status, _, err = self.run_script("happy rock", *common)
+        self.assertEqual((status, err.count("\n")), (1, 1))
+        self.assertIn("generate.py: error: prompt must be empty, got 'happy rock'", err)
+
+    def test_no_prompt_of_a_model_with_text(self):
+        for model in ("tiny", "stereo-small", REFERENCE / "mono-audiocraft"):
+            status, _, err = self.run_script("--model", model, "--duration", "0.3")
+            self.assertNotEqual(status, 0)
+            self.assertIn("a prompt must be given", err)
+            self.assertEqual(len(err.splitlines()), 1, err)
+
+    def test_what_is_known_before_loading(self):
+        folder, target = self.folder_of(*CASES[1]), self.folder / "out"
+        convert(str(folder), target, mx.float32)
+        for place in (folder, target, self.folder, self.folder / "none"):
+            self.assertTrue(published.may_lack_text(place))
+        for name in ("mono-audiocraft", "solver-audiocraft", "mono-transformers"):
+            self.assertFalse(published.may_lack_text(REFERENCE / name))
+        (folder / "checkpoint.th").write_bytes(b"noise")
+        self.assertTrue(published.may_lack_text(folder))
+
+    def test_nothing_to_train(self):
+        folder = self.folder_of(*CASES[0])
+        words = ["train.py", "lora", "--model", str(folder), "--data", str(self.folder)]
+        with patch(
+            "sys.argv", words + ["--output", str(self.folder / "a.safetensors")]
+        ):
+            with self.assertRaisesRegex(SystemExit, "has no text, so it cannot be"):
+                train.main()
+
+    def test_settings_that_name_a_text(self):
+        """But no weights for one: it is told, and no text is left out in silence."""
+        path = REFERENCE / "textless-audiocraft" / "state_dict.bin"
+        package = audiocraft.read_decoder(path)
+        self.assertFalse(audiocraft.has_text(package))
+        named = package._replace(
+            cfg=package.cfg | {"conditioners.description.model": "t5"}
+        )
+        self.assertTrue(audiocraft.has_text(named))
+        lists = {"fuser.cross": ["description"]}
+        with self.assertRaisesRegex(ValueError, "fuser.cross must list nothing"):
+            audiocraft.check_conditions(lists, has_sound=False, has_text=False)
+
+    def test_config_without_text(self):
+        target = self.folder / "out"
+        convert(str(self.folder_of(*CASES[0])), target, mx.float32)
+        path = target / "config.json"
+        settings = json.loads(path.read_text())
+        self.assertIsNone(checkpoints.read_config(settings).text_encoder)
+        shutil.copy(REFERENCE / "mono-transformers" / "spiece.model", target)
+        for change, told in (
+            ({"text_encoder": 0}, "must have 'text_encoder'"),
+            ({"conditioner": {"kind": "melody"}}, "must have a text_encoder"),
+        ):
+            path.write_text(json.dumps(settings | change))
+            with self.assertRaisesRegex(ValueError, told):
+                MusicGen.from_pretrained(target)
+        del settings["text_encoder"]
+        path.write_text(json.dumps(settings))
+        with self.assertRaisesRegex(ValueError, "must have 'text_encoder'"):
+            MusicGen.from_pretrained(target)
+        (target / "spiece.model").unlink()
+        with self.assertRaisesRegex(FileNotFoundError, "must hold spiece.model"):
+            MusicGen.from_pretrained(target)
