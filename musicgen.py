@@ -42,8 +42,7 @@ class MusicGen(nn.Module):
 
     def __init__(self, config: MusicGenConfig, tokenizer: Tokenizer | None):
         super().__init__()
-        self.config, self.tokenizer = config, tokenizer
-        text = config.text_encoder
+        self.config, self.tokenizer, text = config, tokenizer, config.text_encoder
         self.text_encoder = text and T5(text)
         self.decoder = Decoder(config.decoder, text.d_model if text else 0)
         self.audio_encoder = Encodec(config.audio_encoder)
