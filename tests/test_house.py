@@ -26,9 +26,9 @@ LAYERS = """
     options outputs messages together limits hub resample torch_file decoder parallel test
     settings audio audiocraft t5_files progress
     training lora encodec_files loudness wav_stream synth demucs mert t5
-    play stream engine encodec melody
-    encodec_stream style train_codec
-    prompt conditioning published
+    play stream encodec melody peft_files
+    encodec_stream style train_codec adapters
+    prompt conditioning published engine
     checkpoints
     musicgen
     jobs convert evaluate
