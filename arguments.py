@@ -307,9 +307,9 @@ def set_adapters(args: argparse.Namespace) -> None:
     """One adapter and its scale, or lists of as many. Raises ValueError where the scales
     are not as many as the adapters."""
     adapters, scales = args.adapter or [], args.adapter_scale or [1.0]
-    if args.adapter_scale and not adapters:
+    if not adapters and any(scale != 1 for scale in scales):
         raise ValueError("--adapter-scale needs an --adapter")
-    if len(scales) not in (1, len(adapters)):
+    if adapters and len(scales) not in (1, len(adapters)):
         raise ValueError(
             "--adapter-scale must be given once, or once for each --adapter, got "
             f"{len(scales)} for {len(adapters)}"

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,12 +162,11 @@ def read_config(path: Path) -> dict[str, Any]:
                 f"{path}: {name} must be off, got {value!r:.60}; it asks for what is not "
                 f"ported. {MERGED}."
             )
-    if not any(config.get("init_lora_weights") is start for start in STARTS[:3]):
-        if (start := config["init_lora_weights"]) not in STARTS[3:]:
-            raise ValueError(
-                f"{path}: init_lora_weights must leave the model's weights as they are, "
-                f"got {start!r:.60}. {MERGED}."
-            )
+    if (start := config.get("init_lora_weights")) not in STARTS:
+        raise ValueError(
+            f"{path}: init_lora_weights must leave the model's weights as they are, got "
+            f"{start!r:.60}. {MERGED}."
+        )
     check_numbers(path, config)
     return config
 
@@ -192,19 +192,24 @@ def check_numbers(path: Path, config: dict[str, Any]) -> None:
 
 def check_pattern(path: Path, key: str) -> None:
     """Raise ValueError for a regular expression that is none, or may take for ever."""
+    greedy = len(re.findall(r"[*+{]", key)) > 3 or re.search(r"\)[*+{]", key)
     try:
-        re.compile(key)
-        greedy = len(re.findall(r"[*+{]", key)) > 3 or re.search(r"\)[*+{]", key)
         if len(key) > 300 or greedy:
             raise ValueError("it is too intricate")
+        compiled(key)
     except (OverflowError, RecursionError, ValueError, re.error) as error:
         raise ValueError(f"{path} has the pattern {key!r:.80}: {error}.") from error
+
+
+@lru_cache(4096)
+def compiled(key: str) -> re.Pattern:
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that a module's name ends in."""
     for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if compiled(key).match(module):
             return value
     return default
 
