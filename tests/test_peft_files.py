@@ -108,9 +108,13 @@ class TestAgainstPeft(Test):
 class TestMerging(Test):
     def test_before_the_decoder_is_cast_and_quantized(self):
         """In float32: a small change is not lost beside a large weight."""
-        name, path = "mono-transformers", ADAPTERS / "mono"
+        name, path = self.copy("mono-transformers"), ADAPTERS / "mono"
+        weights = mx.load(str(name / "model.safetensors"))
+        weights = {k: w * 1.0003 for k, w in weights.items()}  # no float16 holds them
+        mx.eval(weights)
+        mx.save_safetensors(str(name / "model.safetensors"), weights)
         whole = adapted(name, path)
-        half = MusicGen.from_pretrained(REFERENCE / name, mx.float16, adapter=path)
+        half = MusicGen.from_pretrained(name, mx.float16, adapter=path)
         wanted = dict(tree_flatten(whole.decoder.parameters()))
         for key, value in tree_flatten(half.decoder.parameters()):
             self.assertSame(value, wanted[key].astype(mx.float16))
@@ -303,6 +307,8 @@ class TestBadFiles(Test):
                 peft_files.check_base(adapter, name)
         for name in ("small", "facebook/musicgen-small", "someone/fine-tune", "./x"):
             peft_files.check_base(adapter, name)
+        with patch.dict(hub.MODELS, other=str(REFERENCE / "mono-transformers")):
+            self.assertRefused("belongs to another model: facebook/musicgen-small, not")
 
     def test_model_that_is_quantized(self):
         target = self.folder / "few"
