@@ -123,7 +123,7 @@ def locate(path_or_repo: str | Path) -> tuple[Path, Path]:
 def fetch(repo: str) -> tuple[Path, Path]:
     """The same from the Hub."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     import hub
 
@@ -135,12 +135,12 @@ def fetch(repo: str) -> tuple[Path, Path]:
             return Path(config), Path(hf_hub_download(repo, WEIGHTS, **options))
         except EntryNotFoundError:
             return Path(config), Path(hf_hub_download(repo, PICKLE, **options))
-    except (OSError, ValueError) as error:
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         why = isinstance(error, OSError) and reason or error
-        why = str(why).rstrip(". \n")
+        why = " ".join(str(why).split()).rstrip(". ")
         raise OSError(
-            f"The Hub did not give the adapter {repo:.200}, and there is no such folder: "
-            f"{why:.200}. An adapter of PEFT is a folder with {CONFIG} and {WEIGHTS}."
+            f"The Hub did not give the adapter {repo:.80}, and there is no such folder: "
+            f"{why:.220}. To work offline, name its folder."
         ) from error
 
 

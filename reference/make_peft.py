@@ -9,6 +9,7 @@ several scales. `ours-*` hold adapters that train.py wrote for PEFT; of these on
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -237,9 +238,22 @@ def make(case: str, number: int) -> dict:
         model.peft_config["default"].base_model_name_or_path = NAMES[name]
         model.save_pretrained(folder)
         (folder / "README.md").unlink()
+        path = folder / "adapter_config.json"
+        config = json.loads(path.read_text())
+        if isinstance(config["target_modules"], list):
+            config["target_modules"].sort()  # a set, in any order
+        tiny.write_json(path, config)
         return values(name, [folder], {f"scale_{s:g}": [s] for s in SCALES})
 
     return base.search(attempt, case)
+
+
+def pickle(source: Path, folder: Path) -> None:
+    """The same adapter as older versions of PEFT wrote it."""
+    folder.mkdir(exist_ok=True)
+    tensors = load_file(source / "adapter_model.safetensors")
+    torch.save(tensors, folder / "adapter_model.bin")
+    shutil.copy(source / "adapter_config.json", folder)
 
 
 def main() -> None:
@@ -257,6 +271,7 @@ def main() -> None:
     arrays = {"codes": tiny.int32(codes), "logits": tiny.float32(logits)}
     save_file(arrays, two / "expected.safetensors")
     made["two"] = {"adapters": ["mono", "mono-text"], "scales": [0.5, 0.75]}
+    pickle(base.HERE / "peft" / "mono-bias", base.HERE / "peft" / "pickled")
     for folder in sorted((base.HERE / "peft").glob("ours-*/")):
         name = f"{folder.name.removeprefix('ours-')}-transformers"
         codes, logits, gap = expect(scaled(name, [folder], [1.0]), name)

@@ -5,12 +5,12 @@ import json
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import mlx.core as mx
 import sounds
 from common import REFERENCE, Test, exact, expected, last
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from mlx.utils import tree_flatten
 
 import convert
@@ -172,21 +172,21 @@ class TestMerging(Test):
 
     def test_pickled_tensors(self):
         """`adapter_model.bin`, which older versions of PEFT wrote."""
-        folder = Path(shutil.copytree(ADAPTERS / "mono", self.folder / "old"))
-        tensors = mx.load(str(folder / peft_files.WEIGHTS))
-        (folder / peft_files.WEIGHTS).unlink()
-        (folder / peft_files.PICKLE).touch()
-        with patch("torch_file.load_state", return_value=tensors) as load:
-            model = adapted("mono-transformers", folder)
-        load.assert_called_once_with(folder / peft_files.PICKLE)
-        wanted = adapted("mono-transformers", ADAPTERS / "mono")
-        self.assertSame(model.decoder.emb.weight, wanted.decoder.emb.weight)
+        pickled = adapted("mono-transformers", ADAPTERS / "pickled")
+        wanted = adapted("mono-transformers", ADAPTERS / "mono-bias")
+        wanted = dict(tree_flatten(wanted.parameters()))
+        for key, value in tree_flatten(pickled.parameters()):
+            self.assertSame(value, wanted[key])
+        plain = exact("mono-transformers")
+        self.assertTrue(
+            (plain.decoder.linears.weight != pickled.decoder.linears.weight).any()
+        )
 
     def test_from_the_hub(self):
         def download(repo: str, name: str, **options) -> str:
             self.assertEqual(repo, "someone/adapter")
             if not (ADAPTERS / "mono" / name).is_file():
-                raise EntryNotFoundError("no such file", response=None)
+                raise EntryNotFoundError("no such file")
             return str(ADAPTERS / "mono" / name)
 
         with patch("huggingface_hub.hf_hub_download", download):
@@ -195,11 +195,19 @@ class TestMerging(Test):
         wanted = adapted("mono-transformers", ADAPTERS / "mono")
         self.assertSame(model.decoder.linears.weight, wanted.decoder.linears.weight)
         self.assertEqual(model.adapter["adapter"], "someone/adapter")
-        with patch.object(hub, "no_network", return_value="there is no network."):
-            with self.assertRaisesRegex(
-                OSError, "adapter a/b, .*: there is no network"
-            ):
-                adapted("mono-transformers", "a/b")
+        reason = patch.object(hub, "no_network", return_value="there is no network.")
+        with reason, self.assertRaisesRegex(OSError, "a/b, .*: there is no network"):
+            adapted("mono-transformers", "a/b")
+        response = Mock(headers={}, status_code=404)
+        for error in (
+            EntryNotFoundError("no such file " * 99),
+            RepositoryNotFoundError("no such file " * 99, response=response),
+        ):
+            with patch.object(hub, "no_network", return_value=""):
+                with patch("huggingface_hub.hf_hub_download", side_effect=error):
+                    with self.assertRaisesRegex(OSError, "no such file") as caught:
+                        adapted("mono-transformers", "a/b")
+            self.assertLessEqual(len(str(caught.exception)), 400)
 
 
 class TestBadFiles(Test):
