@@ -92,11 +92,15 @@ FLAGS = {  # by groups: name, what it is, and how it is read
             "how quantized weights are stored (default: affine)",
             dict(choices=[*MODES]),
         ),
-        "adapter": ("file of train.py lora that changes the model", dict(type=path)),
+        "adapter": (
+            "what changes the model: file of train.py lora, or PEFT's folder or Hub id; "
+            "may be given several times",
+            dict(type=path, action="append"),
+        ),
         "adapter_scale": (
-            "how far it changes it: 0 not at all, 1 as it was trained (default: "
-            "%(default)s)",
-            dict(type=float, default=1.0),
+            "how far it changes it: 0 not at all, 1 as it was trained (default: 1); of "
+            "several once, or for each in turn",
+            dict(type=float, action="append"),
         ),
     },
     "where it goes": {
@@ -305,12 +309,31 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if args.output is None and args.prompts:
         args.output = f"{args.prompts.stem}.wav"
     try:
+        set_adapters(args)
         if args.prompt and "-" in args.prompt:
             args.prompt = [read_input() if p == "-" else p for p in args.prompt]
         check_arguments(args)
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def set_adapters(args: argparse.Namespace) -> None:
+    """One adapter and its scale, or lists of as many. Raises ValueError where the scales
+    are not as many as the adapters."""
+    adapters, scales = args.adapter or [], args.adapter_scale or [1.0]
+    if not adapters and any(scale != 1 for scale in scales):
+        raise ValueError("--adapter-scale needs an --adapter")
+    if adapters and len(scales) not in (1, len(adapters)):
+        raise ValueError(
+            "--adapter-scale must be given once, or once for each --adapter, got "
+            f"{len(scales)} for {len(adapters)}"
+        )
+    if len(adapters) > 1:
+        scales = scales * len(adapters) if len(scales) == 1 else scales
+        args.adapter, args.adapter_scale = adapters, scales
+    else:
+        args.adapter, args.adapter_scale = next(iter(adapters), None), scales[0]
 
 
 def read_input() -> str:
@@ -365,8 +388,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.prompts is not None and args.takes != 1:
         raise ValueError("--takes goes with --prompt; in a file repeat the line")
     check_codes(args)
-    if args.adapter_scale != 1 and not args.adapter:
-        raise ValueError("--adapter-scale needs an --adapter")
     if args.show_melody or args.save_melody:
         check_melody(args)
     check_name(args.model)
@@ -403,7 +424,8 @@ REPLACES = {  # flags, and the settings of a file that they put out of force
     "style": {*jobs.STYLE_KEYS},
     "style_length": {"style_start"},
     "model": {"adapter", "adapter_scale"},
-    "adapter": {"adapter_scale"},
+    "adapter": {"adapter", "adapter_scale"},
+    "adapter_scale": {"adapter_scale"},
     "q_bits": {"q_group_size", "q_mode"},
     "q_mode": {"q_bits", "q_group_size"},
     "loudness": {"peak"},
@@ -439,8 +461,13 @@ def recalled(parser: Parser, argv: list[str]) -> list[str]:
     replaced = set().union(*(REPLACES.get(name, ()) for name in given))
     wanted = {k: record[k] for k in (RECALLED - replaced) & record.keys()}
     flags = {f"--{k.replace('_', '-')}": v for k, v in wanted.items()}
-    chosen = {f: v for f, v in flags.items() if v is not None and v is not False}
-    found = [flag if v is True else f"{flag}={v}" for flag, v in chosen.items()]
+    chosen = [
+        (flag, one)
+        for flag, value in flags.items()
+        for one in (value if isinstance(value, list) else [value])
+        if one is not None and one is not False
+    ]
+    found = [flag if value is True else f"{flag}={value}" for flag, value in chosen]
     parser.source = f"{sources[0]}: "
     parser.parse_known_args(found)
     parser.source = ""
@@ -466,7 +493,10 @@ def check_files(args: argparse.Namespace) -> None:
     if args.prompts and args.prompts.suffix.lower() in SUBTYPES:
         raise ValueError(f"--prompts must be a text file, got {args.prompts}")
     inputs = {f"--{name}": getattr(args, name) for name in ("again", "resume")}
-    inputs |= {"--redecode": args.redecode, "--adapter": args.adapter}
+    inputs["--redecode"] = args.redecode
+    adapters = args.adapter if isinstance(args.adapter, list) else [args.adapter]
+    for i, adapter in enumerate(adapters):
+        inputs[f"--adapter {i + 1}" if i else "--adapter"] = adapter
     inputs |= {"--prompts": args.prompts, "--audio-prompt": args.audio_prompt}
     inputs |= {"--melody": args.melody, "--style": args.style}
     inputs["--model"] = local(args.model)

@@ -6,7 +6,7 @@ The folder holds `config.json`, `model.safetensors` and `spiece.model`: decoder,
 encoder and codec together, in our names and layouts, ready to be loaded by
 `MusicGen.from_pretrained(DIR)` or uploaded. Needs musicgen.py and what that needs,
 published.py and what that needs, hub.py, outputs.py, messages.py, quantize.py, and
-engine.py to quantize, lora.py for adapters.
+engine.py to quantize, adapters.py for adapters.
 """
 
 import signal
@@ -61,15 +61,15 @@ def convert(
     dtype: mx.Dtype,
     q_bits: int | None = None,
     q_group_size: int | None = None,
-    adapter: Path | None = None,
-    adapter_scale: float = 1.0,
+    adapter: str | Path | list[str | Path] | None = None,
+    adapter_scale: float | list[float] = 1.0,
     q_mode: str | None = None,
 ) -> None:
     """Write the model `source` (short name, Hub id or folder) to `target`.
 
     `q_bits` or `q_mode` quantizes the decoder's layers, with a scale for `q_group_size`
-    weights; what is None is the mode's own, see quantize.py.
-    An `adapter` of `train.py lora` is worked in, `adapter_scale` times.
+    weights; what is None is the mode's own, see quantize.py. An `adapter` of `train.py
+    lora` or PEFT is worked in, `adapter_scale` times, or several are.
 
     Raises FileExistsError when `target` is there already. What is written
     appears under its name only when it is whole.
@@ -186,8 +186,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("-q", "--quantize", action="store_true", help="quantize the decoder's layers")
     add_flags(add)
-    add("--adapter", type=Path, help="file of train.py lora to work in")
-    add("--adapter-scale", type=float, default=1.0, help="how much (default: 1)")
+    adapter = "file of train.py lora, PEFT's folder or Hub id to work in, or several"
+    add("--adapter", type=Path, action="append", help=adapter)
+    scale = "how much (default: 1); of several once, or for each in turn"
+    add("--adapter-scale", type=float, action="append", help=scale)
     add(
         "--upload-repo",
         help="Hub repository to publish to, such as mlx-community/NAME; where "
@@ -213,7 +215,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         q_mode = (args.q_mode or "affine") if args.quantize else None
         sizes = (getattr(mx, args.dtype), args.q_bits, args.q_group_size)
-        adapter = (args.adapter, args.adapter_scale)
+        adapter = (args.adapter, args.adapter_scale or 1.0)
         convert(args.hf_path, args.mlx_path, *sizes, *adapter, q_mode)
         print(f"Wrote {args.mlx_path}")
     if args.upload_repo:

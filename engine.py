@@ -6,7 +6,7 @@ graph anew in every step; rows without a text skip the cross-attention; on the C
 rows are two lanes, computed side by side; on an NVIDIA GPU products of few rows are
 taken as columns. And what concerns a machine: a decoder quantized or shared among
 processes, and what its memory holds. Needs decoder.py and parallel.py beside it;
-quantize.py is needed to quantize, lora.py and settings.py for an adapter.
+quantize.py is needed to quantize, adapters.py, lora.py and settings.py for an adapter.
 
     forward = Engine(decoder, text, copies=2, steps=403)
     logits = forward(tokens)  # (B, S, K) -> (R, 1, K, V)
@@ -298,24 +298,31 @@ def store_columns(decoder: Decoder) -> None:
 
 def adjust(
     model: "MusicGen",
+    dtype: mx.Dtype,
     q_bits: int | None = None,
     q_group_size: int | None = None,
     q_mode: str | None = None,
     group: mx.distributed.Group | None = None,
-    adapter: str | Path | None = None,
-    adapter_scale: float = 1.0,
+    adapter: str | Path | list[str | Path] | None = None,
+    adapter_scale: float | list[float] = 1.0,
 ) -> None:
-    """Quantize a model, adapt it and share it, as `from_pretrained` is asked to."""
+    """Adapt a model, cast and quantize it, and share it, as `from_pretrained` is asked
+    to."""
+    beside = []
+    if adapter is not None:
+        from adapters import weighted, work_in
+
+        beside = work_in(model, weighted(adapter, adapter_scale))
+    model.decoder.set_dtype(dtype)
     if any(value is not None for value in (q_bits, q_group_size, q_mode)):
         from quantize import quantize_model
 
         quantize_model(model, q_bits, q_group_size, q_mode)
     shared = group is not None and group.size() > 1
-    if adapter is not None:
-        from lora import load_adapter
+    if beside:
+        from lora import load_adapters
 
-        load_adapter(model, adapter, adapter_scale, shared)
-        model._adapter = {"adapter": str(adapter), "adapter_scale": adapter_scale}
+        load_adapters(model, beside, shared)
     if shared:
         shard(model.decoder, group)
 

@@ -326,7 +326,7 @@ def main() -> None:
     source.add_argument("--model", help="model whose takes to measure")
     source.add_argument("--codec", help="model whose codec to measure")
     add = parser.add_argument
-    add("--adapter", help="file that train.py lora wrote")
+    add("--adapter", help="file that train.py lora wrote, or PEFT's folder or Hub id")
     add_flags(add)
     add("--timbre", choices=synth.VOICES, help="only prompts of this timbre")
     add("--prompts", type=int, default=200, help="how many (default: %(default)s)")

@@ -16,8 +16,8 @@
 
 `python generate.py --help` explains every flag. Needs arguments.py, which has the flags,
 jobs.py, lines.py and stream.py, which plan and write takes, progress.py, together.py,
-musicgen.py, encodec_stream.py, quantize.py and all that these need beside it; lora.py
-for an adapter, melody.py to follow a melody, play.py to play.
+musicgen.py, encodec_stream.py, quantize.py and all that these need beside it;
+adapters.py for an adapter, melody.py to follow a melody, play.py to play.
 """
 
 import signal
@@ -100,7 +100,10 @@ def choose_jobs(args: argparse.Namespace, group: mx.distributed.Group) -> list[J
         return planned
     given = {name: getattr(args, name) for name in OF_MODEL}
     given = {name: value for name, value in given.items() if value is not None}
-    given |= dict(adapter=args.adapter and str(args.adapter))
+    if isinstance(args.adapter, list):
+        given["adapter"] = [*map(str, args.adapter)]
+    else:
+        given["adapter"] = args.adapter and str(args.adapter)
     quantization = asked(*(getattr(args, name) for name in QUANTIZATION))
     given |= {f"q_{name}": value for name, value in quantization.items()}
     wanted, messages = lines.left(planned, given, args.force, every)
@@ -179,9 +182,9 @@ def check(
         if not args.force:
             check_new(path)
     if args.adapter:
-        from lora import read_adapter
+        from adapters import check_files
 
-        read_adapter(args.adapter)
+        check_files(args.adapter)
     if args.play:
         import play
 

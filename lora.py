@@ -2,7 +2,8 @@
 
 Low-rank adaptation (LoRA, https://arxiv.org/abs/2106.09685). Beside each weight matrix
 of the decoder's layers lies a product of two narrow matrices, and only these are
-trained and saved. `train.py lora` makes an adapter. To use it:
+trained and saved; beside embeddings, heads and projections, too, where that is asked
+for. `train.py lora` makes an adapter. To use it:
 
     model = MusicGen.from_pretrained("small")
     load_adapter(model, "brass.safetensors", scale=0.8)
@@ -33,6 +34,12 @@ SIZES = {  # sizes that must match: names in the file -> in the decoder's config
     "num_codebooks": "num_codebooks",
     "sound_width": "prefix_width",
 }
+TARGETS = {  # beside the layers: what can be adapted, and the decoder's names of it
+    "embeddings": ("emb",),
+    "heads": ("linears",),
+    "projections": ("output_proj", "sound_proj"),
+}
+LAYERS = ("layers",)  # what is adapted unless more is asked for
 
 
 class LoRALinear(nn.Module):
@@ -57,16 +64,46 @@ class LoRALinear(nn.Module):
         return self.layer
 
 
-def shape(layer: Linear) -> tuple[int, int]:
-    """Outputs and inputs of a layer, quantized or not."""
+class LoRAEmbedding(nn.Module):
+    """The same beside a table: `table(x) + scale * a[x] @ b`."""
+
+    def __init__(self, layer: nn.Embedding, rank: int, scale: float):
+        super().__init__()
+        entries, width = layer.weight.shape
+        self.layer, self._scale = layer, scale
+        self.a = mx.random.uniform(-1, 1, (entries, rank)) / math.sqrt(width)
+        self.b = mx.zeros((rank, width))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.layer(x)
+        return y + (self._scale * self.a[x] @ self.b).astype(y.dtype)
+
+    def fused(self) -> nn.Embedding:
+        """The table itself, with the adapter added to it."""
+        weight = self.layer.weight
+        change = self._scale * (self.a @ self.b)
+        self.layer.weight = (weight + change).astype(weight.dtype)
+        return self.layer
+
+
+Adapted = LoRALinear | LoRAEmbedding
+
+
+def shape(layer: Linear | nn.Embedding) -> tuple[int, int]:
+    """Outputs and inputs of a layer, quantized or not; a table's inputs are one-hot."""
+    if isinstance(layer, nn.Embedding):
+        return layer.weight.shape[::-1]
     outputs, inputs = layer.weight.shape
     if isinstance(layer, nn.QuantizedLinear):
         inputs = inputs * 32 // layer.bits  # words of 32 bits hold several weights
     return outputs, inputs
 
 
-def add_adapters(decoder: nn.Module, rank: int, scale: float) -> None:
-    """Put an adapter beside each linear layer in the decoder's layers.
+def add_adapters(
+    decoder: nn.Module, rank: int, scale: float, targets: tuple[str, ...] = LAYERS
+) -> None:
+    """Put an adapter beside each linear layer in the decoder's layers, or beside other
+    `targets`, of "layers" and the names in TARGETS.
 
     Raises ValueError unless `rank` is from 1 to the layers' width, and for a decoder
     that has adapters already.
@@ -78,39 +115,71 @@ def add_adapters(decoder: nn.Module, rank: int, scale: float) -> None:
     width = decoder.config.hidden_size
     if type(rank) is not int or not 1 <= rank <= width:
         raise ValueError(f"rank must be from 1 to {width}, got {rank!r}.")
-    for block, name, module in find(decoder, Linear):
-        replace(block, name, LoRALinear(module, rank, scale))
+    for block, name, module in find_targets(decoder, targets):
+        kind = LoRAEmbedding if isinstance(module, nn.Embedding) else LoRALinear
+        replace(block, name, kind(module, rank, scale))
+
+
+def lay_beside(decoder: nn.Module, arrays: dict[str, mx.array], scale: float) -> None:
+    """Put an adapter's arrays beside their layers, or beside what lies there already."""
+    for name in (name[:-2] for name in arrays if name.endswith(".a")):
+        a, b, module = arrays[f"{name}.a"], arrays[f"{name}.b"], at(decoder, name)
+        if isinstance(module, Adapted):  # one sum of both products
+            a = mx.concatenate([module.a, a], axis=1)
+            b = mx.concatenate([module._scale * module.b, scale * b])
+            module.a, module.b, module._scale = a, b, 1.0
+        else:
+            kind = LoRAEmbedding if isinstance(module, nn.Embedding) else LoRALinear
+            adapted = kind(module, a.shape[1], scale)
+            adapted.a, adapted.b = a, b
+            replace(decoder, name, adapted)
 
 
 def find(decoder: nn.Module, kind: type) -> list[tuple[nn.Module, str, nn.Module]]:
-    """The modules of a kind in the decoder's layers: the layer, the dotted name in it,
-    and the module."""
-    return [
+    """The modules of a kind in the decoder's layers, then those beside them: the layer
+    or the decoder, the dotted name in it, and the module."""
+    return find_targets(decoder, (*LAYERS, *TARGETS), kind)
+
+
+def find_targets(
+    decoder: nn.Module, targets: tuple[str, ...], kind: type = Linear | nn.Embedding
+) -> list[tuple[nn.Module, str, nn.Module]]:
+    """The same of some targets alone."""
+    found = [
         (block, name, module)
-        for block in decoder.layers
+        for block in (decoder.layers if "layers" in targets else [])
         for name, module in block.named_modules()
-        if isinstance(module, kind)
     ]
+    names = [
+        name for target in TARGETS if target in targets for name in TARGETS[target]
+    ]
+    found += [(decoder, name, decoder[name]) for name in names if name in decoder]
+    return [place for place in found if isinstance(place[2], kind)]
 
 
 def replace(block: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module in the place of the one of a dotted name."""
-    *parents, last = name.split(".")
-    for parent in parents:
-        block = block[parent]
-    block[last] = module
+    parents, _, last = name.rpartition(".")
+    at(block, parents)[last] = module
+
+
+def at(block: nn.Module, name: str) -> nn.Module:
+    """The module of a dotted name in another, itself where there is none."""
+    for part in filter(None, name.split(".")):
+        block = block[int(part) if part.isdecimal() else part]
+    return block
 
 
 def fuse(decoder: nn.Module) -> None:
     """Add each adapter to its layer's weights. Beside quantized layers they stay."""
-    for block, name, module in find(decoder, LoRALinear):
-        if type(module.layer) is nn.Linear:
+    for block, name, module in find(decoder, Adapted):
+        if not isinstance(module.layer, nn.QuantizedLinear):
             replace(block, name, module.fused())
 
 
 def has_adapters(decoder: nn.Module) -> bool:
     """Whether any layer has an adapter beside it. Fused ones do not count."""
-    return bool(find(decoder, LoRALinear))
+    return bool(find(decoder, Adapted))
 
 
 def save_adapter(
@@ -120,14 +189,21 @@ def save_adapter(
 
     The file is written whole or not at all. Raises OSError.
     """
+    arrays, metadata = content(decoder, rank, settings)
+    save_arrays(path, arrays, {"adapter": json.dumps(metadata)})
+
+
+def content(
+    decoder: nn.Module, rank: int, settings: dict[str, Any]
+) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """Arrays and metadata of such a file."""
     arrays = {
         name: value.astype(mx.float32)
         for name, value in tree_flatten(decoder.parameters())
         if name.endswith((".a", ".b"))
     }
     sizes = {name: getattr(decoder.config, field) for name, field in SIZES.items()}
-    metadata = dict(musicgen_adapter=VERSION, rank=rank, sizes=sizes) | settings
-    save_arrays(path, arrays, {"adapter": json.dumps(metadata)})
+    return arrays, dict(musicgen_adapter=VERSION, rank=rank, sizes=sizes) | settings
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
@@ -148,9 +224,15 @@ def read_adapter(path: str | Path) -> tuple[dict[str, mx.array], dict[str, Any]]
     if not isinstance(metadata, dict) or metadata.get("musicgen_adapter") != VERSION:
         raise ValueError(
             f"{path} must be an adapter that train.py wrote, but its header is of "
-            "another kind or version."
+            "another kind or version. One of PEFT needs adapter_config.json beside it, "
+            "and is named by their folder."
         )
     return arrays, metadata
+
+
+def check_scale(scale: float) -> None:
+    if not (isinstance(scale, int | float) and abs(scale) <= 100):
+        raise ValueError(f"adapter_scale must be from -100 to 100, got {scale!r}.")
 
 
 def load_adapter(
@@ -164,14 +246,27 @@ def load_adapter(
     Raises FileNotFoundError, or ValueError for a scale beyond 100, an adapter of
     another model, and one that cannot be shared.
     """
-    if not (isinstance(scale, int | float) and abs(scale) <= 100):
-        raise ValueError(f"adapter_scale must be from -100 to 100, got {scale!r}.")
-    arrays, metadata = read_adapter(path)
-    check_adapter(model.decoder, arrays, metadata, path)
-    add_adapters(model.decoder, metadata["rank"], scale)
-    model.decoder.load_weights(list(arrays.items()), strict=False)
-    fuse(model.decoder)
-    if shared and has_adapters(model.decoder):
+    load_adapters(model, [(path, scale)], shared)
+
+
+def load_adapters(
+    model: nn.Module, adapters: list[tuple[str | Path, float]], shared: bool = False
+) -> None:
+    """The same of several, each a file and its scale."""
+    decoder, parts = model.decoder, []
+    for path, scale in adapters:
+        check_scale(scale)
+        arrays, metadata = read_adapter(path)
+        check_adapter(decoder, arrays, metadata, path)
+        parts.append((arrays, scale))
+    if has_adapters(decoder):
+        raise ValueError(
+            "The model has an adapter already. Load the model again for another one."
+        )
+    for arrays, scale in parts:
+        lay_beside(decoder, arrays, scale)
+        fuse(decoder)
+    if shared and has_adapters(decoder):
         raise ValueError(
             "An adapter on a quantized model cannot be shared by processes. Take the "
             "model that is not quantized."
@@ -195,10 +290,15 @@ def check_adapter(
                 f"{path} belongs to another model: its {name} is {size}, here it is "
                 f"{decoder_size}."
             )
+    targets = metadata.get("targets", [*LAYERS])
+    if not isinstance(targets, list) or not all(
+        t in (*LAYERS, *TARGETS) for t in targets
+    ):
+        raise ValueError(f"{path} must tell known targets, got {targets!r:.80}.")
     shapes, numbers = {}, {id(block): i for i, block in enumerate(decoder.layers)}
-    for block, name, module in find(decoder, Linear):
+    for block, name, module in find_targets(decoder, targets):
         outputs, inputs = shape(module)
-        place = f"layers.{numbers[id(block)]}.{name}"
+        place = name if block is decoder else f"layers.{numbers[id(block)]}.{name}"
         shapes |= {f"{place}.a": (inputs, rank), f"{place}.b": (rank, outputs)}
     file_shapes = {name: array.shape for name, array in arrays.items()}
     for name in sorted(shapes.keys() | file_shapes.keys()):

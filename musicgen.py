@@ -244,20 +244,18 @@ class MusicGen(nn.Module):
         q_group_size: int | None = None,
         lazy: bool = False,
         group: mx.distributed.Group | None = None,
-        adapter: str | Path | None = None,
-        adapter_scale: float = 1.0,
+        adapter: str | Path | list[str | Path] | None = None,
+        adapter_scale: float | list[float] = 1.0,
         q_mode: str | None = None,
     ) -> "MusicGen":
-        """Load a model by short name ("small"), Hub id or local folder, in audiocraft's
-        layout, transformers', or the one that `convert.py` writes.
+        """Load a model: a short name ("small"), a Hub id or a folder of any layout.
 
         `dtype` is the decoder's: by default float32 on the CPU, on a GPU what
         `convert.py` wrote, else float16. T5 and codec are always float32. `q_bits` or
         `q_mode` quantizes the decoder's layers, unless the folder holds them so. `lazy`
-        leaves the weights unread until this thread needs them. `group` shares the
-        layers among processes, which must then all generate the same. `adapter` is a
-        file of `train.py lora` that changes them, `adapter_scale` times. Raises
-        ValueError or OSError naming file, tensor or key and what to do.
+        leaves weights unread until this thread needs them. `group` shares the layers
+        among processes, which must all generate the same. `adapter` (or a list) is a
+        file of `train.py lora`, PEFT's folder or Hub id. Raises ValueError or OSError.
         """
         check_dtype(dtype)
         files, on_cpu = read(str(path_or_repo)), mx.default_device() == mx.cpu
@@ -269,11 +267,14 @@ class MusicGen(nn.Module):
             raise ValueError(files.misfit(error)) from error
         model.name, model.revision = str(path_or_repo), files.revision
         model.read_text_encoder = files.read_text_encoder
-        model.decoder.set_dtype(dtype or (mx.float32 if on_cpu else files.dtype))
-        if any(x is not None for x in (q_bits, q_group_size, q_mode, group, adapter)):
+        dtype = dtype or (mx.float32 if on_cpu else files.dtype)
+        if all(x is None for x in (q_bits, q_group_size, q_mode, group, adapter)):
+            model.decoder.set_dtype(dtype)
+        else:
             from engine import adjust
 
-            adjust(model, q_bits, q_group_size, q_mode, group, adapter, adapter_scale)
+            quantized = (q_bits, q_group_size, q_mode)
+            adjust(model, dtype, *quantized, group, adapter, adapter_scale)
         if not lazy:
             model.read_now()
         return model

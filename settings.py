@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 VERSION = 1  # of the settings' format
 LONGEST = 2**20  # bytes of a comment that are read
 KINDS = {"model": str, "prompt": str, "revision": str | None, "prompt_frames": int}
+LISTS = {"adapter": str, "adapter_scale": int | float}  # where there are several
 
 
 def to_comment(settings: dict[str, Any]) -> str:
@@ -54,6 +55,8 @@ def check_types(settings: dict[str, Any], path: Path) -> None:
     """Raise ValueError for settings of types that none has: a file may be anybody's."""
     for name, value in settings.items():
         kind = KINDS.get(name, str | int | float | None)  # bool is an int
+        if isinstance(value, list) and name in LISTS:
+            kind = list if all(isinstance(x, LISTS[name]) for x in value) else ()
         if not isinstance(value, kind) or name in KINDS and value is True:
             raise ValueError(
                 f"{path} is damaged: its setting {name} is of a wrong type, {value!r:.60}"

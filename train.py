@@ -10,10 +10,11 @@
 `synth` trains a small model on the clips of `synth.py`. First the codec learns to
 reconstruct sound through its codebooks, then T5 and the decoder together learn to write
 its codes. `lora` trains an adapter of a model (see lora.py) on sounds and captions of
-your own. `--resume` goes on from the last checkpoint. It lies in the output folder
-under `training`, or for an adapter in the folder `OUTPUT.training`. Needs training.py,
-train_codec.py, synth.py, lora.py, convert.py, prompt.py, musicgen.py and all that these
-need, outputs.py and messages.py beside it.
+your own, with `--format peft` as the library PEFT loads it. `--resume` goes on from the
+last checkpoint. It lies in the output folder under `training`, or for an adapter in the
+folder `OUTPUT.training`. Needs training.py, train_codec.py, synth.py, lora.py,
+peft_files.py, convert.py, prompt.py, musicgen.py and all that these need, outputs.py and
+messages.py beside it.
 """
 
 import signal
@@ -38,13 +39,14 @@ import sentencepiece
 from mlx.utils import tree_flatten, tree_unflatten
 
 import convert
+import peft_files
 import synth
 from audio import check_writable, load_audio, save_audio
 from checkpoints import MusicGenConfig
 from decoder import Condition, DecoderConfig
 from encodec import Encodec
 from hub import local
-from lora import LoRALinear, add_adapters, find, save_adapter
+from lora import LAYERS, TARGETS, Adapted, add_adapters, content, find, save_adapter
 from messages import Forgiving, one_line
 from musicgen import MusicGen, delay, delay_mask
 from outputs import check_apart, leave_nothing
@@ -409,7 +411,7 @@ def load_clips(model: MusicGen, folder: Path) -> tuple[list[str], list[mx.array]
 def adapt_only(model: MusicGen) -> None:
     """Freeze all parameters but those of the adapters."""
     model.freeze()
-    for _, _, module in find(model.decoder, LoRALinear):
+    for _, _, module in find(model.decoder, Adapted):
         module.unfreeze(keys=["a", "b"], recurse=False)
 
 
@@ -417,15 +419,41 @@ def check_adapter_path(args: argparse.Namespace) -> Path:
     """The folder of the checkpoint, where it and the adapter can be written, and
     nothing is lost. Raises ValueError or OSError where not, before minutes of training.
     """
-    if args.output.suffix != ".safetensors" or args.output.is_dir():
-        raise ValueError(f"--output must end in .safetensors, got {args.output}.")
-    check_apart(args.output, {"model": local(args.model)})
-    check_writable(args.output)
+    results = adapter_results(args)
     folder = args.output.with_name(f"{args.output.name}.training")
+    for path in results:
+        check_apart(path, {"model": local(args.model)})
+        check_writable(path if path.parent.exists() else args.output)
     if folder.exists():
         check_writable(folder / CHECKPOINT)
-    check_new(args, folder, args.output)
+    check_new(args, folder, *results)
     return folder
+
+
+def adapter_results(args: argparse.Namespace) -> list[Path]:
+    """The files of an adapter. Raises ValueError where the output is not one, or with
+    `--format peft` not a folder."""
+    is_file = args.output.suffix == ".safetensors"
+    if args.format == "peft":
+        if is_file or args.output.is_file():
+            raise ValueError(
+                f"--output must be a folder with --format peft, got {args.output}."
+            )
+        return [args.output / name for name in (peft_files.CONFIG, peft_files.WEIGHTS)]
+    if not is_file or args.output.is_dir():
+        raise ValueError(f"--output must end in .safetensors, got {args.output}.")
+    return [args.output]
+
+
+def write_adapter(args: argparse.Namespace, model: MusicGen) -> None:
+    """Write it in the format that is asked for."""
+    settings = {"model": args.model}
+    if args.targets != [*LAYERS]:
+        settings["targets"] = args.targets
+    if args.format == "peft":
+        peft_files.write(args.output, *content(model.decoder, args.rank, settings))
+    else:
+        save_adapter(args.output, model.decoder, args.rank, settings)
 
 
 def train_lora(args: argparse.Namespace) -> None:
@@ -436,11 +464,14 @@ def train_lora(args: argparse.Namespace) -> None:
     model = MusicGen.from_pretrained(args.model, dtype, args.q_bits)
     if model.config.text_encoder is None:
         raise ValueError(f"{args.model} has no text, so it cannot be trained here.")
-    add_adapters(model.decoder, args.rank, 1.0)
+    if args.format == "peft":
+        peft_files.check_model(model.config.decoder.prefix_width)
+    add_adapters(model.decoder, args.rank, 1.0, args.targets)
     adapt_only(model)
     texts, codes = load_clips(model, args.data)
     flags = ("model", "rank", "batch", "crop", "dtype", "q_bits", "seed")
     settings = {name: getattr(args, name) for name in flags}
+    settings["targets"] = None if args.targets == [*LAYERS] else args.targets
     training = Training(model, lm_loss, args, folder, {}, settings)
     random = training.random
     ids = [model.tokenizer.encode(text) for text in texts]
@@ -456,11 +487,8 @@ def train_lora(args: argparse.Namespace) -> None:
         with_text = mx.array(random.random(args.batch) >= WITHOUT_TEXT)
         return tokens, mask, with_text, mx.stack(crops).astype(mx.int32)
 
-    def write() -> None:
-        save_adapter(args.output, model.decoder, args.rank, {"model": args.model})
-
     names = tuple(f"codebook {k}" for k in range(codes[0].shape[1]))
-    training.run(batch, names, write)
+    training.run(batch, names, lambda: write_adapter(args, model))
     print(f"Wrote {args.output}")
 
 
@@ -487,8 +515,17 @@ def parse_arguments() -> argparse.Namespace:
     add = lora.add_argument
     add("--model", required=True, help="short name, Hub id or folder")
     add("--data", type=Path, required=True, help="folder of clips with captions")
-    output = Path("adapter.safetensors")
-    add("--output", type=Path, default=output, help="(default: %(default)s)")
+    output = "adapter.safetensors, or with --format peft the folder adapter"
+    add("--output", type=Path, help=f"(default: {output})")
+    formats = dict(choices=["own", "peft"], default="own")
+    add("--format", **formats, help="of the adapter (default: %(default)s)")
+    add(
+        "--targets",
+        nargs="+",
+        choices=[*LAYERS, *TARGETS],
+        default=[*LAYERS],
+        help="what is adapted: any of these (default: layers)",
+    )
     add("--rank", type=int, default=16, help="of the adapter (default: %(default)s)")
     add("--crop", type=float, default=10.0, help="seconds of a clip (%(default)s)")
     add("--dtype", choices=["float16", "bfloat16", "float32"])
@@ -503,6 +540,10 @@ def parse_arguments() -> argparse.Namespace:
         add("--resume", action="store_true", help="go on from the last checkpoint")
         add("--force", action="store_true", help="overwrite what another one made")
     args = parser.parse_args()
+    if args.output is None:
+        args.output = Path(
+            "adapter" if args.format == "peft" else "adapter.safetensors"
+        )
     for name in {"data", "output"} & vars(args).keys():
         setattr(args, name, Path(os.path.expanduser(getattr(args, name))))
     if args.command == "synth" and args.clips is None:

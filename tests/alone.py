@@ -43,6 +43,14 @@ def small_codec(encodec: ModuleType) -> nn.Module:
     return encodec.Encodec(encodec.EncodecConfig(target_bandwidths=(0.4,), **small))
 
 
+def try_adapters(adapters):
+    paths = [REFERENCE / "peft" / "mono", REFERENCE / "peft" / "ours-mono.safetensors"]
+    adapters.check_files(paths)
+    model = SimpleNamespace()
+    beside = adapters.work_in(model, adapters.weighted(paths[1:], 0.5))
+    assert beside == [(paths[1], 0.5)] and model._adapter["adapter_scale"] == 0.5
+
+
 def try_arguments(arguments):
     args = arguments.parse_arguments(["slow bell", "-m", "tiny", "-d", "2"])
     assert (args.prompt, args.model, args.duration) == (["slow bell"], "tiny", 2.0)
@@ -249,6 +257,13 @@ def try_outputs(outputs):
 def try_parallel(parallel):
     (x,) = {mx.ones(3, stream=s).sum().item() for s in parallel.parallel_streams()}
     assert x == 3
+
+
+def try_peft_files(peft_files):
+    adapter = peft_files.read(REFERENCE / "peft" / "mono")
+    assert len(peft_files.changes(adapter, codebooks=4)) == 17
+    run("peft_files.py", REFERENCE / "peft" / "ours-mono.safetensors", "out")
+    assert peft_files.read("out").config["r"] == 3
 
 
 def try_play(play):

@@ -1,0 +1,83 @@
+"""Adapters of a model, one or several: which kind each is, and in which order they come.
+
+    beside = work_in(model, weighted(["owner/name", "brass.safetensors"], [0.5, 1.0]))
+    model.decoder.set_dtype(mx.float16)
+    load_adapters(model, beside)  # of lora.py
+
+PEFT's are worked into the weights before the decoder is cast and quantized, those of
+`train.py lora` after it, since they lie beside quantized layers. Needs lora.py and
+settings.py beside it; peft_files.py is needed for one of PEFT, hub.py for one on the
+Hub, torch_file.py for one in a `.bin`, and outputs.py to save one.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora import check_scale, read_adapter
+
+if TYPE_CHECKING:
+    from musicgen import MusicGen
+
+Adapters = str | Path | list[str | Path]
+Weighted = tuple[str | Path, float]  # an adapter and how many times it counts
+
+
+def is_own(path: str | Path) -> bool:
+    """Whether an adapter is a file of `train.py lora`. One of PEFT is a folder, the file
+    in it, or lies on the Hub."""
+    path = Path(os.path.expanduser(path))
+    if path.is_file():
+        beside = path.with_name("adapter_config.json").is_file()
+        return not (beside and path.name.startswith("adapter_model."))
+    on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path.as_posix())
+    return not (path.is_dir() or on_hub and path.suffix != ".safetensors")
+
+
+def check_files(adapters: Adapters) -> None:
+    """Read adapters for their faults alone. Raises as `read_adapter`, and as `read` of
+    peft_files.py."""
+    for path in adapters if isinstance(adapters, list | tuple) else [adapters]:
+        if is_own(path):
+            read_adapter(path)
+        else:
+            from peft_files import read
+
+            read(path)
+
+
+def weighted(adapters: Adapters, scales: float | list[float]) -> list[Weighted]:
+    """Each adapter with its scale: one for all, or each its own.
+
+    Raises ValueError for a scale beyond 100, and where there are not as many.
+    """
+    adapters = adapters if isinstance(adapters, list | tuple) else [adapters]
+    if not isinstance(scales, list | tuple):
+        scales = [scales] * len(adapters)
+    elif len(scales) == 1:
+        scales = [*scales] * len(adapters)
+    if len(scales) != len(adapters):
+        raise ValueError(
+            "adapter_scale must be one number, or one for each adapter in turn, got "
+            f"{len(scales)} for {len(adapters)}."
+        )
+    for scale in scales:
+        check_scale(scale)
+    return [*zip(adapters, scales)]
+
+
+def work_in(model: "MusicGen", adapters: list[Weighted]) -> list[Weighted]:
+    """Work PEFT's adapters into a model's weights. Returns the others."""
+    for path, scale in adapters:
+        if not is_own(path):
+            from peft_files import merge
+
+            merge(model, path, scale)
+    if adapters:
+        names, scales = ([*column] for column in zip(*adapters))
+        names = [*map(str, names)]
+        one = len(adapters) == 1
+        model._adapter = dict(adapter=names[0] if one else names)
+        model._adapter["adapter_scale"] = scales[0] if one else scales
+    return [(path, scale) for path, scale in adapters if is_own(path)]

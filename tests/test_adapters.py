@@ -1,0 +1,236 @@
+"""Several adapters on the command line and in sound files; training for PEFT."""
+
+import io
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import mlx.core as mx
+import sounds
+from common import REFERENCE, ScriptTest, Test, exact
+from mlx.utils import tree_flatten
+
+import adapters
+import lora
+import peft_files
+import settings
+import train
+from arguments import parse_arguments
+from audio import save_audio
+from musicgen import MusicGen
+
+MODEL = REFERENCE / "mono-transformers"
+PEFT, OURS = REFERENCE / "peft" / "mono", REFERENCE / "peft" / "ours-mono.safetensors"
+GREEDY = dict(duration=0.3, temp=0)
+
+
+class TestKinds(Test):
+    def test_ours_is_a_file(self):
+        plain = self.folder / "adapter_model.safetensors"
+        plain.touch()
+        for path, own in (
+            (OURS, True),
+            (plain, True),
+            ("no-such.safetensors", True),
+            ("clips/no-such.safetensors", True),
+            ("./no/such/folder", True),
+            (PEFT, False),
+            (str(PEFT), False),
+            (PEFT / peft_files.WEIGHTS, False),
+            ("owner/name-v1.2", False),
+        ):
+            self.assertEqual(adapters.is_own(path), own, path)
+
+    def test_scales(self):
+        for scales, wanted in (
+            (0.5, [0.5, 0.5]),
+            ([0.5], [0.5, 0.5]),
+            ([1, 2], [1, 2]),
+        ):
+            pairs = adapters.weighted(["a", "b"], scales)
+            self.assertEqual(pairs, [*zip("ab", wanted)])
+        self.assertEqual(adapters.weighted([], 1.0), [])
+
+    def test_files_are_read_before_the_model(self):
+        adapters.check_files([PEFT, OURS])
+        for path in (self.folder / "none", self.folder):
+            with self.assertRaises(FileNotFoundError):
+                adapters.check_files([PEFT, path])
+
+    def test_no_adapter_at_all(self):
+        model = MusicGen.from_pretrained(MODEL, adapter=[])
+        self.assertEqual(model.adapter, {})
+
+
+class TestCommandLine(ScriptTest):
+    def make(self, name: str, *flags) -> tuple[dict, list]:
+        """Settings and samples of a file that generate.py writes."""
+        path = self.folder / f"{name}.wav"
+        common = ["--output", path, "--seed", "3"]
+        status, _, err = self.run_script(*flags, *common)
+        self.assertEqual(status, 0, err)
+        return settings.read_settings(path), path.read_bytes()[-4000:]
+
+    def test_several_are_kept_and_made_again(self):
+        flags = ["--prompt", "drums", "--model", MODEL, "--duration", "0.3"]
+        both = ["--adapter", PEFT, "--adapter", OURS]
+        record, sound = self.make("a", *flags, *both, "--adapter-scale", "0.5")
+        self.assertEqual(record["adapter"], [str(PEFT), str(OURS)])
+        self.assertEqual(record["adapter_scale"], [0.5, 0.5])
+        again, same = self.make("b", "--again", self.folder / "a.wav")
+        self.assertEqual((again, same), (record, sound))
+        scales = ["--adapter-scale", "0.5", "--adapter-scale", "1"]
+        other, changed = self.make("c", "--again", self.folder / "a.wav", *scales)
+        self.assertEqual(other["adapter"], record["adapter"])
+        self.assertEqual(other["adapter_scale"], [0.5, 1.0])
+        self.assertNotEqual(changed, sound)
+        one, alone = self.make("d", "--again", self.folder / "a.wav", "--adapter", OURS)
+        self.assertEqual((one["adapter"], one["adapter_scale"]), (str(OURS), 1.0))
+        self.assertNotIn(alone, (sound, changed))
+
+    def test_lines_of_a_file(self):
+        """Are made again with another adapter or scale only."""
+        prompts = self.folder / "prompts.txt"
+        prompts.write_text("drums\n")
+        flags = ["--prompts", prompts, "--model", MODEL, "--duration", "0.3"]
+        flags += ["--output", self.folder / "x.wav", "--seed", "3", "--adapter", PEFT]
+        for more, said in (
+            ([], ""),
+            ([], "skipped"),
+            (["--adapter", OURS], "made again: adapter was"),
+            (["--adapter", OURS], "skipped"),
+            (["--adapter", OURS, "--adapter-scale", "0.5"], "adapter_scale was"),
+        ):
+            status, out, err = self.run_script(*flags, *more)
+            self.assertEqual(status, 0, err)
+            self.assertIn(said, out + err)
+
+    def test_flags(self):
+        args = parse_arguments(["a", "--adapter", "b/c"])
+        self.assertEqual((args.adapter, args.adapter_scale), (Path("b/c"), 1.0))
+        args = parse_arguments(["a", "--adapter-scale", "1"])
+        self.assertEqual((args.adapter, args.adapter_scale), (None, 1.0))
+        for flags, pattern in (
+            (["--adapter-scale", "0.5"], "--adapter-scale needs an --adapter"),
+            (
+                ["--adapter", PEFT, *["--adapter-scale", "1"] * 2],
+                "once for each --adapter, got 2 for 1",
+            ),
+            (
+                ["--adapter", OURS, "--adapter", PEFT, "--save-codes", OURS],
+                "read as the",
+            ),
+            (
+                ["--adapter", PEFT, "--adapter", OURS, "--save-codes", OURS],
+                "read as the",
+            ),
+        ):
+            status, _, err = self.run_script("--prompt", "a", *flags)
+            self.assertEqual(status, 2)
+            self.assertRegex(err, f"^generate.py: error: .*{pattern}.*\n$")
+        status, _, err = self.run_script("--prompt", "a", "--adapter", self.folder)
+        self.assertEqual(status, 1)
+        self.assertRegex(err, "must hold adapter_config.json beside .*\n$")
+
+    def test_settings_of_a_stranger(self):
+        path = self.folder / "x.safetensors"
+        codes = mx.zeros((1, 9, 4), mx.uint16)
+        for wrong in (
+            dict(adapter=[1]),
+            dict(adapter=[["a"]]),
+            dict(adapter_scale=["a"]),
+            dict(model=["a"]),
+        ):
+            settings.save_codes(path, codes, wrong)
+            with self.assertRaisesRegex(ValueError, "is of a wrong type"):
+                settings.read_settings(path)
+
+
+class TestTraining(Test):
+    def setUp(self):
+        super().setUp()
+        self.clips = self.folder / "clips"
+        self.clips.mkdir()
+        save_audio(self.clips / "a.wav", sounds.tune(32000, [60, 64, 67]), 32000)
+        (self.clips / "a.txt").write_text("a tune\n")
+
+    def train(self, output: str, *flags: str, model: str = "mono-transformers"):
+        """Exit status or message."""
+        words = ["lora", "--model", REFERENCE / model, "--data", self.clips]
+        words += ["--output", self.folder / output, "--rank", "3", "--steps", "2"]
+        words += ["--dtype", "float32", "--lr", "0.02", *flags]
+        with patch.object(sys, "argv", ["train.py", *map(str, words)]):
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as err:
+                try:
+                    train.main()
+                except SystemExit as stop:
+                    return err.getvalue() if stop.code == 2 else stop.code
+        return 0
+
+    def test_both_formats_hold_the_same(self):
+        """Of all targets; a melody's projection has none to learn from here."""
+        every = ["--targets", "layers", "embeddings", "heads", "projections"]
+        for kind in ("mono", "stereo", "melody"):
+            name = f"{kind}-transformers"
+            for output, flags in (
+                (f"{kind}.safetensors", []),
+                (kind, ["--format", "peft"]),
+            ):
+                self.assertEqual(self.train(output, *every, *flags, model=name), 0)
+            models = [
+                MusicGen.from_pretrained(REFERENCE / name, mx.float32, adapter=path)
+                for path in (self.folder / f"{kind}.safetensors", self.folder / kind)
+            ]
+            plain = dict(tree_flatten(exact(name).decoder.parameters()))
+            ours, theirs = (dict(tree_flatten(m.decoder.parameters())) for m in models)
+            changed = {key for key in plain if (plain[key] != ours[key]).any()}
+            for key, value in ours.items():
+                self.assertClose(theirs[key], value, 1e-6)
+            self.assertLessEqual(
+                {"emb.weight", "linears.weight", "output_proj.weight"}, changed
+            )
+
+    def test_targets(self):
+        for targets, wanted in (
+            (["heads"], {"linears"}),
+            (["embeddings", "projections"], {"emb", "output_proj"}),
+            (["heads", "embeddings"], {"linears", "emb"}),
+        ):
+            flags = ["--targets", *targets, "--force"]
+            self.assertEqual(self.train("x.safetensors", *flags), 0)
+            arrays, metadata = lora.read_adapter(self.folder / "x.safetensors")
+            self.assertEqual({name[:-2] for name in arrays}, wanted)
+            self.assertEqual(metadata["targets"], targets)
+            status = self.train("x.safetensors", "--resume", "--steps", "3")
+            self.assertRegex(str(status), "targets must be as it was")
+        model = MusicGen.from_pretrained(MODEL, mx.float32, q_bits=8, q_group_size=32)
+        lora.load_adapter(model, self.folder / "x.safetensors")
+        self.assertFalse(lora.has_adapters(model.decoder))  # none is quantized
+        metadata |= {"targets": ["nonsense"]}
+        with self.assertRaisesRegex(ValueError, "must tell known targets, got .*nons"):
+            lora.check_adapter(model.decoder, arrays, metadata, "x")
+
+    def test_layers_alone_are_as_ever(self):
+        self.assertEqual(self.train("x.safetensors"), 0)
+        self.assertNotIn("targets", lora.read_adapter(self.folder / "x.safetensors")[1])
+
+    def test_what_is_lost_or_cannot_be(self):
+        (self.folder / "file").touch()
+        for output, flags, pattern in (
+            ("x.safetensors", ["--format", "peft"], "must be a folder with --format"),
+            ("file", ["--format", "peft"], "must be a folder with --format peft"),
+            ("no/folder", ["--format", "peft"], "The folder .*no of folder must exist"),
+            ("x", [], "must end in .safetensors"),
+            ("x.safetensors", ["--targets", "drums"], "invalid choice: 'drums'"),
+        ):
+            self.assertRegex(str(self.train(output, *flags)), pattern)
+        self.assertEqual(self.train("x", "--format", "peft"), 0)
+        before = (self.folder / "x" / peft_files.WEIGHTS).read_bytes()
+        status = self.train("x", "--format", "peft", "--seed", "1")
+        self.assertRegex(str(status), "is there already: go on with it by --resume")
+        after = (self.folder / "x" / peft_files.WEIGHTS).read_bytes()
+        self.assertEqual(after, before)
+        status = self.train("y", "--format", "peft", model="style-audiocraft")
+        self.assertRegex(str(status), "no model that follows a style")
+        self.assertFalse((self.folder / "y").exists())
