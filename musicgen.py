@@ -85,8 +85,7 @@ class MusicGen(nn.Module):
 
     def frames_in(self, seconds: float) -> int:
         """Whole frames. 2.3 s are 115, though 2.3 * 50 is less, for it is rounded."""
-        frames = seconds * self.frame_rate
-        near = round(frames)
+        near = round(frames := seconds * self.frame_rate)
         return near if math.isclose(frames, near, rel_tol=1e-12) else int(frames)
 
     @property

@@ -136,8 +136,7 @@ def fetch(repo: str) -> tuple[Path, Path]:
         except EntryNotFoundError:
             return Path(config), Path(hf_hub_download(repo, PICKLE, **options))
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        why = isinstance(error, OSError) and reason or error
-        why = " ".join(str(why).split()).rstrip(". ")
+        why = hub.explain(error, repo, reason, (CONFIG, WEIGHTS))
         raise OSError(
             f"The Hub did not give the adapter {repo:.80}, and there is no such folder: "
             f"{why:.220}. To work offline, name its folder."

@@ -26,9 +26,9 @@ LAYERS = """
     options outputs messages together limits hub resample torch_file decoder test strict parallel quantize
     settings audio decoder_names t5_files progress textless models
     training lora loudness wav_stream synth demucs mert t5 audiocraft
-    play stream engine encodec_files melody
-    encodec
-    encodec_stream style train_codec
+    play stream encodec_files melody peft_files
+    encodec adapters
+    engine encodec_stream style train_codec
     prompt conditioning published
     checkpoints
     musicgen

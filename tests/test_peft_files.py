@@ -18,8 +18,8 @@ import hub
 import lora
 import peft_files
 from decoder import Condition
-from engine import quantize
 from musicgen import MusicGen
+from quantize import quantize
 
 ADAPTERS = REFERENCE / "peft"
 ABOUT = json.loads((ADAPTERS / "expected.json").read_text())
