@@ -86,7 +86,9 @@ def read_audiocraft(folder: Path) -> Published:
     try:
         t5, text_weights, spiece = t5_files.read(place)
     except OSError as error:
-        raise OSError(f"{folder} needs T5 in {local.name}/ or from the Hub: {error}")
+        why = str(error.__cause__ or error).rstrip(".")  # without what is said here
+        where = f"{local.name}/ or from the Hub"
+        raise OSError(f"{folder} needs T5 in {where}: {why}.") from error
     _, codec, codec_weights = encodec_files.read(folder)
     try:
         settings = {
