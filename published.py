@@ -167,9 +167,9 @@ def read_text(path: Path, cfg: dict[str, Any]) -> Text:
     try:
         settings, weights, spiece = t5_files.read(place)
     except OSError as error:
-        raise OSError(
-            f"{path.parent} needs T5 in {local.name}/ or from the Hub: {error}"
-        )
+        why = str(error.__cause__ or error).rstrip(".")  # without what is said here
+        where = f"{local.name}/ or from the Hub"
+        raise OSError(f"{path.parent} needs T5 in {where}: {why}.") from error
     again = lambda: t5_files.read(place)[1]  # noqa: E731
     return Text(settings, weights, Tokenizer(spiece), again, local.name)
 

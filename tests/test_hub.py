@@ -337,8 +337,8 @@ class TestNoNetwork(Test):
         url["HF_HUB_CACHE"] = str(self.folder)
         ends = dict(capture_output=True, text=True, env=os.environ | url)
         for names, load in (
-            (("t5", "t5_files", "limits"), "t5.T5"),
-            (("encodec", "encodec_files", "limits"), "encodec.Encodec"),
+            (("t5", "t5_files", "limits", "strict"), "t5.T5"),
+            (("encodec", "encodec_files", "limits", "strict"), "encodec.Encodec"),
             (("mert", "audio", "resample", "outputs", "torch_file"), "mert.MERT"),
         ):
             folder = self.folder / names[0]

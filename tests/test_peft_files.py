@@ -199,13 +199,16 @@ class TestMerging(Test):
         with reason, self.assertRaisesRegex(OSError, "a/b, .*: there is no network"):
             adapted("mono-transformers", "a/b")
         response = Mock(headers={}, status_code=404)
-        for error in (
-            EntryNotFoundError("no such file " * 99),
-            RepositoryNotFoundError("no such file " * 99, response=response),
+        for error, why in (
+            (EntryNotFoundError("no such file " * 99), "no such file|lacks|no file"),
+            (
+                RepositoryNotFoundError("no such file " * 99, response=response),
+                "there is none of this name",
+            ),
         ):
             with patch.object(hub, "no_network", return_value=""):
                 with patch("huggingface_hub.hf_hub_download", side_effect=error):
-                    with self.assertRaisesRegex(OSError, "no such file") as caught:
+                    with self.assertRaisesRegex(OSError, why) as caught:
                         adapted("mono-transformers", "a/b")
             self.assertLessEqual(len(str(caught.exception)), 400)
 
