@@ -332,9 +332,12 @@ class TestNoNetwork(Test):
         url["HF_HUB_CACHE"] = str(self.folder)
         ends = dict(capture_output=True, text=True, env=os.environ | url)
         for names, load in (
-            (("t5", "t5_files", "limits"), "t5.T5"),
-            (("encodec", "encodec_files", "limits"), "encodec.Encodec"),
-            (("mert", "audio", "resample", "outputs", "torch_file"), "mert.MERT"),
+            (("t5", "t5_files", "limits", "strict"), "t5.T5"),
+            (("encodec", "encodec_files", "limits", "strict"), "encodec.Encodec"),
+            (
+                ("mert", "audio", "resample", "outputs", "torch_file", "strict"),
+                "mert.MERT",
+            ),
         ):
             folder = self.folder / names[0]
             folder.mkdir()
