@@ -9,7 +9,8 @@
 A job is one sound file to make. Jobs that differ in prompt, seed and file only run in
 one batch. Under `mlx.launch` every process takes its share. Needs musicgen.py and what
 that needs, prompt.py, audio.py, loudness.py, settings.py and outputs.py beside it. Jobs
-that follow a sound go with conditioning.py, and melody.py or style.py.
+that follow a sound go with conditioning.py, and melody.py or style.py; those of a model
+without text need textless.py.
 """
 
 import functools
@@ -419,9 +420,14 @@ class Batch:
             self._jobs = []
 
     def _leave_out_unheard(self) -> None:
-        """Fail the jobs whose melody or style cannot be heard, and no others."""
+        """Fail the jobs whose melody or style cannot be heard, or whose text cannot be
+        followed, and no others."""
         for job in list(self._jobs):
             try:
+                if self._model.config.text_encoder is None:
+                    from textless import without_text
+
+                    without_text(self._model.name, [job.prompt], job.options)
                 self._sounds.melody(job), self._sounds.style_start(job)
             except (OSError, ValueError) as error:
                 self._failed.append(Result(job, error))

@@ -339,7 +339,10 @@ class TestNoNetwork(Test):
         for names, load in (
             (("t5", "t5_files", "limits", "strict"), "t5.T5"),
             (("encodec", "encodec_files", "limits", "strict"), "encodec.Encodec"),
-            (("mert", "audio", "resample", "outputs", "torch_file"), "mert.MERT"),
+            (
+                ("mert", "audio", "resample", "outputs", "torch_file", "strict"),
+                "mert.MERT",
+            ),
         ):
             folder = self.folder / names[0]
             folder.mkdir()

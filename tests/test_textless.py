@@ -129,6 +129,18 @@ class TestTextless(ScriptTest):
         self.assertEqual((status, err.count("\n")), (1, 1))
         self.assertIn("generate.py: error: prompt must be empty, got 'happy rock'", err)
 
+    def test_a_text_in_a_file_of_prompts_leaves_the_other_lines_alone(self):
+        folder, lines = self.folder_of(*CASES[0]), self.folder / "lines.jsonl"
+        lines.write_text('{"prompt": ""}\n{"prompt": "rock"}\n{"prompt": ""}\n')
+        words = ["--model", folder, "--prompts", lines, "--duration", "0.3"]
+        words += ["--output", self.folder / "out.wav"]
+        status, _, err = self.run_script(*words)
+        self.assertEqual(status, 1)
+        self.assertRegex(err, "error: .*lines.jsonl, line 2: prompt must be empty")
+        self.assertNotRegex(err, "line [13]")
+        made = sorted(path.name for path in self.folder.glob("*.wav"))
+        self.assertEqual(made, ["out-1.wav", "out-3.wav"])
+
     def test_no_prompt_of_a_model_with_text(self):
         for model in ("tiny", "stereo-small", REFERENCE / "mono-audiocraft"):
             status, _, err = self.run_script("--model", model, "--duration", "0.3")
