@@ -268,6 +268,8 @@ def measure_model(args: argparse.Namespace) -> dict[str, str]:
         names = ("q_bits", "q_group_size", "q_mode")
         quantization = {name: getattr(args, name) for name in names}
         model = MusicGen.from_pretrained(args.model, getattr(mx, dtype), **quantization)
+    if model.config.text_encoder is None:
+        raise ValueError(f"{args.model} follows no text; take a model that does.")
     model.plain = args.plain
     load = time.perf_counter() - start
     if args.lora:

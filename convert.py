@@ -201,6 +201,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--upload-repo must be OWNER/NAME, got '{repo}'")
     if (args.q_bits or args.q_group_size or args.q_mode) and not args.quantize:
         parser.error("--q-bits, --q-group-size and --q-mode need --quantize")
+    if args.adapter_scale and not args.adapter:
+        parser.error("--adapter-scale needs an --adapter")
     try:
         complete(args.q_bits, args.q_group_size, args.q_mode)
         check_name(args.hf_path)

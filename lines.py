@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from hub import follows, same_model
+from hub import MODELS, follows, local, same_model
 from jobs import ALL_KEYS, Job, agree, make_job, numbered
 from options import Options
 from outputs import identity, in_words, is_there
@@ -24,7 +24,6 @@ from settings import read_settings
 
 ALIASES = {"guidance": "guidance_coef", "negative": "negative_prompt"}
 DEFAULTS = asdict(Options()) | {"model": None, "adapter_scale": 1.0}  # of a record
-DURATIONS = (8.0, 5.0)  # seconds that models take where none are given
 
 
 def plan_file(path: Path, values: dict[str, Any]) -> list[Job]:
@@ -169,13 +168,32 @@ def agreed(
     return [mine.get(job.line, job) for job, keep in kept if keep]
 
 
+def own_settings(model: str) -> dict[str, Any]:
+    """What a model takes where nothing is given, as far as that is known without reading
+    its weights: a released one, or a folder with a config.json. Else nothing."""
+    if model in MODELS or model in MODELS.values():
+        return {"duration": 5.0 if "audiogen" in model else 8.0, "q_bits": None}
+    folder = local(model)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        stored = config.get("quantization") or {}
+        duration = config.get("default_duration", 8.0)
+        return {"duration": duration, "q_bits": stored.get("bits")}
+    except (AttributeError, OSError, TypeError, ValueError):
+        return {}
+
+
 def differences(job: Job, given: dict[str, Any], record: dict[str, Any]) -> list[str]:
     """What is other in a sound file's record than the job asks for."""
     wanted = dict.fromkeys({*ALL_KEYS} - {"output"}) | job.record() | given
     if not job.seed_is_given:
         del wanted["seed"]
-    if job.options.duration is None and record.get("duration") in DURATIONS:
-        del wanted["duration"]  # the model is not loaded yet
+    own = own_settings(str(wanted.get("model", "")))
+    for name, value in own.items():
+        if wanted.get(name) is None:
+            wanted[name] = value
+    if own == {} and job.options.duration is None:
+        del wanted["duration"]  # which only the model's files tell
     if job.options.style_start is None:  # drawn by the seed
         del wanted["style_start"]
     if "q_bits" in record:

@@ -8,7 +8,7 @@ Stands alone.
 
 from typing import Any
 
-LONGEST = 600  # characters
+LONGEST = 390  # characters
 
 
 def one_line(message: object) -> str:

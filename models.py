@@ -75,7 +75,10 @@ def missing(name: str) -> float:
 
 
 def is_cached(repo: str, file: str) -> bool:
-    return isinstance(try_to_load_from_cache(repo, file), str)
+    try:
+        return isinstance(try_to_load_from_cache(repo, file), str)
+    except (OSError, ValueError):  # a damaged entry
+        return False
 
 
 def rows() -> Iterator[tuple[str, ...]]:

@@ -521,7 +521,10 @@ def main() -> None:
             raise FileExistsError(
                 f"{args.target} exists already; choose another folder."
             )
-        write(args.target, *read_adapter(args.source))
+        try:
+            write(args.target, *read_adapter(args.source))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{args.source} is damaged: {error!r:.200}") from error
     except (OSError, ValueError) as error:
         sys.exit(f"peft_files.py: error: {' '.join(str(error).split())}")
     print(f"Wrote {args.target}")

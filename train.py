@@ -466,6 +466,11 @@ def train_lora(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.model} has no text, so it cannot be trained here.")
     if args.format == "peft":
         peft_files.check_model(model.config.decoder.prefix_width)
+        if model.config.quantization:
+            raise ValueError(
+                f"{args.model} is quantized, and an adapter of PEFT cannot be worked into "
+                "such a model: train on the original, or leave out --format peft."
+            )
     add_adapters(model.decoder, args.rank, 1.0, args.targets)
     adapt_only(model)
     texts, codes = load_clips(model, args.data)

@@ -205,6 +205,7 @@ class TestConvert(Test):
             (["--dtype", "int8"], "invalid choice"),
             (["--q-bits", "8"], "need --quantize"),
             (["--q-mode", "mxfp4"], "need --quantize"),
+            (["--adapter-scale", "0.5"], "needs an --adapter"),
             (["-q", "--q-mode", "mxfp4", "--q-bits", "8"], "q_bits must be 4 in the"),
             (["-q", "--q-mode", "fp4"], "invalid choice"),
             (["-q", "--q-bits", "7"], "invalid choice"),

@@ -11,6 +11,7 @@ import mlx.core as mx
 import soundfile
 from common import REFERENCE, ScriptTest, slow
 
+import jobs
 import lines
 from audio import save_audio
 
@@ -138,6 +139,30 @@ class TestLines(ScriptTest):
         self.assertEqual(self.script()[0], 1)  # a.wav is not there yet
         status, _, err = self.script()
         self.assertEqual((status, Path("x-2.wav").exists()), (0, True), err)
+
+    def test_what_the_model_takes_where_nothing_is_given(self):
+        """Its own duration and bits, which its config tells before it is loaded."""
+        for model, seconds in (
+            ("small", 8.0),
+            ("facebook/musicgen-large", 8.0),
+            ("audiogen-medium", 5.0),
+        ):
+            own = {"duration": seconds, "q_bits": None}
+            self.assertEqual(lines.own_settings(model), own)
+        self.assertEqual(lines.own_settings("someone/model"), {})
+        folder = str(REFERENCE / "mono-transformers")
+        own = {"duration": 8.0, "q_bits": None}
+        self.assertEqual(lines.own_settings(folder), own)
+        for before, more, why in (
+            ({"duration": 5.0}, {}, ["duration was 5.0 and is 8.0"]),
+            ({"duration": 8.0, "q_bits": 4}, {}, ["q_bits was 4 and is None"]),
+            ({"duration": 8.0}, {"q_bits": 4}, ["q_bits was None and is 4"]),
+            ({"duration": 8.0}, {}, []),
+        ):
+            job = jobs.make_job({"prompt": "a", "seed": 0, "output": "x.wav"})
+            record = job.record() | {"model": folder} | before
+            given = {"model": folder} | more
+            self.assertEqual(lines.differences(job, given, record), why)
 
     def test_home_folder(self):
         save_audio("a.wav", mx.full((1300, 1), 0.1), 32000)

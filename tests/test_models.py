@@ -155,6 +155,13 @@ class TestCache(Test):
         self.put("facebook/musicgen-stereo-small", hub.AUDIOCRAFT_FILES[1])
         self.assertEqual(self.cached()["stereo-small"], "yes")
 
+    def test_a_damaged_entry_hides_nothing(self):
+        self.put("facebook/musicgen-small", *hub.AUDIOCRAFT_FILES)
+        folder = self.folder / "models--facebook--musicgen-small"
+        (folder / "refs/main").write_bytes(b"\xff\xfe")
+        told = self.cached()
+        self.assertEqual((told["small"], told["tiny"]), ("no", "beside the scripts"))
+
     def test_flag_asks_nobody(self):
         asked = AssertionError("the Hub is asked")
         with (

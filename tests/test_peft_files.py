@@ -356,6 +356,21 @@ class TestWriting(Test):
             self.run_script("none", target / "x")[0], "There is no adapter"
         )
 
+    def test_damaged_adapters_of_ours(self):
+        arrays, metadata = lora.read_adapter(ADAPTERS / "ours-mono.safetensors")
+        name = min(arrays).removesuffix(".a")
+        half = {k: v for k, v in arrays.items() if k != f"{name}.b"}
+        for tensors, header in (
+            (arrays, metadata | {"sizes": []}),
+            (arrays, {k: v for k, v in metadata.items() if k != "sizes"}),
+            (half, metadata),
+        ):
+            path = self.folder / "mine.safetensors"
+            text = {"adapter": json.dumps(header)}
+            mx.save_safetensors(str(path), tensors, text)
+            status, _ = self.run_script(path, self.folder / "out")
+            self.assertRegex(status, "^peft_files.py: error: .*mine.safetensors is dam")
+
     def test_names_of_the_base(self):
         for model, base in (
             ("stereo-small", "facebook/musicgen-stereo-small"),
