@@ -23,6 +23,7 @@ from outputs import identity, in_words, is_there
 from settings import read_settings
 
 ALIASES = {"guidance": "guidance_coef", "negative": "negative_prompt"}
+DURATIONS = (8.0, 5.0)  # seconds that models take where none are given
 DEFAULTS = asdict(Options()) | {"model": None, "adapter_scale": 1.0}  # of a record
 
 
@@ -172,12 +173,12 @@ def own_settings(model: str) -> dict[str, Any]:
     """What a model takes where nothing is given, as far as that is known without reading
     its weights: a released one, or a folder with a config.json. Else nothing."""
     if model in MODELS or model in MODELS.values():
-        return {"duration": 5.0 if "audiogen" in model else 8.0, "q_bits": None}
+        return {"duration": DURATIONS["audiogen" in model], "q_bits": None}
     folder = local(model)
     try:
         config = json.loads((folder / "config.json").read_text())
         stored = config.get("quantization") or {}
-        duration = config.get("default_duration", 8.0)
+        duration = config.get("default_duration", DURATIONS[0])
         return {"duration": duration, "q_bits": stored.get("bits")}
     except (AttributeError, OSError, TypeError, ValueError):
         return {}
@@ -192,8 +193,9 @@ def differences(job: Job, given: dict[str, Any], record: dict[str, Any]) -> list
     for name, value in own.items():
         if wanted.get(name) is None:
             wanted[name] = value
-    if own == {} and job.options.duration is None:
-        del wanted["duration"]  # which only the model's files tell
+    unsaid = own == {} and job.options.duration is None
+    if unsaid and record.get("duration") in DURATIONS:
+        del wanted["duration"]  # only the model's files tell which
     if job.options.style_start is None:  # drawn by the seed
         del wanted["style_start"]
     if "q_bits" in record:

@@ -138,7 +138,6 @@ class TestCommand(ScriptTest):
         path = model / "config.json"
         config = json.loads(path.read_text()) | {"default_duration": 0.3}
         path.write_text(json.dumps(config))
-        self.enterContext(patch("lines.DURATIONS", (8.0, 0.3)))
         self.model, self.out = str(model), self.folder / "x.wav"
 
     def make(self, *flags: str, name: str = "x.wav") -> dict:
@@ -184,7 +183,7 @@ class TestCommand(ScriptTest):
         _, _, err = self.run_script(*flags, "-d", "0.1")
         self.assertIn("p-1.wav is made again: duration was 0.3 and is 0.1", err)
         _, _, err = self.run_script(*flags)
-        self.assertIn("p-1.wav is made again: duration was 0.1 and is None", err)
+        self.assertIn("p-1.wav is made again: duration was 0.1 and is 0.3", err)
 
 
 class TestPublished(Test):
