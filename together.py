@@ -112,6 +112,9 @@ def end_with(message: str) -> None:
     try:
         program = os.path.basename(sys.argv[0])
         os.write(2, f"\n{program}: error: {message}\n".encode())
+        silent = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):  # nothing after it, of whatever else still runs
+            os.dup2(silent, stream)
         time.sleep(0.2)  # MLX 0.32.3's launcher reads only what lives
     except OSError:  # nobody reads it
         pass
