@@ -124,6 +124,7 @@ def left(
     overwritten by another: that is a fault.
     """
     wanted, messages = [], []
+    own = own_settings(str(given.get("model", "")))
     read_by = {
         identity(path): job.line
         for job in (jobs if every is None else every)
@@ -133,7 +134,7 @@ def left(
         if job.fault or not is_there(job.output) or job.output.is_dir():
             wanted.append(job)
             continue
-        message = "" if force else already_made(job, given)
+        message = "" if force else already_made(job, given, own)
         if message.startswith("skipped"):
             messages.append(message)
         elif (line := read_by.get(identity(job.output), job.line)) != job.line:
@@ -145,10 +146,10 @@ def left(
     return wanted, messages
 
 
-def already_made(job: Job, given: dict[str, Any]) -> str:
+def already_made(job: Job, given: dict[str, Any], own: dict[str, Any]) -> str:
     """Why a job whose file is there is skipped, or is made again."""
     try:
-        changed = differences(job, given, read_settings(job.output))
+        changed = differences(job, given, own, read_settings(job.output))
     except (OSError, ValueError):
         return (
             f"skipped {job.output}, which is there but was not made by generate.py: "
@@ -173,7 +174,8 @@ def own_settings(model: str) -> dict[str, Any]:
     """What a model takes where nothing is given, as far as that is known without reading
     its weights: a released one, or a folder with a config.json. Else nothing."""
     if model in MODELS or model in MODELS.values():
-        return {"duration": DURATIONS["audiogen" in model], "q_bits": None}
+        music, sounds = DURATIONS
+        return {"duration": sounds if "audiogen" in model else music, "q_bits": None}
     folder = local(model)
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -184,12 +186,14 @@ def own_settings(model: str) -> dict[str, Any]:
         return {}
 
 
-def differences(job: Job, given: dict[str, Any], record: dict[str, Any]) -> list[str]:
-    """What is other in a sound file's record than the job asks for."""
+def differences(
+    job: Job, given: dict[str, Any], own: dict[str, Any], record: dict[str, Any]
+) -> list[str]:
+    """What is other in a sound file's record than the job asks for. `own` is what the
+    model takes where nothing is given."""
     wanted = dict.fromkeys({*ALL_KEYS} - {"output"}) | job.record() | given
     if not job.seed_is_given:
         del wanted["seed"]
-    own = own_settings(str(wanted.get("model", "")))
     for name, value in own.items():
         if wanted.get(name) is None:
             wanted[name] = value

@@ -3,11 +3,9 @@ names.
 
 audiocraft's layout is two `.bin` files beside T5 and, where the codec is only named,
 the codec; or `checkpoint.th` in place of the first; transformers' a `config.json` with
-all weights. Needs audiocraft.py,
-torch_file.py, decoder_names.py, strict.py, encodec_files.py, t5.py and t5_files.py
-beside it. The files of what a
-model follows are needed beside it, too: melody.py, or style.py and mert.py, and what
-these need.
+all weights. Needs audiocraft.py, torch_file.py, decoder_names.py, strict.py,
+encodec_files.py, t5.py and t5_files.py beside it. The files of what a model follows are
+needed beside it, too: melody.py, or style.py and mert.py, and what these need.
 
     path, settings, weights, tokenizer, read_text_encoder = read(Path("musicgen-small"))
 """
@@ -35,9 +33,8 @@ from t5 import Tokenizer
 from torch_file import load_torch
 
 T5_REPO = "google-t5/t5-base"
-NAMED_CODEC = (
-    r"//pretrained/([\w-][\w.-]*/[\w-][\w.-]*)"  # in the settings of a training
-)
+# A codec of the Hub, in the settings of a training.
+NAMED_CODEC = r"//pretrained/([\w-][\w.-]*/[\w-][\w.-]*)"
 WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),

@@ -162,11 +162,11 @@ class TestLines(ScriptTest):
             job = jobs.make_job({"prompt": "a", "seed": 0, "output": "x.wav"})
             record = job.record() | {"model": folder} | before
             given = {"model": folder} | more
-            self.assertEqual(lines.differences(job, given, record), why)
-        given = {"model": "someone/model"}  # of which nothing is known
+            self.assertEqual(lines.differences(job, given, own, record), why)
+        given, own = {"model": "someone/model"}, {}  # of which nothing is known
         for seconds, why in ((5.0, []), (30.0, ["duration was 30.0 and is None"])):
             record = job.record() | given | {"duration": seconds}
-            self.assertEqual(lines.differences(job, given, record), why)
+            self.assertEqual(lines.differences(job, given, own, record), why)
 
     def test_home_folder(self):
         save_audio("a.wav", mx.full((1300, 1), 0.1), 32000)

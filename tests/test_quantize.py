@@ -320,10 +320,10 @@ class TestScripts(ScriptTest):
         (job,) = jobs.plan(["a"], dict(seed=3, output="x.wav"))
         record = job.record() | {"q_bits": 8}
         asked = {"q_bits": 8, "q_mode": "affine"}
-        self.assertEqual(lines.differences(job, asked, record), [])
-        other = lines.differences(job, asked | {"q_mode": "mxfp8"}, record)
+        self.assertEqual(lines.differences(job, asked, {}, record), [])
+        other = lines.differences(job, asked | {"q_mode": "mxfp8"}, {}, record)
         self.assertEqual(other, ["q_mode was 'affine' and is 'mxfp8'"])
-        other = lines.differences(job, asked, job.record())
+        other = lines.differences(job, asked, {}, job.record())
         self.assertEqual([x.split()[0] for x in other], ["q_bits", "q_mode"])
 
     def test_what_does_not_go_together(self):

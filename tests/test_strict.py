@@ -12,7 +12,6 @@ from common import REFERENCE, Test, slow
 import audiocraft
 import strict
 from encodec import Encodec
-from mert import MERT
 from musicgen import MusicGen
 from t5 import T5
 
