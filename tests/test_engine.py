@@ -122,21 +122,21 @@ class TestEngine(Test):
         """Or Metal would copy it in every step, where there are several rows."""
         decoder, text, _ = random_decoder()
         null = Condition(*map(mx.zeros_like, text))
-        for rows, R in (([text], 2), ([text, null], 2), ([text, text], 4)):
+        for rows, kept in (([text], 1), ([text, null], 1), ([text, text], 2)):
             got = engine.prepare_text(decoder, stack_rows(rows))
-            plain = decoder.text_kv(stack_rows(rows))
+            plain = decoder.text_kv(stack_rows(rows[:kept]))
             for layer, want in zip(got, plain):
-                self.assertEqual(layer.mask.shape, (R, 2, 1, 5))
+                self.assertEqual(layer.mask.shape, (2 * kept, 2, 1, 5))
                 for part, array in zip(layer, want):
-                    whole = memoryview(part)
-                    self.assertTrue(whole.c_contiguous)
-                    shape = (R, *part.shape[1:])
-                    self.assertSame(part, mx.broadcast_to(array[:R], shape))
+                    self.assertTrue(memoryview(part).c_contiguous)
+                    self.assertSame(part, mx.broadcast_to(array, part.shape))
 
     def test_lanes_do_the_same_work(self):
         """So that both take a matrix from memory at one time, and it is read once."""
         import benchmark
 
+        if mx.default_device() != mx.cpu:
+            self.skipTest("a GPU takes all rows in one lane")
         decoder, text, tokens = random_decoder()
         null = Condition(*map(mx.zeros_like, text))
         lanes = Engine(decoder, stack_rows([text, null]), 2, 9)._lanes
