@@ -50,9 +50,14 @@ def check_files(adapters: Adapters) -> None:
 def weighted(adapters: Adapters, scales: float | list[float]) -> list[Weighted]:
     """Each adapter with its scale: one for all, or each its own.
 
-    Raises ValueError for a scale beyond 100, and where there are not as many.
+    Raises ValueError for a scale beyond 100, where there are not as many, and for one
+    that no adapter needs.
     """
     adapters = adapters if isinstance(adapters, list | tuple) else [adapters]
+    if not adapters and scales not in (1, [1], (1,)):
+        raise ValueError(
+            f"adapter_scale must come with an adapter, got {scales!r:.80}."
+        )
     if not isinstance(scales, list | tuple):
         scales = [scales] * len(adapters)
     elif len(scales) == 1:

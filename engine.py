@@ -309,9 +309,10 @@ def adjust(
     """Adapt a model, cast and quantize it, and share it, as `from_pretrained` is asked
     to."""
     beside = []
-    if adapter is not None:
+    if adapter is not None or adapter_scale != 1:
         from adapters import weighted, work_in
 
+        adapter = [] if adapter is None else adapter
         beside = work_in(model, weighted(adapter, adapter_scale))
     model.decoder.set_dtype(dtype)
     if any(value is not None for value in (q_bits, q_group_size, q_mode)):

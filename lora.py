@@ -227,7 +227,22 @@ def read_adapter(path: str | Path) -> tuple[dict[str, mx.array], dict[str, Any]]
             "another kind or version. One of PEFT needs adapter_config.json beside it, "
             "and is named by their folder."
         )
+    check_finite(path, arrays)
     return arrays, metadata
+
+
+def check_finite(path: Path, arrays: dict[str, mx.array]) -> None:
+    """Raise ValueError unless there are arrays, all of finite floats."""
+    if not arrays:
+        raise ValueError(f"{path} changes nothing: it holds no tensor. Train it again.")
+    for name, array in arrays.items():
+        if not mx.issubdtype(array.dtype, mx.floating):
+            raise ValueError(f"{path}: {name} must hold floats, got {array.dtype}.")
+        if not mx.isfinite(array).all():
+            raise ValueError(
+                f"{path}: {name} must be finite, but holds NaN or infinity. Train it "
+                "again, with a lower --lr."
+            )
 
 
 def check_scale(scale: float) -> None:

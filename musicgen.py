@@ -108,11 +108,11 @@ class MusicGen(nn.Module):
         guidance_coef=3.0, negative_prompt="", extend_stride, guidance_beta, style_start,
         style_length, style_quantizers. `drop_prompt` leaves out what `audio_prompt` gave.
         """
-        audio = self.decode(self.generate_codes(prompts, duration, **options))
-        if drop_prompt and options.get("audio_prompt") is not None:
-            from prompt import without_prompt
+        if drop_prompt:
+            from prompt import generate_rest
 
-            audio = without_prompt(self, audio, options["audio_prompt"])
+            return generate_rest(self, prompts, duration, **options)
+        audio = self.decode(self.generate_codes(prompts, duration, **options))
         mx.eval(audio)
         return audio
 
@@ -267,13 +267,13 @@ class MusicGen(nn.Module):
         model.name, model.revision = str(path_or_repo), files.revision
         model.read_text_encoder = files.read_text_encoder
         dtype = dtype or (mx.float32 if on_cpu else files.dtype)
-        if all(x is None for x in (q_bits, q_group_size, q_mode, group, adapter)):
+        changes = (q_bits, q_group_size, q_mode, group, adapter)
+        if adapter_scale == 1 and all(x is None for x in changes):
             model.decoder.set_dtype(dtype)
         else:
             from engine import adjust
 
-            quantized = (q_bits, q_group_size, q_mode)
-            adjust(model, dtype, *quantized, group, adapter, adapter_scale)
+            adjust(model, dtype, *changes, adapter_scale)
         if not lazy:
             model.read_now()
         return model

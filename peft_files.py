@@ -52,6 +52,15 @@ REFUSED = (  # settings that ask for another computation
     *("trainable_token_indices", "target_parameters", "layer_replication"),
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
 )
+KINDS = {  # of settings; where one is null, PEFT's default holds
+    "use_rslora use_dora fan_in_fan_out lora_bias use_qalora": bool,
+    "bias base_model_name_or_path revision": str,
+    "target_modules exclude_modules layers_pattern": (list, str),
+    "modules_to_save": list,
+    "rank_pattern alpha_pattern": dict,
+    "init_lora_weights": (bool, str),
+}
+WORDS = {bool: "true or false", str: "a text", list: "a list", dict: "an object"}
 STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # that spare the weights
 MERGED = "In PEFT merge_and_unload() and save_pretrained() make a model that loads here"
 
@@ -86,20 +95,23 @@ def read(path_or_repo: str | Path) -> Adapter:
     """An adapter in a folder, or of the Hub through its cache.
 
     Raises FileNotFoundError, OSError where the Hub does not give it, or ValueError
-    naming the file and the setting that it cannot have.
+    naming the file and the setting or tensor that it cannot have.
     """
     config, path = locate(path_or_repo)
     settings = read_config(config)
     if path.suffix == ".bin":
         from torch_file import load_state
 
-        return Adapter(path, settings, load_state(path))
+        tensors = load_state(path)
+        check_tensors(path, tensors)
+        return Adapter(path, settings, tensors)
     try:
         with safe_open(path, "numpy"):  # checks the header as mx.load does not
             tensors = mx.load(str(path))
         mx.eval(tensors)
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged, fetch it again: {error}") from error
+    check_tensors(path, tensors)
     return Adapter(path, settings, tensors)
 
 
@@ -155,6 +167,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: peft_type must be 'LORA', got {kind!r:.40}. {MERGED}."
         )
+    check_kinds(path, config)
     for name in REFUSED:
         if value := config.get(name):
             raise ValueError(
@@ -170,16 +183,23 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def check_kinds(path: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError for a setting of a wrong type: "no" would count as true."""
+    for names, kinds in KINDS.items():
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        for name in names.split():
+            value = config.get(name)
+            if value is not None and type(value) not in kinds:
+                words = ", or ".join(WORDS[kind] for kind in kinds)
+                raise ValueError(f"{path}: {name} must be {words}, got {value!r:.60}.")
+
+
 def check_numbers(path: Path, config: dict[str, Any]) -> None:
     """Raise ValueError unless ranks and alphas are what they can be."""
     for whole, name in ((True, "r"), (False, "lora_alpha")):
         default = config.setdefault(name, 8)
         pattern = "rank_pattern" if whole else "alpha_pattern"
         patterns = config.get(pattern) or {}
-        if not isinstance(patterns, dict):
-            raise ValueError(
-                f"{path}: {pattern} must be an object, got {patterns!r:.60}"
-            )
         for key, value in {name: default, **patterns}.items():
             kinds = (int,) if whole else (int, float)
             if type(value) not in kinds or not 0 < value < 1e6:
@@ -211,6 +231,23 @@ def by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> An
         if compiled(key).match(module):
             return value
     return default
+
+
+def check_tensors(path: Path, tensors: dict[str, mx.array]) -> None:
+    """Raise ValueError unless there are tensors that count, all of them finite."""
+    names = [n for n in tensors if not UNUSED.fullmatch(n.removeprefix(PREFIX))]
+    if not names:
+        raise ValueError(
+            f"{path} changes nothing: it holds no tensor of an adapter. Save it again."
+        )
+    for name in names:
+        tensor = tensors[name]
+        floating = mx.issubdtype(tensor.dtype, mx.floating)
+        if floating and not mx.isfinite(tensor).all():
+            raise ValueError(
+                f"{path}: {name:.120} must be finite, but holds NaN or infinity. The "
+                "training went wrong; take what it saved before."
+            )
 
 
 # Changes
@@ -449,6 +486,8 @@ def write(
             tensors[f"{PREFIX}{module}.{middle}B{end}"] = mx.contiguous(up)
             targets.add(re.search(r"[^.]+(\.\d+)?$", module)[0])
     folder = Path(os.path.expanduser(folder))
+    if not folder.absolute().parent.is_dir():
+        raise FileNotFoundError(f"The folder {folder.parent} must exist.")
     folder.mkdir(exist_ok=True)
     save_arrays(folder / WEIGHTS, tensors, {"format": "pt"})
     config = peft_config(rank, sorted(targets), metadata.get("model"))

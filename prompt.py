@@ -84,10 +84,19 @@ def prompt_frames(model: "MusicGen", audio: Any) -> int:
     return 0 if audio is None else math.ceil(length_of(model, audio) / hop)
 
 
-def without_prompt(model: "MusicGen", made: mx.array, audio: Any) -> mx.array:
-    """What was made, (B, N, C), after the whole frames of its audio prompt."""
+def generate_rest(
+    model: "MusicGen", prompts: str | list[str], duration: float | None, **options
+) -> mx.array:
+    """What `generate` makes, (B, N, C), after the whole frames of its audio prompt.
+
+    Raises ValueError where there is none, before anything is made.
+    """
+    if (audio := options.get("audio_prompt")) is None:
+        raise ValueError("drop_prompt must come with an audio_prompt.")
+    made = model.generate(prompts, duration, **options)
     hop = model.config.audio_encoder.hop_length
-    return made[:, prompt_frames(model, audio) * hop :]
+    mx.eval(rest := made[:, prompt_frames(model, audio) * hop :])
+    return rest
 
 
 def encode(model: "MusicGen", audio: mx.array, num_codebooks: int) -> mx.array:

@@ -51,6 +51,7 @@ from messages import Forgiving, one_line
 from musicgen import MusicGen, delay, delay_mask
 from outputs import check_apart, leave_nothing
 from prompt import check_codes, encode_prompt
+from quantize import add_flags, asked
 from settings import save_arrays
 from t5 import T5Config, Tokenizer
 from train_codec import CODEC, CODEC_FILE, load_codec, make_clips, to_float, train_codec
@@ -229,6 +230,7 @@ def save_model(model: MusicGen, folder: Path) -> None:
 # Adapters
 
 
+QUANTIZATION = ("q_bits", "q_group_size", "q_mode")
 SOUNDS = {  # that need a caption; another file is a clip where it has one
     *(".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".m4a", ".aac"),
     *(".mp4", ".webm", ".caf", ".au", ".wma"),
@@ -439,10 +441,24 @@ def adapter_results(args: argparse.Namespace) -> list[Path]:
             raise ValueError(
                 f"--output must be a folder with --format peft, got {args.output}."
             )
+        check_folder(args)
         return [args.output / name for name in (peft_files.CONFIG, peft_files.WEIGHTS)]
     if not is_file or args.output.is_dir():
         raise ValueError(f"--output must end in .safetensors, got {args.output}.")
     return [args.output]
+
+
+def check_folder(args: argparse.Namespace) -> None:
+    """Raise FileExistsError where the folder to write to is another's than an
+    adapter's."""
+    if args.force or not args.output.is_dir():
+        return
+    others = [path.name for path in visible(args.output)]
+    if others and peft_files.CONFIG not in others:
+        raise FileExistsError(
+            f"{args.output} holds other files than an adapter's, such as {others[0]}: "
+            "choose another --output, or write beside them with --force."
+        )
 
 
 def write_adapter(args: argparse.Namespace, model: MusicGen) -> None:
@@ -461,7 +477,8 @@ def train_lora(args: argparse.Namespace) -> None:
     mx.random.seed(args.seed)
     folder = check_adapter_path(args)
     dtype = None if args.dtype is None else getattr(mx, args.dtype)
-    model = MusicGen.from_pretrained(args.model, dtype, args.q_bits)
+    quantization = {name: getattr(args, name) for name in QUANTIZATION}
+    model = MusicGen.from_pretrained(args.model, dtype, **quantization)
     if model.config.text_encoder is None:
         raise ValueError(f"{args.model} has no text, so it cannot be trained here.")
     if args.format == "peft":
@@ -474,7 +491,7 @@ def train_lora(args: argparse.Namespace) -> None:
     add_adapters(model.decoder, args.rank, 1.0, args.targets)
     adapt_only(model)
     texts, codes = load_clips(model, args.data)
-    flags = ("model", "rank", "batch", "crop", "dtype", "q_bits", "seed")
+    flags = ("model", "rank", "batch", "crop", "dtype", *QUANTIZATION, "seed")
     settings = {name: getattr(args, name) for name in flags}
     settings["targets"] = None if args.targets == [*LAYERS] else args.targets
     training = Training(model, lm_loss, args, folder, {}, settings)
@@ -534,7 +551,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--rank", type=int, default=16, help="of the adapter (default: %(default)s)")
     add("--crop", type=float, default=10.0, help="seconds of a clip (%(default)s)")
     add("--dtype", choices=["float16", "bfloat16", "float32"])
-    add("--q-bits", type=int, choices=[4, 8], help="quantize all but the adapter")
+    add_flags(add)
     for command, steps, batch, lr in ((tiny, 14_500, 24, 1e-3), (lora, 500, 1, 1e-4)):
         add = command.add_argument
         add("--steps", type=int, default=steps, help="how many (%(default)s)")
@@ -567,6 +584,11 @@ def check_numbers(parser: Parser, args: argparse.Namespace) -> None:
             parser.error(
                 f"--{name} must be from 0 to {most}, got {getattr(args, name)}"
             )
+    if args.command == "lora":
+        try:
+            asked(*(getattr(args, name) for name in QUANTIZATION))
+        except ValueError as error:
+            parser.error(str(error))
     if getattr(args, "crop", 1) < 0.1:
         parser.error(f"--crop must be at least 0.1 s, got {args.crop}")
 

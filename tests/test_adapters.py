@@ -4,7 +4,7 @@ import io
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import mlx.core as mx
 import sounds
@@ -12,8 +12,10 @@ from common import REFERENCE, ScriptTest, Test, exact
 from mlx.utils import tree_flatten
 
 import adapters
+import convert
 import lora
 import peft_files
+import quantize
 import settings
 import train
 from arguments import parse_arguments
@@ -61,6 +63,20 @@ class TestKinds(Test):
     def test_no_adapter_at_all(self):
         model = MusicGen.from_pretrained(MODEL, adapter=[])
         self.assertEqual(model.adapter, {})
+
+    def test_scale_that_no_adapter_needs(self):
+        for scale in (0.5, 0, [0.5], [1, 0.5]):
+            for adapter in (None, []):
+                words = r"adapter_scale must come with an adapter, got [\[\d]"
+                with self.assertRaisesRegex(ValueError, words):
+                    asked = dict(adapter=adapter, adapter_scale=scale)
+                    MusicGen.from_pretrained(MODEL, **asked)
+            with self.assertRaisesRegex(ValueError, words):
+                target = self.folder / "x"
+                convert.convert(MODEL, target, mx.float16, adapter_scale=scale)
+        self.assertEqual([*self.folder.iterdir()], [])
+        for scale in (1, 1.0, [1.0]):
+            MusicGen.from_pretrained(MODEL, adapter_scale=scale)
 
 
 class TestCommandLine(ScriptTest):
@@ -191,6 +207,48 @@ class TestTraining(Test):
                 {"emb.weight", "linears.weight", "output_proj.weight"}, changed
             )
 
+    def test_over_each_mode_of_quantization(self):
+        """Two steps over layers in few bits, and then it plays over them."""
+        for flags, asked in (
+            (["--q-bits", "3", "--q-group-size", "32"], dict(bits=3, group_size=32)),
+            (["--q-mode", "mxfp4"], dict(mode="mxfp4")),
+            (["--q-mode", "nvfp4"], dict(mode="nvfp4")),
+            (["--q-mode", "mxfp8", "--q-bits", "8"], dict(mode="mxfp8", bits=8)),
+        ):
+            wanted = quantize.complete(**asked)
+            with patch("train.lm_loss", Mock(wraps=train.lm_loss)) as loss:
+                self.assertEqual(self.train("x.safetensors", "--force", *flags), 0)
+            model = loss.call_args.args[0]
+            self.assertEqual(model.config.quantization, wanted)
+            layer = model.decoder.layers[0].linear1.layer
+            self.assertEqual((layer.mode, layer.bits), (wanted["mode"], wanted["bits"]))
+            names = {f"q_{name}": value for name, value in wanted.items()}
+            options = dict(adapter=self.folder / "x.safetensors", **names)
+            played = MusicGen.from_pretrained(MODEL, mx.float32, **options)
+            found = dict(tree_flatten(played.decoder.parameters()))
+            learned = dict(tree_flatten(model.decoder.parameters()))
+            self.assertGreater(mx.abs(learned["layers.0.linear1.b"]).max().item(), 0)
+            same = found.keys() & learned.keys()  # the text's keys are not quantized
+            self.assertIn("layers.0.linear1.layer.scales", same)
+            for name in same:
+                self.assertSame(found[name], learned[name])
+        status = self.train("x.safetensors", "--resume", "--q-mode", "nvfp4")
+        self.assertRegex(str(status), "q_bits must be as it was, 8|q_mode must be as")
+
+    def test_what_mlx_cannot_quantize(self):
+        for flags, pattern in (
+            (["--q-bits", "7"], "--q-bits: invalid choice: 7"),
+            (["--q-bits", "8", "--q-mode", "mxfp4"], "q_bits must be 4 in the q_mode"),
+            (["--q-mode", "nvfp4", "--q-group-size", "32"], "must be 16 in the q_mode"),
+            (["--q-group-size", "32"], "q_group_size must come with q_bits or q_mode"),
+        ):
+            with patch("train.MusicGen.from_pretrained", side_effect=AssertionError):
+                message = self.train("x.safetensors", *flags)
+            self.assertRegex(message, rf"^train.py lora: error: .*{pattern}|{pattern}")
+            self.assertEqual(message.count("\n"), 1)
+        status = self.train("x.safetensors", "--q-bits", "4")  # groups of 64 of 32
+        self.assertRegex(str(status), "train.py: error: q_group_size must divide")
+
     def test_targets(self):
         for targets, wanted in (
             (["heads"], {"linears"}),
@@ -231,6 +289,21 @@ class TestTraining(Test):
         self.assertRegex(str(status), "is there already: go on with it by --resume")
         after = (self.folder / "x" / peft_files.WEIGHTS).read_bytes()
         self.assertEqual(after, before)
+        other = self.folder / "other"
+        other.mkdir()
+        (other / ".hidden").touch()
+        (other / "config.json").write_text("{}")
+        with patch("train.MusicGen.from_pretrained", side_effect=AssertionError):
+            status = self.train("other", "--format", "peft")
+        wanted = (
+            "other holds other files than an adapter's, such as config.json: .*--fo"
+        )
+        self.assertRegex(str(status), wanted)
+        self.assertEqual(self.train("other", "--format", "peft", "--force"), 0)
+        self.assertTrue((other / "config.json").is_file())
+        (other / "config.json").unlink()
+        (self.folder / "empty").mkdir()
+        self.assertEqual(self.train("empty", "--format", "peft"), 0)
         status = self.train("y", "--format", "peft", model="style-audiocraft")
         self.assertRegex(str(status), "no model that follows a style")
         self.assertFalse((self.folder / "y").exists())

@@ -443,6 +443,19 @@ class TestLora(ScriptTest):
                 lora.check_adapter(model.decoder, arrays | changed, told, "x")
         with self.assertRaisesRegex(ValueError, "must tell sizes and a rank"):
             lora.check_adapter(model.decoder, arrays, {"rank": "x"}, "x")
+        for changed, pattern in (
+            ({name: arrays[name] * math.nan}, f"{name} must be finite, but holds NaN"),
+            ({name: arrays[name] / 0}, f"{name} must be finite"),
+            ({name: arrays[name].astype(mx.int32)}, f"{name} must hold floats, got"),
+        ):
+            header = {"adapter": json.dumps(told)}
+            settings.save_arrays(self.adapter, arrays | changed, header)
+            with self.assertRaisesRegex(ValueError, f"adapter.safetensors: {pattern}"):
+                MusicGen.from_pretrained(self.path, adapter=self.adapter)
+        header = {"adapter": json.dumps(told | {"targets": []})}
+        settings.save_arrays(self.adapter, {}, header)
+        with self.assertRaisesRegex(ValueError, "adapter.safetensors changes nothing"):
+            MusicGen.from_pretrained(self.path, adapter=self.adapter)
         (self.folder / "x.safetensors").write_bytes(b"noise")
         for path, error in (("x", ValueError), ("none", FileNotFoundError)):
             with self.assertRaises(error):

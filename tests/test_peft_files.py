@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -13,6 +14,7 @@ from common import REFERENCE, Test, exact, expected, last
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from mlx.utils import tree_flatten
 
+import adapters
 import convert
 import hub
 import lora
@@ -256,6 +258,21 @@ class TestBadFiles(Test):
             (dict(alpha_pattern={"(a+)+": 3}), "the pattern '.*': it is too intricate"),
             (dict(alpha_pattern={"(": 3}), r"the pattern '\(': missing \)"),
             (dict(rank_pattern={"fc1": 3}), "fc1.lora_A.* must be of rank 3, .* got"),
+            (dict(use_rslora="no"), "use_rslora must be true or false, got 'no'"),
+            (dict(use_rslora=1), "use_rslora must be true or false, got 1"),
+            (dict(use_dora="false"), "use_dora must be true or false, got 'false'"),
+            (dict(use_qalora=0), "use_qalora must be true or false, got 0"),
+            (dict(lora_bias=[]), r"lora_bias must be true or false, got \[\]"),
+            (dict(fan_in_fan_out=""), "fan_in_fan_out must be true or false, got ''"),
+            (
+                dict(init_lora_weights=1),
+                "init_lora_weights must be true or .*text, got",
+            ),
+            (dict(alpha_pattern="fc1"), "alpha_pattern must be an object, got 'fc1'"),
+            (dict(modules_to_save={}), "modules_to_save must be a list, got {}"),
+            (dict(target_modules=3), "target_modules must be a list, or a text, got 3"),
+            (dict(bias=True), "bias must be a text, got True"),
+            (dict(base_model_name_or_path=[1]), "base_model_name_or_path must be a te"),
         ):
             with self.subTest(pattern):
                 self.set_config(**settings)
@@ -276,6 +293,35 @@ class TestBadFiles(Test):
         self.assertRefused("adapter_model.safetensors is damaged")
         weights.unlink()
         self.assertRefused("bad must hold adapter_model.safetensors, but lacks it")
+
+    def test_settings_that_are_null(self):
+        """Are PEFT's own."""
+        wanted = adapted("mono-transformers", self.adapter)
+        names = " ".join(peft_files.KINDS).split()
+        self.set_config(**dict.fromkeys(names))
+        found = adapted("mono-transformers", self.adapter)
+        self.assertSame(found.decoder.linears.weight, wanted.decoder.linears.weight)
+
+    def test_nothing_at_all(self):
+        path = self.adapter / peft_files.WEIGHTS
+        unused = "base_model.model.decoder.model.decoder.embed_positions.weights"
+        for tensors in ({}, {unused: mx.zeros(3)}):
+            mx.save_safetensors(str(path), tensors)
+            self.assertRefused("bad/adapter_model.safetensors changes nothing: it hol")
+            self.assertRefused("changes nothing", scale=0)
+            with self.assertRaisesRegex(ValueError, "changes nothing"):
+                adapters.check_files(self.adapter)
+
+    def test_what_is_not_finite(self):
+        key = LAYER + "fc1.lora_A.weight"
+        for wrong in (math.nan, math.inf, -math.inf):
+            for dtype in (mx.float32, mx.float16, mx.bfloat16):
+                tensor = mx.array(self.tensors[key])
+                tensor[1, 3] = wrong
+                self.set_tensors(fc1__lora_A__weight=tensor.astype(dtype))
+                self.assertRefused("fc1.lora_A.weight must be finite, but holds NaN or")
+                with self.assertRaisesRegex(ValueError, "must be finite"):
+                    adapters.check_files(self.adapter)
 
     def test_tensors(self):
         narrow = self.tensors[LAYER + "fc1.lora_A.weight"][:, :9]
@@ -355,6 +401,15 @@ class TestWriting(Test):
         self.assertRegex(
             self.run_script("none", target / "x")[0], "There is no adapter"
         )
+
+    def test_a_folder_in_none(self):
+        source = ADAPTERS / "ours-mono.safetensors"
+        (self.folder / "file").touch()
+        for parent in ("none", "file"):
+            target = self.folder / parent / "out"
+            told = f"peft_files.py: error: The folder {target.parent} must exist."
+            self.assertEqual(self.run_script(source, target)[0], told)
+        self.assertFalse((self.folder / "none").exists())
 
     def test_damaged_adapters_of_ours(self):
         arrays, metadata = lora.read_adapter(ADAPTERS / "ours-mono.safetensors")

@@ -2,6 +2,7 @@
 
 import math
 import re
+from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
@@ -76,6 +77,15 @@ class TestPrompt(Test):
             got = model.generate("a", audio_prompt=str(path), **options)
             self.assertSame(got, want)
             self.assertEqual(got.shape[1], (15 - 5 * drop) * 640)
+
+    def test_nothing_to_drop(self):
+        """It is told before anything is made."""
+        model = exact("mono-audiocraft")
+        for options in ({}, dict(codes_prompt=mx.zeros((1, 3, 4), mx.int32))):
+            with patch.object(model, "steps", side_effect=AssertionError):
+                words = "drop_prompt must come with an audio_prompt"
+                with self.assertRaisesRegex(ValueError, words):
+                    model.generate("a", 0.3, drop_prompt=True, **options)
 
     def test_start(self):
         model = exact("stereo-audiocraft")

@@ -180,6 +180,34 @@ class TestTextless(ScriptTest):
         with self.assertRaisesRegex(ValueError, "fuser.cross must list nothing"):
             audiocraft.check_conditions(lists, has_sound=False, has_text=False)
 
+    def test_settings_that_list_what_reaches_the_decoder(self):
+        """Which is nothing, as audiocraft writes it for such a model: it loads. One
+        that lists a text does not."""
+        folder = self.folder_of(*CASES[0])
+        read = audiocraft.read_decoder
+        empty = {f"fuser.{method}": [] for method in audiocraft.METHODS}
+        for lists, told in (
+            (empty, None),
+            (empty | {"fuser.cross": ["description"]}, "fuser.cross must list nothing"),
+            (
+                empty | {"fuser.prepend": ["self_wav"]},
+                "fuser.prepend must list nothing",
+            ),
+        ):
+
+            def read_with(path: Path) -> audiocraft.Package:
+                package = read(path)
+                return package._replace(cfg=package.cfg | lists)
+
+            with patch.object(audiocraft, "read_decoder", read_with):
+                if told is None:
+                    self.assertCodes(
+                        MusicGen.from_pretrained(folder, mx.float32), CASES[0][0]
+                    )
+                    continue
+                with self.assertRaisesRegex(ValueError, f"state_dict.bin .*{told}"):
+                    MusicGen.from_pretrained(folder)
+
     def test_config_without_text(self):
         target = self.folder / "out"
         convert(str(self.folder_of(*CASES[0])), target, mx.float32)
