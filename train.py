@@ -55,7 +55,7 @@ from quantize import add_flags, asked
 from settings import save_arrays
 from t5 import T5Config, Tokenizer
 from train_codec import CODEC, CODEC_FILE, load_codec, make_clips, to_float, train_codec
-from training import CHECKPOINT, ENDLESS, Training, check_new, counted, wipe
+from training import CHECKPOINT, ENDLESS, Training, alone, check_new, counted, wipe
 
 DECODER = DecoderConfig(
     vocab_size=512,
@@ -410,6 +410,14 @@ def load_clips(model: MusicGen, folder: Path) -> tuple[list[str], list[mx.array]
     return texts, codes
 
 
+def summary(texts: list[str], codes: list[mx.array]) -> str:
+    """How many clips there are, and a hash of all that is learned from."""
+    sha = hashlib.sha256(json.dumps(texts).encode())
+    for clip in codes:
+        sha.update(np.array(clip.astype(mx.uint16)))
+    return f"{len(codes)} clips ({sha.hexdigest()[:8]})"
+
+
 def adapt_only(model: MusicGen) -> None:
     """Freeze all parameters but those of the adapters."""
     model.freeze()
@@ -474,8 +482,15 @@ def write_adapter(args: argparse.Namespace, model: MusicGen) -> None:
 
 def train_lora(args: argparse.Namespace) -> None:
     """Train an adapter on a folder of clips, and write it."""
-    mx.random.seed(args.seed)
     folder = check_adapter_path(args)
+    with alone(folder):
+        train_adapter(args, folder)
+    print(f"Wrote {args.output}")
+
+
+def train_adapter(args: argparse.Namespace, folder: Path) -> None:
+    """The same, with the checkpoint in `folder`."""
+    mx.random.seed(args.seed)
     dtype = None if args.dtype is None else getattr(mx, args.dtype)
     quantization = {name: getattr(args, name) for name in QUANTIZATION}
     model = MusicGen.from_pretrained(args.model, dtype, **quantization)
@@ -494,6 +509,7 @@ def train_lora(args: argparse.Namespace) -> None:
     flags = ("model", "rank", "batch", "crop", "dtype", *QUANTIZATION, "seed")
     settings = {name: getattr(args, name) for name in flags}
     settings["targets"] = None if args.targets == [*LAYERS] else args.targets
+    settings["data"] = summary(texts, codes)
     training = Training(model, lm_loss, args, folder, {}, settings)
     random = training.random
     ids = [model.tokenizer.encode(text) for text in texts]
@@ -511,7 +527,6 @@ def train_lora(args: argparse.Namespace) -> None:
 
     names = tuple(f"codebook {k}" for k in range(codes[0].shape[1]))
     training.run(batch, names, lambda: write_adapter(args, model))
-    print(f"Wrote {args.output}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -600,10 +615,10 @@ def run(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     if args.listen:
         synth.listen(args.listen, args.output, overwrite=args.force)
-    elif args.codec:
-        train_codec(args)
-    else:
-        train_lm(args)
+        return
+    part, train = ("codec", train_codec) if args.codec else ("lm", train_lm)
+    with alone(args.output / "training" / part):
+        train(args)
 
 
 def warn(message: Warning | str, *_) -> None:

@@ -8,12 +8,15 @@ which it can be resumed. On a terminal a bar shows the time left. Needs settings
 outputs.py, progress.py and messages.py beside it.
 """
 
+import fcntl
 import json
 import math
+import os
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -48,6 +51,38 @@ def check_new(args: Any, folder: Path, *results: Path) -> None:
                 f"{path} is there already: {onward}choose another "
                 "--output, or overwrite it with --force."
             )
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other trainings out of the folder of a checkpoint, which is made for it.
+
+    Raises FileExistsError while another one runs in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        lock(place, folder)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # it holds what was kept
+                folder.rmdir()
+    finally:
+        os.close(place)
+
+
+def lock(place: int, folder: Path) -> None:
+    """Lock an open folder. Raises FileExistsError where another process has."""
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise FileExistsError(
+            f"Another training writes to {folder} now: wait until it ends, or choose "
+            "another --output."
+        ) from error
+    except OSError:
+        pass  # a file system without locks
 
 
 class Training:
@@ -156,12 +191,7 @@ class Training:
             ValueError,
         ) as error:
             raise ValueError(f"{self.path} is damaged: {error!r:.300}") from error
-        for name, value in self.settings.items():
-            if settings.get(name) != value:
-                raise ValueError(
-                    f"{name} must be as it was, {settings.get(name)}, to resume from "
-                    f"{self.path}, got {value}."
-                )
+        check_settings(self.path, settings, self.settings)
         check_arrays(self.path, arrays, self.arrays())
         self.done, self.passed = done, passed
         self.random.bit_generator.state = random.bit_generator.state
@@ -316,6 +346,22 @@ def read_progress(metadata: Any) -> tuple[dict[str, Any], int, float]:
     if type(passed) not in (int, float) or not 0 <= passed < 1e12:
         raise ValueError("its seconds are wrong")
     return settings, done, passed
+
+
+def check_settings(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ValueError unless the settings are those of the checkpoint. Other `data` is
+    warned of: clips may be added on the way. Older checkpoints do not tell it."""
+    for name, value in now.items():
+        was = before.get(name)
+        if name == "data" and was not in (None, value):
+            warnings.warn(
+                f"--data holds {value}, but {path} was trained on {was:.80}: it goes on "
+                "with what is there now."
+            )
+        elif name != "data" and was != value:
+            raise ValueError(
+                f"{name} must be as it was, {was}, to resume from {path}, got {value}."
+            )
 
 
 def check_arrays(

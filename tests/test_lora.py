@@ -14,6 +14,7 @@ import mlx.nn as nn
 import soundfile
 import sounds
 from common import REFERENCE, ScriptTest, exact
+from safetensors import safe_open
 
 import convert
 import lora
@@ -189,6 +190,52 @@ class TestLora(ScriptTest):
             checkpoint.unlink(missing_ok=True)
         self.assertEqual(self.train("--steps", "1", "--seed", "9")[0], 0)
         self.assertNotEqual(self.adapter.read_bytes(), before)
+
+    def test_two_at_once(self):
+        """The second is refused, whatever its flags, until the first one ends."""
+        folder = self.folder / "adapter.safetensors.training"
+        told = f"Another training writes to {folder} now: wait until it ends, or choose"
+        messages = []
+
+        def second(*_):
+            for flags in ([], ["--force"], ["--resume"]):
+                with patch("train.MusicGen.from_pretrained") as load:
+                    messages.append(self.train_new("--steps", "1", *flags)[0])
+                load.assert_not_called()
+            raise KeyboardInterrupt
+
+        with patch("train.load_clips", second):
+            self.assertEqual(self.train_new("--steps", "1")[0], 130)
+        self.assertEqual(len(messages), 3)
+        for message in messages:
+            self.assertIn(f"train.py: error: {told}", message)
+        self.assertFalse(folder.exists())  # nothing was kept
+        self.assertEqual(self.train_new("--steps", "1")[0], 0)
+        self.assertEqual(self.train("--steps", "1")[0], 0)
+
+    def test_other_clips_are_told(self):
+        """Where a training goes on; one of an older version says nothing of them."""
+        self.assertEqual(self.train("--steps", "1")[0], 0)
+        self.assertEqual(self.train("--steps", "2", "--resume")[2], "")
+        (self.clips / "1.txt").write_text("another caption\n")
+        status, _, err = self.train("--steps", "3", "--resume")
+        self.assertEqual((status, err.count("\n")), (0, 1))
+        told = (
+            r"--data holds 2 clips \(\w{8}\), but .*checkpoint.safetensors was trained"
+        )
+        self.assertRegex(
+            err, rf"^train.py: warning: {told} on 2 clips \(\w{{8}}\): it "
+        )
+        shutil.copy2(self.clips / "1.wav", self.clips / "0.wav")
+        self.assertIn("--data holds", self.train("--steps", "4", "--resume")[2])
+        self.assertEqual(self.train("--steps", "5", "--resume")[2], "")
+        path = self.folder / "adapter.safetensors.training" / train.CHECKPOINT
+        with safe_open(path, "numpy") as file:
+            metadata = json.loads(file.metadata()["training"])
+        del metadata["settings"]["data"]
+        arrays = mx.load(str(path))
+        settings.save_arrays(path, arrays, {"training": json.dumps(metadata)})
+        self.assertEqual(self.train("--steps", "6", "--resume")[::2], (0, ""))
 
     def test_text_is_left_out_at_times(self):
         for share in (0.0, 1.0):
