@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from decoder_names import COMPUTED, name_decoder, spell
-from strict import misfit
+from strict import Misfit, misfit
 from torch_file import check_state, load_torch
 
 FILES = ("state_dict.bin", "compression_state_dict.bin")
@@ -417,13 +417,16 @@ def style_settings(weights: dict[str, mx.array], cfg: dict[str, Any]) -> dict[st
     """
     for name in ("codebooks", "layers.0.linear1.weight"):
         if name not in weights:
-            raise ValueError(f"style must have {name}, but the weights lack it")
+            raise Misfit(name, "is missing")
+    if (shape := weights["layers.0.linear1.weight"].shape)[1:] == ():
+        raise Misfit(name, f"must have 2 dimensions, got {shape}")
     settings = section(cfg, STYLE)
     quantizers, bins, width = weights["codebooks"].shape
     layers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
-    embeds = [n for n in weights if re.fullmatch(r"embed\.\d+\.weight", n)]
+    embeds = [re.fullmatch(r"embed\.(\d+)\.weight", name) for name in weights]
+    count = 1 + max((int(match[1][:9]) for match in embeds if match), default=-1)
     config = dict(kind="style", width=width, num_layers=len(layers), bins=bins)
-    config |= dict(num_quantizers=quantizers, encodec_n_q=len(embeds))
+    config |= dict(num_quantizers=quantizers, encodec_n_q=count)
     config["hidden"] = weights["layers.0.linear1.weight"].shape[0]
     rate = cfg.get("sample_rate") or "32000"
     check_fixed("style", settings, style_fixed(config, rate), STYLE_PASSED_OVER)

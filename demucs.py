@@ -3,8 +3,8 @@
 The hybrid transformer of Rouard et al. (https://arxiv.org/abs/2211.08553). One branch
 works on the spectrogram, the other on the waveform. Between their encoders and decoders
 a transformer lets each attend to the other. The stems are the sum of both outputs.
-Stands alone; hub.py is needed to see at once that there is no network, and audio.py,
-resample.py and outputs.py are needed to split a file from the command line.
+Stands alone; strict.py is needed to tell what a file lacks, hub.py to see at once that
+there is no network, and audio.py, resample.py and outputs.py to split a sound file.
 
     model = HTDemucs.from_pretrained("adefossez/HTDemucs")
     audio = load_audio("song.mp3", model.sampling_rate, model.channels)  # of audio.py
@@ -171,9 +171,8 @@ class Upsample(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, L, W, C) -> (B, 4 L + 4, W, C')."""
-        B, L, W, _ = x.shape
+        (B, L, W, _), none = x.shape, (0, 0)
         head, tail = mx.split(x @ self.weight.T, 2, axis=-1)
-        none = (0, 0)
         y = mx.pad(head, (none, (0, 1), none, none))
         y = y + mx.pad(tail, (none, (1, 0), none, none))
         y = y.reshape(B, L + 1, W, STRIDE, -1).swapaxes(2, 3)
@@ -203,15 +202,13 @@ class Decoder(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config: HTDemucsConfig):
         super().__init__()
-        D = config.bottom_channels
-        self._heads = config.t_heads
+        D, self._heads = config.bottom_channels, config.t_heads
         self.in_proj = nn.Linear(D, 3 * D)  # queries, keys, values
         self.out_proj = nn.Linear(D, D)
 
     def __call__(self, x: mx.array, context: mx.array) -> mx.array:
         """Queries of x (B, T, D), keys and values of context (B, S, D) -> (B, T, D)."""
-        B, T, D = x.shape
-        H = self._heads
+        (B, T, D), H = x.shape, self._heads
         weights, biases = self.in_proj.weight, self.in_proj.bias
         q = mx.addmm(biases[:D], x, weights[:D].T)
         k, v = mx.split(mx.addmm(biases[D:], context, weights[D:].T), 2, axis=-1)
@@ -228,9 +225,8 @@ class TransformerLayer(nn.Module):
         D = config.bottom_channels
         hidden = int(D * config.t_hidden_scale)
         self.attn = Attention(config)
-        self.norm1 = nn.LayerNorm(D)
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
         self.norm_context = nn.LayerNorm(D) if cross else None
-        self.norm2 = nn.LayerNorm(D)
         self.linear1, self.linear2 = nn.Linear(D, hidden), nn.Linear(hidden, D)
         self.gamma_1, self.gamma_2 = Scale(D), Scale(D)
         self.norm_out = Norm(D)
@@ -268,8 +264,7 @@ class CrossTransformer(nn.Module):
 
 def positions(length: int, width: int, period: float) -> mx.array:
     """Sinusoids (length, width), cosines before sines."""
-    half = width // 2
-    rates = period ** (mx.arange(half) / (half - 1))
+    rates = period ** (mx.arange(width // 2) / (width // 2 - 1))
     phase = mx.arange(length)[:, None] / rates
     return mx.concatenate([mx.cos(phase), mx.sin(phase)], axis=-1)
 
@@ -297,8 +292,7 @@ def hann(size: int) -> mx.array:
 def spectrogram(audio: mx.array, size: int) -> mx.array:
     """Audio (R, N) -> complex (R, size / 2, T), in frames a quarter of `size` apart. T
     is N / (size / 4), rounded up. The highest frequency is left out."""
-    hop = size // 4
-    R, N = audio.shape
+    (R, N), hop = audio.shape, size // 4
     T, edge = math.ceil(N / hop), hop // 2 * 3
     audio = reflect(audio, edge, edge + T * hop - N)
     blocks = audio.reshape(R, -1, hop)
@@ -316,8 +310,7 @@ def waveform(spectrum: mx.array, length: int) -> mx.array:
     quarters = frames.reshape(R, T, 4, hop)
     pads = [((0, 0), (i, 3 - i), (0, 0)) for i in range(4)]
     audio = sum(mx.pad(quarters[:, :, i], pads[i]) for i in range(4)).reshape(R, -1)
-    edge = hop // 2 * 3
-    return audio[:, edge : edge + length] / 1.5  # the sum of four squared windows
+    return audio[:, hop // 2 * 3 :][:, :length] / 1.5  # four squared windows' sum
 
 
 def reflect(x: mx.array, before: int, after: int) -> mx.array:
@@ -402,8 +395,7 @@ class HTDemucs(nn.Module):
         """The transformer over both branches. Shapes stay as they are."""
         x, xt = self.channel_upsampler(x), self.channel_upsampler_t(xt[:, :, 0])
         x, xt = self.crosstransformer(x, xt)
-        xt = self.channel_downsampler_t(xt)
-        return self.channel_downsampler(x), xt[:, :, None]
+        return self.channel_downsampler(x), self.channel_downsampler_t(xt)[:, :, None]
 
     def separate(
         self, audio: mx.array, shifts: int = 0, overlap: float = 0.25
@@ -483,14 +475,15 @@ class HTDemucs(nn.Module):
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} does not load: {error!s:.250}") from error
+            from strict import misfit
+
+            raise ValueError(f"{path} does not load: {misfit(error, spell)}") from error
         mx.eval(model.state)
         return model
 
     @staticmethod
     def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The published names and layouts -> ours, in float32. Raises ValueError for
-        weights that are not floats."""
+        """The published names and layouts -> ours, in float32. ValueError: no floats."""
         ours = {}
         for name, weight in weights.items():
             if not mx.issubdtype(weight.dtype, mx.floating):
@@ -510,9 +503,18 @@ RENAMES = (  # published names -> ours
 )
 
 
+def spell(name: str) -> str:
+    """The published name of a tensor of ours."""
+    cross = re.search(r"layers(_t)?\.\d*[13579]\.", name)
+    name = name.replace(".attn.", ".cross_attn." if cross else ".self_attn.")
+    name = name.replace("norm2", "norm3" if cross else "norm2")
+    name = name.replace("norm_context", "norm2").replace("in_proj.", "in_proj_")
+    return name.replace("freq_emb.", "freq_emb.embedding.")
+
+
 def arrange(name: str, weight: mx.array) -> mx.array:
     """A published weight in the layout of our layers."""
-    if weight.ndim < 3:
+    if not 3 <= weight.ndim <= 4:
         return weight
     if ".dconv." in name:  # (C', C, k) -> (C', k, C)
         return weight.swapaxes(1, 2)
@@ -562,8 +564,7 @@ def read_config(metadata: dict[str, str]) -> HTDemucsConfig:
         raise ValueError("its arguments must be a list and an object")
     named = ({"sources": positional[0]} if positional else {}) | named
     check_fixed(named)
-    config = HTDemucsConfig.from_dict(named)
-    check_sizes(config)
+    check_sizes(config := HTDemucsConfig.from_dict(named))
     return config
 
 

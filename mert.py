@@ -137,9 +137,14 @@ class MERT(nn.Module):
                 name = re.sub(pattern, replacement, name)
             ours[name] = weight.astype(mx.float32)
         ours.pop("masked_spec_embed", None)  # used in training only
-        if "positions.weight_v" not in ours:
+        parts = ["positions.weight_g", "positions.weight_v"]
+        names = [spell(part, weights) for part in parts]
+        lost = [name for part, name in zip(parts, names) if part not in ours]
+        if len(lost) == 2:
             return ours  # sanitized before
-        ours["positions.weight"] = fold(ours)
+        if lost:
+            raise ValueError(f"{lost[0]} is missing")
+        ours["positions.weight"] = fold(ours, names)
         return {  # kernels: (C', C, k) -> (C', k, C)
             name: weight.swapaxes(1, 2) if weight.ndim == 3 else weight
             for name, weight in ours.items()
@@ -155,14 +160,15 @@ class MERT(nn.Module):
         from strict import misfit
         from torch_file import load_state
 
-        config, weights = locate(path_or_repo)
+        place, file = locate(path_or_repo)
+        weights: dict[str, mx.array] = {}
         try:
-            model = cls(MERTConfig.from_dict(read_config(config)))
-            model.load_weights(list(cls.sanitize(load_state(weights)).items()))
+            model = cls(MERTConfig.from_dict(read_config(place)))
+            place, weights = file, load_state(file)
+            model.load_weights(list(cls.sanitize(weights).items()))
         except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"MERT in {config.parent} does not load: {misfit(error)}"
-            ) from error
+            told = misfit(error, lambda name: spell(name, weights))
+            raise ValueError(f"MERT in {place} does not load: {told}") from error
         mx.eval(model.state)
         return model
 
@@ -215,18 +221,49 @@ RENAMES = (  # published names -> ours
 )
 
 
-def fold(weights: dict[str, mx.array]) -> mx.array:
-    """Take the two parts of the positional weight out of `weights`, and fold them.
+SPELLINGS = (  # ours -> published names
+    (r"^convs\.(\d+)\.", r"feature_extractor.conv_layers.\1.conv."),
+    (r"^conv_norm\.", "feature_extractor.conv_layers.0.layer_norm."),
+    (r"^projection_norm\.", "feature_projection.layer_norm."),
+    (r"^projection\.", "feature_projection.projection."),
+    (r"^positions\.", "encoder.pos_conv_embed.conv."),
+    (r"^norm\.", "encoder.layer_norm."),
+    (r"\.(q|k|v)\w+_proj\.", r".\1_proj."),
+    (r"\.norm1\.", ".layer_norm."),
+    (r"\.norm2\.", ".final_layer_norm."),
+    (r"\.linear1\.", ".feed_forward.intermediate_dense."),
+    (r"\.linear2\.", ".feed_forward.output_dense."),
+    (r"^layers\.", "encoder.layers."),
+)
+NEWER = (  # since torch 2.1, where a file has one of them
+    ("conv.weight_g", "conv.parametrizations.weight.original0"),
+    ("conv.weight_v", "conv.parametrizations.weight.original1"),
+)
+
+
+def spell(name: str, weights: dict[str, mx.array]) -> str:
+    """The published name of a tensor of ours, as the names in `weights` have it."""
+    for pattern, theirs in SPELLINGS:
+        name = re.sub(pattern, theirs, name)
+    for older, newer in NEWER:
+        if any("parametrizations" in other for other in weights):
+            name = name.replace(older, newer)
+    return name
+
+
+def fold(weights: dict[str, mx.array], names: list[str]) -> mx.array:
+    """Take the two parts of the positional weight, which are published under `names`,
+    out of `weights`, and fold them.
 
     The weight is g * v / |v|, (C', C, k), with a norm for each place k of the kernel.
     """
-    v = weights.pop("positions.weight_v")
-    g = weights.pop("positions.weight_g", None)
-    if v.ndim != 3 or g is None or g.shape != (1, 1, v.shape[2]):
-        shape = "nothing" if g is None else g.shape
+    v, g = (weights.pop(f"positions.weight_{part}") for part in "vg")
+    if v.ndim != 3:
+        raise ValueError(f"{names[1]} must have the shape (C', C, k), got {v.shape}")
+    if g.shape != (wanted := (1, 1, v.shape[2])):
         raise ValueError(
-            f"weight_g of the positions must have the shape (1, 1, k), got {shape} "
-            f"for {v.shape}"
+            f"{names[0]}, beside {names[1]} of {v.shape}, must have the shape {wanted}, "
+            f"got {g.shape}"
         )
     return g * v / mx.sqrt((v**2).sum(axis=(0, 1), keepdims=True))
 

@@ -128,7 +128,8 @@ def read_audiocraft(folder: Path) -> Published:
             weights |= under("conditioner", learned)
         settings["decoder_dtype"] = decoder_dtype(weights)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not load: {strict.misfit(error)}") from error
+        told = strict.misfit(error, spell_conditioner)
+        raise ValueError(f"{path} does not load: {told}") from error
 
     def spell_any(name: str) -> str:
         part, _, rest = name.partition(".")
@@ -137,11 +138,18 @@ def read_audiocraft(folder: Path) -> Published:
         if part == "audio_encoder":
             names = encodec_files.names_in(codec_path)
             return f"{encodec_files.spell(rest, names)} of {codec_path.name}"
-        own = spell(rest) if part == "decoder" else f"{audiocraft.SELF_WAV}{rest}"
+        own = spell(rest) if part == "decoder" else spell_conditioner(rest)
         return f"{own} of {path.name}"
 
     misfit = partial(tell_misfit, folder, spell_any)
     return Published(path, settings, weights, text.tokenizer, text.read_again, misfit)
+
+
+def spell_conditioner(name: str) -> str:
+    """audiocraft's name of a tensor of the conditioner of a style."""
+    from style import spell
+
+    return f"{audiocraft.SELF_WAV}{spell(name)}"
 
 
 def tell_misfit(folder: Path, spell: Callable[[str], str], error: Exception) -> str:

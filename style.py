@@ -4,7 +4,7 @@ The style conditioner of MusicGen-Style (https://arxiv.org/abs/2407.12563): feat
 an excerpt go through a transformer and then through a bottleneck, a residual quantizer
 of which only a few codebooks are used, so that the manner of the music stays and its
 notes do not. Needs mert.py beside it, which makes the features, encodec.py, audio.py,
-resample.py and outputs.py. With a style model that is loaded:
+resample.py, outputs.py and strict.py. With a style model that is loaded:
 
     request = StyleRequest(sound)  # (N, C) at the model's sampling rate
     start, excerpt = model.conditioner.excerpt(request, seed=7)
@@ -24,6 +24,7 @@ import numpy as np
 from audio import check_samples, count_samples, load_audio, resample
 from encodec import Encodec, nearest
 from mert import MERT, EncoderLayer, MERTConfig
+from strict import Misfit
 
 
 @dataclass(frozen=True)
@@ -205,14 +206,14 @@ class StyleConditioner(nn.Module):
 
     @staticmethod
     def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """audiocraft's names, or ours -> ours, in float32. Raises ValueError for what
-        is no float, comes twice, or lacks a part."""
+        """audiocraft's names, or ours -> ours, in float32. Raises Misfit for what is no
+        float, comes twice, or lacks a part."""
         kept, codebooks = {}, {}
         for name, weight in weights.items():
             if re.fullmatch(UNUSED, name):
                 continue
             if not mx.issubdtype(weight.dtype, mx.floating):
-                raise ValueError(f"{name} must hold floats, but holds {weight.dtype}")
+                raise Misfit(name, f"must hold floats, but holds {weight.dtype}")
             weight = weight.astype(mx.float32)
             if match := re.fullmatch(CODEBOOK, name):
                 codebooks[int(match[1])] = weight
@@ -260,11 +261,28 @@ def find_start(
 CODEBOOK = r"rvq\.vq\.layers\.(\d+)\._codebook\.embed"
 UNUSED = r".*(_codebook\.(inited|cluster_size|embed_avg)|num_batches_tracked)"
 RENAMES = (  # audiocraft's names -> ours
-    (r"^transformer\.", ""),
+    (r"^transformer\.layers\.", "layers."),
     (r"\.self_attn\.", ".attention."),
     (r"^batch_norm\.running_mean$", "mean"),
     (r"^batch_norm\.running_var$", "variance"),
 )
+
+
+SPELLINGS = (  # ours -> audiocraft's names
+    (r"\.attention\.(query|key|value)_proj\.", ".self_attn.in_proj_"),
+    (r"\.attention\.", ".self_attn."),
+    (r"^layers\.", "transformer.layers."),
+    (r"^mean$", "batch_norm.running_mean"),
+    (r"^variance$", "batch_norm.running_var"),
+    (r"^codebooks$", "rvq.vq.layers.0._codebook.embed"),
+)
+
+
+def spell(name: str) -> str:
+    """audiocraft's name, below the conditioner's, of a tensor of ours."""
+    for pattern, theirs in SPELLINGS:
+        name = re.sub(pattern, theirs, name)
+    return name
 
 
 def split(name: str, weight: mx.array) -> dict[str, mx.array]:
@@ -272,7 +290,7 @@ def split(name: str, weight: mx.array) -> dict[str, mx.array]:
     if not name.endswith(".in_proj_weight"):
         return {name: weight}
     if weight.ndim != 2 or len(weight) % 3:
-        raise ValueError(f"{name} must hold 3 matrices, got {weight.shape}")
+        raise Misfit(name, f"must hold 3 matrices, got {weight.shape}")
     stem = name.removesuffix("in_proj_weight")
     names = [f"{stem}{part}_proj.weight" for part in ("query", "key", "value")]
     return dict(zip(names, mx.split(weight, 3)))
@@ -281,17 +299,20 @@ def split(name: str, weight: mx.array) -> dict[str, mx.array]:
 def stack_codebooks(codebooks: dict[int, mx.array]) -> mx.array:
     """Entries (V, D) of each codebook -> (K, V, D)."""
     if missing := {*range(len(codebooks))} - codebooks.keys():
-        raise ValueError(f"codebook {min(missing)} of style is missing")
-    shapes = {book.shape for book in codebooks.values()}
-    if len(shapes) > 1 or len(codebooks[0].shape) != 2:
-        raise ValueError(f"the codebooks of style must have one shape, got {shapes}")
+        raise Misfit(f"rvq.vq.layers.{min(missing)}._codebook.embed", "is missing")
+    shapes = [codebooks[i].shape for i in range(len(codebooks))]
+    for i, shape in enumerate(shapes):
+        want = max(shapes, key=shapes.count)  # of most of them
+        if shape != want or len(shape) != 2:
+            why = f"must have the shape (V, D) of all codebooks, {want}, got {shape}"
+            raise Misfit(f"rvq.vq.layers.{i}._codebook.embed", why)
     return mx.stack([codebooks[i] for i in range(len(codebooks))])
 
 
 def add(weights: dict[str, mx.array], name: str, weight: mx.array) -> None:
-    """Put a tensor under a name. Raises ValueError when the name is taken."""
+    """Put a tensor under a name. Raises Misfit when the name is taken."""
     if name in weights:
-        raise ValueError(f"{name} is there twice, under two spellings")
+        raise Misfit(name, "is there twice, under two spellings")
     weights[name] = weight
 
 

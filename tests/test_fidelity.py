@@ -6,11 +6,13 @@ from contextlib import redirect_stderr, redirect_stdout
 from unittest.mock import patch
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from common import REFERENCE, Test, exact
+from mlx.utils import tree_unflatten
 
 import fidelity
-from musicgen import Take, encode_text
+from musicgen import MusicGen, Take, encode_text
 
 
 class TestFidelity(Test):
@@ -76,6 +78,34 @@ class TestFidelity(Test):
         self.assertAlmostEqual(found.mean, 1 / spread, 5)
         self.assertAlmostEqual(found.greatest, 3 / spread, 5)
         self.assertEqual(found.same, 0.5)
+
+    def test_the_product_in_few_bits_is_that_of_what_they_stand_for(self):
+        """Of every mode of the table, on `tiny`: the same choices, and logits as near
+        as GUIDE.md says."""
+        model = MusicGen.from_pretrained("tiny", mx.float32)
+        tokens = fidelity.take_tokens(model, "fast happy saw melody", 1.0, seed=0)
+        text = encode_text(model, ["fast happy saw melody"])
+        for settings in fidelity.CASES:
+            quantized = fidelity.variant(model, mx.float32, settings)
+            plain, count = fidelity.variant(model, mx.float32), 0
+            for name, layer in quantized.named_modules():
+                if isinstance(layer, nn.QuantizedLinear):
+                    stored = layer.weight, layer.scales, layer.get("biases")
+                    weight = mx.dequantize(*stored, **settings).astype(mx.float32)
+                    plain.update(tree_unflatten([(f"{name}.weight", weight)]))
+                    count += 1
+            self.assertEqual(count, 24)
+            pair = [
+                fidelity.next_logits(decoder, text, tokens)
+                for decoder in (quantized, plain)
+            ]
+            found = fidelity.compare(*pair)
+            with self.subTest(settings):
+                self.assertEqual(found.same, 1)
+                self.assertLess(found.mean, 1e-5)
+                self.assertLess(found.greatest, 1e-4)
+                if settings["mode"] == "affine":
+                    self.assertLess(found.greatest, 1e-5)
 
     def test_the_model_stays_as_it_is(self):
         model = exact("mono-transformers")

@@ -161,6 +161,20 @@ class TestModes(Test):
                 if name.endswith(".b"):
                     self.assertGreater(mx.abs(gradient).max().item(), 0, name)
 
+    def test_gradients_of_each_mode(self):
+        """Are those through the matrix that the few bits stand for: what an adapter
+        below such a layer learns from."""
+        for bits, size, mode, _ in CASES:
+            mx.random.seed(0)
+            settings = dict(group_size=size, bits=bits, mode=mode)
+            layer = nn.Linear(64, 48).to_quantized(**settings)
+            stored = layer.weight, layer.scales, layer.get("biases")
+            weight = mx.dequantize(*stored, **settings).astype(mx.float32)
+            x, way = mx.random.normal((2, 5, 64)), mx.random.normal((2, 5, 48))
+            found = mx.grad(lambda x: (layer(x) * way).sum())(x)
+            self.assertClose(found, way @ weight, 1e-4)
+            self.assertGreater(mx.abs(found).mean().item(), 0.1)
+
 
 class TestFolders(Test):
     def converted(self, **asked) -> Path:

@@ -267,9 +267,15 @@ class TestStyle(Test):
                     MusicGen.from_pretrained(self.path)
 
         book = prefix + "rvq.vq.layers.{}._codebook.embed"
-        fails("codebook 2 .* missing", lambda w: w.pop(book.format(2)))
-        fails("lack it", lambda w: [w.pop(book.format(k)) for k in range(6)])
-        fails("must have one shape", lambda w: w.update({book.format(1): mx.ones(3)}))
+        fails("layers.2._codebook.embed is missing", lambda w: w.pop(book.format(2)))
+        fails(
+            "layers.0._codebook.embed is missing",
+            lambda w: [w.pop(book.format(k)) for k in range(6)],
+        )
+        fails(
+            "1._codebook.* must have the shape",
+            lambda w: w.update({book.format(1): mx.ones(3)}),
+        )
         fails("twice", lambda w: w.update({prefix + "mean": mx.ones(32)}))
         embed = prefix + "embed.weight"
         fails(
