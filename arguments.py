@@ -41,6 +41,7 @@ def name_of_file(text: str) -> str:
 
 
 SHORT = dict(prompt="-p", model="-m", duration="-d", output="-o", seed="-s")
+CHUNK = 0.5  # seconds
 SWITCH = dict(action="store_true")
 FLAGS = {  # by groups: name, what it is, and how it is read
     "what to play": {
@@ -118,7 +119,7 @@ FLAGS = {  # by groups: name, what it is, and how it is read
         ),
         "chunk": (
             "seconds of sound written at a time (default: %(default)s)",
-            dict(type=float, default=0.5),
+            dict(type=float, default=CHUNK),
         ),
         "loudness": (
             "LUFS to bring the output to, such as -14; a limiter keeps its true peak at "
@@ -395,6 +396,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     args.stream = args.stream or args.output == "-"
     if args.play and args.output == "-":
         raise ValueError("--play does not go with --output -: leave one of them out")
+    if args.chunk != CHUNK and not args.stream:
+        raise ValueError("--chunk goes with --stream: leave it out, or stream")
     if args.stream:
         check_stream(args)
     else:

@@ -302,6 +302,12 @@ class TestStreamedFile(ScriptTest):
                 pieces = [mx.ones((9, 1))]
                 stream.write(str(self.folder / "x.wav"), pieces, 1, 32000)
 
+    def test_pieces_of_what_is_not_streamed(self):
+        command = ["-p", "a", "--model", self.model, "--chunk", "0.2"]
+        status, _, err = self.run_script(*command)
+        self.assertEqual(status, 2)
+        self.assertRegex(err, "^generate.py: error: --chunk goes with --stream: .*\n$")
+
     def test_wrong_command_lines(self):
         for arguments, pattern in (
             (["--output", "a.flac"], "--stream writes .wav or -"),

@@ -134,6 +134,21 @@ class TestTrain(Test):
         after = {p: p.read_bytes() for p in self.out.rglob("*") if p.is_file()}
         self.assertEqual(after, before)
 
+    def test_two_at_once(self):
+        """The second is refused, whatever its flags."""
+        messages = []
+
+        def second(*_):
+            for flags in ([], ["--resume"]):
+                messages.append(self.synth("--codec", *flags))
+            raise KeyboardInterrupt
+
+        self.assertEqual(self.synth("--codec", make_clips=second), "130")
+        for message in messages:
+            told = f"Another training writes to {self.codec.parent} now: wait"
+            self.assertIn(told, message)
+        self.assertEqual(len(messages), 2)
+
     def test_misheard_captions_tell_nothing_held_out(self):
         random = np.random.default_rng(0)
         told = [synth.misheard(clip, random, 0.5) for clip in synth.KNOWN * 5]
