@@ -29,6 +29,7 @@ from decoder import Condition, Decoder, KVCache, Layer, TextKV, attend, join_hea
 from parallel import Stream, parallel_streams
 
 if TYPE_CHECKING:
+    from adapters import Weighted
     from musicgen import MusicGen
     from options import Options
 
@@ -296,29 +297,48 @@ def store_columns(decoder: Decoder) -> None:
             mx.eval(module.weight)
 
 
+def adjustment(
+    q_bits: int | None,
+    q_group_size: int | None,
+    q_mode: str | None,
+    group: mx.distributed.Group | None,
+    adapter: str | Path | list[str | Path] | None,
+    adapter_scale: float | list[float],
+) -> Callable[["MusicGen", mx.Dtype], None]:
+    """What `from_pretrained` is asked to do with a model, checked before files are read.
+
+    Raises ValueError for numbers that cannot be, or that nothing needs.
+    """
+    quantization, weights = (q_bits, q_group_size, q_mode), None
+    if any(value is not None for value in quantization):
+        from quantize import asked
+
+        asked(*quantization)
+    if adapter is not None or adapter_scale != 1:
+        from adapters import weighted
+
+        weights = weighted([] if adapter is None else adapter, adapter_scale)
+    return lambda model, dtype: adjust(model, dtype, quantization, group, weights)
+
+
 def adjust(
     model: "MusicGen",
     dtype: mx.Dtype,
-    q_bits: int | None = None,
-    q_group_size: int | None = None,
-    q_mode: str | None = None,
-    group: mx.distributed.Group | None = None,
-    adapter: str | Path | list[str | Path] | None = None,
-    adapter_scale: float | list[float] = 1.0,
+    quantization: tuple[int | None, int | None, str | None],
+    group: mx.distributed.Group | None,
+    adapters: "list[Weighted] | None",
 ) -> None:
-    """Adapt a model, cast and quantize it, and share it, as `from_pretrained` is asked
-    to."""
+    """Adapt a model, cast and quantize it, and share it."""
     beside = []
-    if adapter is not None or adapter_scale != 1:
-        from adapters import weighted, work_in
+    if adapters:
+        from adapters import work_in
 
-        adapter = [] if adapter is None else adapter
-        beside = work_in(model, weighted(adapter, adapter_scale))
+        beside = work_in(model, adapters)
     model.decoder.set_dtype(dtype)
-    if any(value is not None for value in (q_bits, q_group_size, q_mode)):
+    if any(value is not None for value in quantization):
         from quantize import quantize_model
 
-        quantize_model(model, q_bits, q_group_size, q_mode)
+        quantize_model(model, *quantization)
     shared = group is not None and group.size() > 1
     if beside:
         from lora import load_adapters

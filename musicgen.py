@@ -257,6 +257,12 @@ class MusicGen(nn.Module):
         file of `train.py lora`, PEFT's folder or Hub id. Raises ValueError or OSError.
         """
         check_dtype(dtype)
+        changes = (q_bits, q_group_size, q_mode, group, adapter)
+        adjust = lambda model, dtype: model.decoder.set_dtype(dtype)  # noqa: E731
+        if adapter_scale != 1 or any(x is not None for x in changes):
+            from engine import adjustment
+
+            adjust = adjustment(*changes, adapter_scale)
         files, on_cpu = read(str(path_or_repo)), mx.default_device() == mx.cpu
         try:
             model = cls(files.config, files.tokenizer)
@@ -266,14 +272,7 @@ class MusicGen(nn.Module):
             raise ValueError(files.misfit(error)) from error
         model.name, model.revision = str(path_or_repo), files.revision
         model.read_text_encoder = files.read_text_encoder
-        dtype = dtype or (mx.float32 if on_cpu else files.dtype)
-        changes = (q_bits, q_group_size, q_mode, group, adapter)
-        if adapter_scale == 1 and all(x is None for x in changes):
-            model.decoder.set_dtype(dtype)
-        else:
-            from engine import adjust
-
-            adjust(model, dtype, *changes, adapter_scale)
+        adjust(model, dtype or (mx.float32 if on_cpu else files.dtype))
         if not lazy:
             model.read_now()
         return model

@@ -355,7 +355,7 @@ def check_settings(path: Path, before: dict[str, Any], now: dict[str, Any]) -> N
         was = before.get(name)
         if name == "data" and was not in (None, value):
             warnings.warn(
-                f"--data holds {value}, but {path} was trained on {was:.80}: it goes on "
+                f"--data holds {value}, but {path} was trained on {was!s:.80}: it goes on "
                 "with what is there now."
             )
         elif name != "data" and was != value:

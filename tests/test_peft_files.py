@@ -323,6 +323,16 @@ class TestBadFiles(Test):
                 with self.assertRaisesRegex(ValueError, "must be finite"):
                     adapters.check_files(self.adapter)
 
+    def test_pickled(self):
+        """The same of a .bin."""
+        key = LAYER + "fc1.lora_A.weight"
+        for wrong, pattern in (
+            ({}, "pickled/adapter_model.bin changes nothing"),
+            ({key: mx.array([[math.nan]])}, "fc1.lora_A.weight must be finite"),
+        ):
+            with patch("torch_file.load_state", return_value=wrong):
+                self.assertRefused(pattern, adapter=ADAPTERS / "pickled")
+
     def test_tensors(self):
         narrow = self.tensors[LAYER + "fc1.lora_A.weight"][:, :9]
         integers = mx.zeros((2, 32), mx.int32)
