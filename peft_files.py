@@ -53,14 +53,16 @@ REFUSED = (  # settings that ask for another computation
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
 )
 KINDS = {  # of settings; where one is null, PEFT's default holds
-    "use_rslora use_dora fan_in_fan_out lora_bias use_qalora": bool,
-    "bias base_model_name_or_path revision": str,
+    "use_rslora use_dora fan_in_fan_out lora_bias use_qalora inference_mode": bool,
+    "bias base_model_name_or_path revision task_type peft_version": str,
     "target_modules exclude_modules layers_pattern": (list, str),
+    "layers_to_transform": (list, int),
     "modules_to_save": list,
-    "rank_pattern alpha_pattern": dict,
+    "rank_pattern alpha_pattern auto_mapping loftq_config": dict,
     "init_lora_weights": (bool, str),
 }
 WORDS = {bool: "true or false", str: "a text", list: "a list", dict: "an object"}
+WORDS |= {int: "a whole number"}
 STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # that spare the weights
 MERGED = "In PEFT merge_and_unload() and save_pretrained() make a model that loads here"
 

@@ -272,6 +272,8 @@ class TestBadFiles(Test):
             (dict(modules_to_save={}), "modules_to_save must be a list, got {}"),
             (dict(target_modules=3), "target_modules must be a list, or a text, got 3"),
             (dict(bias=True), "bias must be a text, got True"),
+            (dict(inference_mode="no"), "inference_mode must be true or false, got"),
+            (dict(layers_to_transform=0.5), "must be a list, or a whole number, got"),
             (dict(base_model_name_or_path=[1]), "base_model_name_or_path must be a te"),
         ):
             with self.subTest(pattern):
