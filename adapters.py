@@ -5,9 +5,9 @@
     load_adapters(model, beside)  # of lora.py
 
 PEFT's are worked into the weights before the decoder is cast and quantized, those of
-`train.py lora` after it, since they lie beside quantized layers. Needs lora.py and
-settings.py beside it; peft_files.py is needed for one of PEFT, hub.py for one on the
-Hub, torch_file.py for one in a `.bin`, and outputs.py to save one.
+`train.py lora` after it, since they lie beside quantized layers. Needs lora.py,
+settings.py and strict.py beside it; peft_files.py is needed for one of PEFT, hub.py for
+one on the Hub, torch_file.py for one in a `.bin`, and outputs.py to save one.
 """
 
 import os

@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 import strict
-from strict import Misfit
+from strict import Misfit, in_a_line, one_line
 
 REPOS = {size: f"facebook/encodec_{size}" for size in ("24khz", "32khz", "48khz")}
 FILES = ("config.json", "model.safetensors")
@@ -32,6 +32,7 @@ AUDIOCRAFT_FILE = "compression_state_dict.bin"
 Weights = dict[str, mx.array]
 
 
+@in_a_line
 def read(path_or_repo: str | Path) -> tuple[Path, dict, Weights]:
     """Where a codec's files lie, its settings, and its weights in float32.
 
@@ -63,7 +64,7 @@ def misfit(path: Path, error: Exception) -> str:
     """Why the codec in `path`, a folder or audiocraft's file, does not load: a line,
     which names a tensor as its file does."""
     told = strict.misfit(error, lambda name: spell(name, names_in(path)))
-    return f"Codec {path} does not load: {told}"
+    return one_line(f"Codec {path} does not load: {told}")
 
 
 def names_in(path: Path) -> list[str]:
@@ -216,7 +217,7 @@ def rename(name: str) -> str:
 def add(weights: Weights, name: str, weight: mx.array) -> None:
     """Put a tensor under a name. Raises ValueError when the name is taken."""
     if name in weights:
-        raise ValueError(f"{name} is there twice, under two spellings")
+        raise ValueError(f"{name:.150} is there twice, under two spellings")
     weights[name] = weight
 
 
@@ -313,7 +314,7 @@ def main(codec: type) -> None:
         decoded = model.decode(chunks)[0, : len(audio)]
         save_audio(args.target, decoded, model.sampling_rate, overwrite=args.force)
     except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"encodec.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"encodec.py: error: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
     frames, K = sum(chunk.codes.shape[1] for chunk in chunks), chunks[0].codes.shape[2]
@@ -323,4 +324,4 @@ def main(codec: type) -> None:
 
 
 def warn(message: Warning | str, *_) -> None:
-    print(f"encodec.py: warning: {message}", file=sys.stderr)
+    print(f"encodec.py: warning: {one_line(message)}", file=sys.stderr)

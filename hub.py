@@ -127,7 +127,7 @@ def fetch(name: str) -> Path:
         why = explain(error, repo, reason, AUDIOCRAFT_FILES)
         here = "" if name in MODELS else ", and there is no such folder"
         raise OSError(
-            f"The Hub did not give the model {repo}{here}: {why}. To work offline, take "
+            f"The Hub did not give the model {repo:.80}{here}: {why}. To work offline, take "
             "--model tiny or a folder that convert.py wrote."
         ) from error
 

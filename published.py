@@ -29,12 +29,14 @@ import encodec_files
 import strict
 import t5_files
 from decoder_names import TRANSFORMERS, name_decoder, spell
+from strict import in_a_line, one_line
 from t5 import Tokenizer
 from torch_file import load_torch
 
 T5_REPO = "google-t5/t5-base"
+T5_NAME = r"(\w[\w.-]{,95}/)?\w[\w.-]{,95}"  # as long as the Hub lets names be
 # A codec of the Hub, in the settings of a training.
-NAMED_CODEC = r"//pretrained/([\w-][\w.-]*/[\w-][\w.-]*)"
+NAMED_CODEC = r"//pretrained/([\w-][\w.-]{,95}/[\w-][\w.-]{,95})"
 WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -54,6 +56,7 @@ class Published(NamedTuple):
     misfit: Callable[[Exception], str]  # why the weights do not load, in a line
 
 
+@in_a_line
 def read(folder: Path) -> Published:
     """Read a folder of either layout. Raises ValueError or OSError naming the file,
     tensor or key and what to do.
@@ -145,7 +148,7 @@ def read_audiocraft(folder: Path) -> Published:
 
 
 def tell_misfit(folder: Path, spell: Callable[[str], str], error: Exception) -> str:
-    return f"{folder} does not load: {strict.misfit(error, spell)}"
+    return one_line(f"{folder} does not load: {strict.misfit(error, spell)}")
 
 
 class Text(NamedTuple):
@@ -199,7 +202,7 @@ def find_t5(path: Path, cfg: dict[str, Any]) -> tuple[Path, Path | str]:
     """Where the text encoder that `cfg` names may lie, a folder beside the file; and
     that folder if it is there, else the Hub id."""
     name = cfg.get("conditioners.description.t5.name", "t5-base")
-    if not isinstance(name, str) or not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):
+    if not isinstance(name, str) or not re.fullmatch(T5_NAME, name):
         raise ValueError(f"{path} must name a T5 of the Hub, got {name!r:.80}.")
     local = path.with_name(name.split("/")[-1])
     repo = name if "/" in name else f"google-t5/{name}"
@@ -328,6 +331,7 @@ def find_weights(folder: Path) -> Path | None:
     return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
 
 
+@in_a_line
 def read_weights(folder: Path) -> Weights:
     """All tensors of `model.safetensors`, `pytorch_model.bin`, or their shards."""
     path = find_weights(folder)

@@ -212,7 +212,9 @@ class StyleConditioner(nn.Module):
             if re.fullmatch(UNUSED, name):
                 continue
             if not mx.issubdtype(weight.dtype, mx.floating):
-                raise ValueError(f"{name} must hold floats, but holds {weight.dtype}")
+                raise ValueError(
+                    f"{name:.150} must hold floats, but holds {weight.dtype}"
+                )
             weight = weight.astype(mx.float32)
             if match := re.fullmatch(CODEBOOK, name):
                 codebooks[int(match[1])] = weight
@@ -272,7 +274,7 @@ def split(name: str, weight: mx.array) -> dict[str, mx.array]:
     if not name.endswith(".in_proj_weight"):
         return {name: weight}
     if weight.ndim != 2 or len(weight) % 3:
-        raise ValueError(f"{name} must hold 3 matrices, got {weight.shape}")
+        raise ValueError(f"{name:.150} must hold 3 matrices, got {weight.shape}")
     stem = name.removesuffix("in_proj_weight")
     names = [f"{stem}{part}_proj.weight" for part in ("query", "key", "value")]
     return dict(zip(names, mx.split(weight, 3)))
@@ -291,7 +293,7 @@ def stack_codebooks(codebooks: dict[int, mx.array]) -> mx.array:
 def add(weights: dict[str, mx.array], name: str, weight: mx.array) -> None:
     """Put a tensor under a name. Raises ValueError when the name is taken."""
     if name in weights:
-        raise ValueError(f"{name} is there twice, under two spellings")
+        raise ValueError(f"{name:.150} is there twice, under two spellings")
     weights[name] = weight
 
 
