@@ -48,9 +48,7 @@ def read(path_or_repo: str | Path) -> tuple[Path, dict, Weights]:
             try:
                 return read(local if local.is_dir() else repo)
             except OSError as error:
-                raise OSError(
-                    f"{path} points to {repo}, looked for in {local}: {error}"
-                ) from error
+                raise needed(path.parent, repo, error) from error
         settings, weights = read_codec(path, package)
     else:
         path, settings, weights = read_files(*locate(path_or_repo))
@@ -58,6 +56,16 @@ def read(path_or_repo: str | Path) -> tuple[Path, dict, Weights]:
         return path, settings, sanitize(weights)
     except (IndexError, ValueError) as error:
         raise ValueError(misfit(path, error)) from error
+
+
+def needed(folder: Path, repo: str, error: OSError) -> OSError:
+    """What is told of a model in a folder whose codec, which it only names, is neither
+    beside it nor given by the Hub."""
+    why = str(error.__cause__ or error).rstrip(".")  # without what is said here
+    place = f"{repo.split('/')[1]}/ ({', '.join(FILES)})"
+    return OSError(
+        f"{folder} needs the codec {repo} in {place} or from the Hub: {why}."
+    )
 
 
 def misfit(path: Path, error: Exception) -> str:
@@ -81,21 +89,13 @@ def locate(path_or_repo: str | Path) -> list[Path]:
     folder = Path(os.path.expanduser(path_or_repo))
     if str(path_or_repo) in REPOS or not folder.is_dir():  # `./32khz` is a folder
         repo = REPOS.get(str(path_or_repo), str(path_or_repo))
-        reason = no_network(repo)
-        options = dict(local_files_only=bool(reason))
         try:
-            return [Path(hf_hub_download(repo, name, **options)) for name in FILES]
-        except (OSError, ValueError) as error:
-            why = str(isinstance(error, OSError) and reason or error)
-            if Path(__file__).with_name("hub.py").is_file():
-                from hub import explain
-
-                why = explain(error, repo, reason, FILES)
-            why = why.rstrip(". \n")
+            return fetch(repo)
+        except OSError as error:
             raise OSError(
                 f"The Hub did not give the codec {repo}, and there is no such folder: "
-                f"{why}. To work offline, name a folder with {' and '.join(FILES)}; short "
-                f"names are {', '.join(REPOS)}."
+                f"{error}. To work offline, name a folder with {' and '.join(FILES)}; "
+                f"short names are {', '.join(REPOS)}."
             ) from error
     for name in FILES:
         if not (folder / name).is_file():
@@ -104,6 +104,22 @@ def locate(path_or_repo: str | Path) -> list[Path]:
                 f"but {name} is missing."
             )
     return [folder / name for name in FILES]
+
+
+def fetch(repo: str) -> list[Path]:
+    """The FILES of a repository, from the Hub through its cache. Raises OSError with the
+    reason, which has no full stop."""
+    reason = no_network(repo)
+    options = dict(local_files_only=bool(reason))
+    try:
+        return [Path(hf_hub_download(repo, name, **options)) for name in FILES]
+    except (OSError, ValueError) as error:
+        why = str(isinstance(error, OSError) and reason or error)
+        if Path(__file__).with_name("hub.py").is_file():
+            from hub import explain
+
+            why = explain(error, repo, reason, FILES)
+        raise OSError(why.rstrip(". \n")) from error
 
 
 def no_network(repo: str) -> str:

@@ -318,20 +318,12 @@ def locate(path_or_repo: str | Path) -> list[Path]:
     folder = Path(os.path.expanduser(path_or_repo))
     if not folder.is_dir():
         repo = str(path_or_repo)
-        reason = no_network(repo)
-        options = dict(local_files_only=bool(reason))
         try:
-            return [Path(hf_hub_download(repo, name, **options)) for name in FILES]
-        except (OSError, ValueError) as error:
-            why = str(isinstance(error, OSError) and reason or error)
-            if Path(__file__).with_name("hub.py").is_file():
-                from hub import explain
-
-                why = explain(error, repo, reason, FILES)
-            why = why.rstrip(". \n")
+            return fetch(repo)
+        except OSError as error:
             raise OSError(
-                f"The Hub did not give MERT, {repo:.80}, and there is no such folder: {why}. "
-                f"To work offline, name a folder with {' and '.join(FILES)}."
+                f"The Hub did not give MERT, {repo:.80}, and there is no such folder: "
+                f"{error}. To work offline, name a folder with {' and '.join(FILES)}."
             ) from error
     for name in FILES:
         if not (folder / name).is_file():
@@ -339,6 +331,22 @@ def locate(path_or_repo: str | Path) -> list[Path]:
                 f"{folder!s:.200} must hold {' and '.join(FILES)}, but {name} is missing."
             )
     return [folder / name for name in FILES]
+
+
+def fetch(repo: str) -> list[Path]:
+    """The FILES of a repository, from the Hub through its cache. Raises OSError with the
+    reason, which has no full stop."""
+    reason = no_network(repo)
+    options = dict(local_files_only=bool(reason))
+    try:
+        return [Path(hf_hub_download(repo, name, **options)) for name in FILES]
+    except (OSError, ValueError) as error:
+        why = str(isinstance(error, OSError) and reason or error)
+        if Path(__file__).with_name("hub.py").is_file():
+            from hub import explain
+
+            why = explain(error, repo, reason, FILES)
+        raise OSError(why.rstrip(". \n")) from error
 
 
 def demo(model: MERT, path: str) -> None:

@@ -109,9 +109,7 @@ def read_audiocraft(folder: Path) -> Published:
     has_text, text = audiocraft.has_text(package), Text(None, {}, None, dict)
     if has_text:
         text = read_text(path, package.cfg)
-    codec_path, codec, codec_weights = encodec_files.read(
-        codec_folder(path, package.cfg)
-    )
+    codec_path, codec, codec_weights = read_codec(path, package.cfg)
     try:
         settings = {
             "model_type": "musicgen",
@@ -174,6 +172,17 @@ def read_text(path: Path, cfg: dict[str, Any]) -> Text:
     return Text(settings, weights, Tokenizer(spiece), again, local.name)
 
 
+def read_codec(path: Path, cfg: dict[str, Any]) -> tuple[Path, dict, Weights]:
+    """The codec that goes with audiocraft's decoder in `path`."""
+    place = codec_folder(path, cfg)
+    try:
+        return encodec_files.read(place)
+    except OSError as error:
+        if isinstance(place, str):  # one of the Hub
+            raise encodec_files.needed(path.parent, place, error) from error
+        raise
+
+
 def codec_folder(path: Path, cfg: dict[str, Any]) -> Path | str:
     """Where the codec lies: beside the decoder in `path`, else where its settings name
     one of the Hub, as those of a training do."""
@@ -232,13 +241,17 @@ def read_conditioner(
 
 def read_mert(folder: Path) -> nn.Module:
     """From `MERT-v1-95M/` in the folder, else from the Hub."""
-    from mert import MERT, REPO
+    from mert import FILES, MERT, REPO
 
     local = folder / REPO.split("/")[1]
     try:
         return MERT.from_pretrained(local if local.is_dir() else REPO)
     except OSError as error:
-        raise OSError(f"{folder} needs MERT in {local.name}/ or from the Hub: {error}")
+        why = str(error.__cause__ or error).rstrip(".")
+        place = f"{local.name}/ ({', '.join(FILES)})"
+        raise OSError(
+            f"{folder} needs MERT in {place} or from the Hub: {why}."
+        ) from error
 
 
 # transformers' layout
