@@ -222,6 +222,11 @@ def follow(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     asked = {name: getattr(args, name) for name in ("q_bits", "q_group_size", "q_mode")}
     asked = {name: value for name, value in asked.items() if value is not None}
     model = MusicGen.from_pretrained(args.model, adapter=args.adapter, **asked)
+    if model.config.text_encoder is None:
+        raise ValueError(
+            f"{args.model} follows no text, and how well a text is followed is measured "
+            "here: take a model that does, or measure its codec alone with --codec."
+        )
     timbres, clips = synth.TRAITS["timbre"], synth.HELD_OUT
     if args.timbre:
         timbres = tuple(dict.fromkeys((*timbres, args.timbre)))

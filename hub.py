@@ -162,6 +162,7 @@ def fetch_training(repo: str, reason: str, **options) -> Path | None:
 def fetch_transformers(repo: str, **options) -> Path:
     common = ["config.json", "spiece.model", "tokenizer.json"]
     common += ["preprocessor_config.json", "processor_config.json"]
+    common += ["adapter_config.json"]  # of PEFT: what has only that is told of
     files = ["model*.safetensors", "model.safetensors.index.json"]
     folder = Path(snapshot_download(repo, allow_patterns=common + files, **options))
     if not any(folder.glob("model*.safetensors")):

@@ -41,6 +41,7 @@ WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+ADAPTER = "adapter_config.json"  # of PEFT, which is no model
 EXTRACTORS = ("preprocessor", "processor")
 Weights = dict[str, mx.array]
 
@@ -259,9 +260,15 @@ def read_mert(folder: Path) -> nn.Module:
 
 def read_transformers(folder: Path) -> Published:
     path = folder / "config.json"
+    if not path.is_file() and (folder / ADAPTER).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds an adapter of PEFT, and no model: give the model that it "
+            "was made for as --model, and this as --adapter (adapter=)."
+        )
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} must hold {' and '.join(audiocraft.FILES)}, or config.json "
+            f"{folder} must hold {' and '.join(audiocraft.FILES)} "
+            f"({audiocraft.DECODERS[1]} may take the place of the first), or config.json "
             "with weights and spiece.model, but has neither."
         )
     settings = read_json(path)

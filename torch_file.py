@@ -6,8 +6,8 @@
 or `python torch_file.py state_dict.bin`, which lists what is in it. Such a file holds a
 pickle, and a pickle is a program that may call anything. This reader allows only the
 few names that tensors need, and those of omegaconf's settings, for which it puts
-records that do nothing; it checks that every tensor lies within the file, and that its
-bytes are those that were written. Stands alone; outputs.py is needed to list a file.
+records that do nothing; it checks that every tensor that is read lies within the file,
+and in the zip format that its bytes are those that were written. Stands alone; outputs.py is needed to list a file.
 """
 
 import io

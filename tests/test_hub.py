@@ -38,6 +38,7 @@ class TestHub(Test):
             hub.fetch_transformers("a/b")
         common = ["config.json", "spiece.model", "tokenizer.json"]
         common += ["preprocessor_config.json", "processor_config.json"]
+        common += ["adapter_config.json"]
         files = ["model*.safetensors", "model.safetensors.index.json"]
         wanted = [common + files, common + ["pytorch_model*"], common + files]
         self.assertEqual(calls, wanted)
@@ -377,6 +378,25 @@ class TestNoNetwork(Test):
             self.assertEqual(len(encodec_files.locate("some/codec")), 2)
             self.assertEqual(len(mert.locate("some/mert")), 2)
             self.assertEqual(demucs.locate("some/stems").name, "x.safetensors")
+
+
+class TestAdapter(Test):
+    def test_of_peft_is_no_model(self):
+        """Its settings are fetched, and then it is told of."""
+        missing = EntryNotFoundError("no such file")
+
+        def snapshot(repo: str, allow_patterns: list[str], **options) -> str:
+            files = sorted((REFERENCE / "peft" / "mono").iterdir())
+            for path in files:
+                if any(path.match(pattern) for pattern in allow_patterns):
+                    shutil.copy(path, self.folder)
+            return str(self.folder)
+
+        with patch("hub.no_network", return_value=""):
+            with patch("hub.hf_hub_download", side_effect=missing):
+                with patch("hub.snapshot_download", snapshot):
+                    with self.assertRaisesRegex(OSError, "an adapter of PEFT, and no"):
+                        MusicGen.from_pretrained("owner/adapter")
 
 
 class TestTraining(Test):

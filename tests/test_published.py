@@ -258,6 +258,15 @@ class TestPublishedFolders(Test):
             path.write_bytes(damaged)
             self.fails("model.safetensors is damaged", folder)
 
+    def test_an_adapter_is_no_model(self):
+        adapter = REFERENCE / "peft" / "mono"
+        pattern = (
+            f"{adapter} holds an adapter of PEFT, .* --model, and this as --adapter"
+        )
+        self.fails(pattern, adapter, FileNotFoundError)
+        pattern = r"state_dict.bin and compression_state_dict.bin \(checkpoint.th may"
+        self.fails(pattern, self.folder, FileNotFoundError)
+
     def test_missing_files(self):
         self.fails(
             "state_dict.bin and .*or config.json", self.folder, FileNotFoundError
