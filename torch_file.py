@@ -45,10 +45,11 @@ def load_torch(path: str | Path, keys: tuple[str, ...] | None = None) -> Any:
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way
-        raise ValueError(
+        told = (
             f"{path!s:.150} is not a checkpoint that torch wrote: {in_words(error)}. "
             "Name a .bin or .th file; if the download was cut short, fetch it again."
-        ) from error
+        )
+        raise ValueError(f"{told:.370}") from error
 
 
 def in_words(error: Exception) -> str:
@@ -57,7 +58,7 @@ def in_words(error: Exception) -> str:
     if text == "" or "b'" in text:
         return "it holds something else"
     shown = (c if c.isprintable() else ascii(c)[1:-1] for c in text.rstrip(". "))
-    return f"{''.join(shown):.130}"
+    return f"{''.join(shown):.180}"
 
 
 def load_state(path: str | Path) -> dict[str, mx.array]:
