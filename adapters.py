@@ -5,9 +5,9 @@
     load_adapters(model, beside)  # of lora.py
 
 PEFT's are worked into the weights before the decoder is cast and quantized, those of
-`train.py lora` after it, since they lie beside quantized layers. Needs lora.py and
-settings.py beside it; peft_files.py is needed for one of PEFT, hub.py for one on the
-Hub, torch_file.py for one in a `.bin`, and outputs.py to save one.
+`train.py lora` after it, since they lie beside quantized layers. Needs lora.py,
+settings.py and strict.py beside it; peft_files.py is needed for one of PEFT, hub.py for
+one on the Hub, torch_file.py for one in a `.bin`, and outputs.py to save one.
 """
 
 import os
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from musicgen import MusicGen
 
 Adapters = str | Path | list[str | Path]
+CONFIG = "adapter_config.json"  # of PEFT
 Weighted = tuple[str | Path, float]  # an adapter and how many times it counts
 
 
@@ -29,16 +30,33 @@ def is_own(path: str | Path) -> bool:
     in it, or lies on the Hub."""
     path = Path(os.path.expanduser(path))
     if path.is_file():
-        beside = path.with_name("adapter_config.json").is_file()
+        beside = path.with_name(CONFIG).is_file()
         return not (beside and path.name.startswith("adapter_model."))
     on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path.as_posix())
     return not (path.is_dir() or on_hub and path.suffix != ".safetensors")
 
 
+def listed(adapters: Adapters) -> list[str | Path]:
+    """One adapter or several as a list. Raises ValueError for what can name none."""
+    paths = [*adapters] if isinstance(adapters, list | tuple) else [adapters]
+    for path in paths:
+        if not isinstance(path, str | os.PathLike) or str(path).strip() == "":
+            raise ValueError(
+                "adapter must be a file of train.py lora, or the folder or Hub id of one "
+                f"of PEFT, got {path!r:.80}."
+            )
+        if os.path.basename(path) == CONFIG and os.path.isfile(path):
+            raise ValueError(
+                f"adapter must be the folder of an adapter of PEFT, got its {CONFIG}: "
+                f"take {os.path.dirname(path) or '.':.250}"
+            )
+    return paths
+
+
 def check_files(adapters: Adapters) -> None:
-    """Read adapters for their faults alone. Raises as `read_adapter`, and as `read` of
-    peft_files.py."""
-    for path in adapters if isinstance(adapters, list | tuple) else [adapters]:
+    """Read adapters for their faults alone. Raises as `listed`, `read_adapter`, and as
+    `read` of peft_files.py."""
+    for path in listed(adapters):
         if is_own(path):
             read_adapter(path)
         else:
@@ -50,10 +68,10 @@ def check_files(adapters: Adapters) -> None:
 def weighted(adapters: Adapters, scales: float | list[float]) -> list[Weighted]:
     """Each adapter with its scale: one for all, or each its own.
 
-    Raises ValueError for a scale beyond 100, where there are not as many, and for one
-    that no adapter needs.
+    Raises ValueError as `listed`, for a scale beyond 100, where there are not as many,
+    and for one that no adapter needs.
     """
-    adapters = adapters if isinstance(adapters, list | tuple) else [adapters]
+    adapters = listed(adapters)
     if not adapters and scales not in (1, [1], (1,)):
         raise ValueError(
             f"adapter_scale must come with an adapter, got {scales!r:.80}."

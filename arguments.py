@@ -31,7 +31,9 @@ from quantize import BITS, GROUP_SIZES, MODES, asked
 
 
 def path(text: str) -> Path:
-    """A path, in which ~ is the home folder."""
+    """A path, in which ~ is the home folder. An empty one would be this folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must name a file or a folder, got {text!r}")
     return Path(os.path.expanduser(text))
 
 

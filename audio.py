@@ -666,7 +666,7 @@ def main() -> None:
         written = dict(bitrate=args.mp3_bitrate, overwrite=args.force)
         save_audio(args.target, audio, rate, **written)
     except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"audio.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"audio.py: error: {' '.join(str(error).split()):.370}")
     except KeyboardInterrupt:
         sys.exit(130)
     print_out(f"{args.target}: {len(audio) / rate:.2f} s")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from decoder_names import COMPUTED, name_decoder, spell
-from strict import Misfit, misfit
+from strict import Misfit, in_a_line, misfit
 from torch_file import check_state, load_torch
 
 FILES = ("state_dict.bin", "compression_state_dict.bin")
@@ -31,6 +31,7 @@ def find_decoder(folder: Path) -> Path | None:
     return next((folder / name for name in DECODERS if (folder / name).is_file()), None)
 
 
+@in_a_line
 def load_package(path: Path) -> dict[str, Any]:
     """Read what audiocraft exported, or saved in training: `best_state`, tensors by
     name, and `xp.cfg`, a text or a dict; or `pretrained`.
@@ -159,17 +160,19 @@ def resolve(value: Any, values: dict[str, Any]) -> Any:
 # The codec
 
 
+@in_a_line
 def find_codec(path: Path, package: dict[str, Any]) -> str | None:
     """The Hub repository of the codec that a `compression_state_dict.bin` only names.
     None: it holds the codec."""
     if "pretrained" not in package:
         return None
     repo = str(package["pretrained"])
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
+    if not re.fullmatch(r"[\w-][\w.-]{,95}/[\w-][\w.-]{,95}", repo):
         raise ValueError(f"{path} must name a Hub repository, got {repo!r:.80}.")
     return repo
 
 
+@in_a_line
 def read_codec(
     path: Path, package: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, mx.array]]:
@@ -266,6 +269,7 @@ class Package(NamedTuple):
     window: int | None  # samples of a melody's frame, where the weights show it
 
 
+@in_a_line
 def read_decoder(path: Path) -> Package:
     """Read one of DECODERS. Raises ValueError naming the file and what it lacks, or the
     setting that is not ported."""
@@ -348,6 +352,7 @@ CHROMA_PASSED_OVER = (
 )
 
 
+@in_a_line
 def melody_settings(cfg: dict[str, Any], window: int | None = None) -> dict[str, Any]:
     """Values of MelodyConfig. `window` counts the samples of `chroma.spec.window`,
     which audiocraft keeps among the weights.
@@ -409,6 +414,7 @@ STYLE_PASSED_OVER = (  # of the training; `length` and `varying_lengths` are fol
 )
 
 
+@in_a_line
 def style_settings(weights: dict[str, mx.array], cfg: dict[str, Any]) -> dict[str, Any]:
     """Values of StyleConfig but `mert`, which is to be read where `encodec_n_q` is 0;
     from our weights, those of `StyleConditioner.sanitize`, and the settings.
@@ -483,6 +489,7 @@ def has_text(package: Package) -> bool:
     )
 
 
+@in_a_line
 def check_conditions(
     cfg: dict[str, Any], has_sound: bool, has_text: bool = True
 ) -> None:

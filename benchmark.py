@@ -7,8 +7,8 @@
 
 `--random` needs no download: the real shapes with random values. `--plain` measures the
 plain step and decode in place of engine.py's and encodec_stream.py's. Needs
-musicgen.py, engine.py, quantize.py and all that these need beside it; demucs.py, and
-train.py for `--lora`.
+musicgen.py, engine.py, quantize.py, messages.py, outputs.py and all that these need
+beside it; demucs.py, and train.py for `--lora`.
 """
 
 import argparse
@@ -27,8 +27,10 @@ from mlx.utils import tree_flatten
 from checkpoints import MusicGenConfig
 from decoder import DELAYS, Condition, Decoder, DecoderConfig
 from engine import Lane
+from messages import one_line
 from musicgen import MusicGen, PlainStep, encode_text
 from options import Options
+from outputs import print_result
 from quantize import add_flags, quantize_model
 
 SIZES = {  # hidden size, layers
@@ -327,14 +329,14 @@ def main() -> None:
         "model": args.random or args.model,
         "device": str(mx.device_info().get("device_name", mx.default_device())),
     }
-    print("| | |\n|---|---|")
+    print_result("| | |\n|---|---|")
     for name, value in (rows | measured).items():
-        print(f"| {name} | {value} |")
-    print(f"\nTo send: {to_send(rows | measured)}")
+        print_result(f"| {name} | {value} |")
+    print_result(f"\nTo send: {to_send(rows | measured)}")
 
 
 if __name__ == "__main__":
     try:
         main()
     except (OSError, ValueError) as error:
-        sys.exit(f"benchmark.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"benchmark.py: error: {one_line(error)}")

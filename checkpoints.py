@@ -81,11 +81,11 @@ def read(name: str) -> Checkpoint:
         pieces = folder / "spiece.model"
         has_text = settings.get("text_encoder", {}) is not None
         if has_text and not pieces.is_file():
-            raise FileNotFoundError(f"{folder} must hold spiece.model, but lacks it.")
+            raise FileNotFoundError(say(folder, "must hold spiece.model but lacks it"))
         tokenizer = Tokenizer(pieces) if has_text else None
         weights = read_weights(folder)
         read_text = lambda: read_weights(folder, "text_encoder.")  # noqa: E731
-        misfit = lambda e: f"{folder} does not load: {e!s:.250}"  # noqa: E731
+        misfit = lambda e: say(folder, f"does not load: {e}")  # noqa: E731
     try:
         config = read_config(settings)
         if config.quantization is not None:
@@ -96,8 +96,12 @@ def read(name: str) -> Checkpoint:
             tokenizer.check(config.text_encoder)
         dtype = DTYPES[settings.get("decoder_dtype", "float16")]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not load: {error!s:.250}") from error
+        raise ValueError(say(path, f"does not load: {error}")) from error
     return Checkpoint(path, config, weights, tokenizer, dtype, read_text, misfit)
+
+
+def say(path: Path | str, why: str) -> str:
+    return f"{path!s:.150} {repr(' '.join(why.split()))[1:-1]:.230}"  # in a line
 
 
 def read_json(path: Path) -> dict:
@@ -105,9 +109,9 @@ def read_json(path: Path) -> dict:
     try:
         settings = json.loads(path.read_text())
     except (RecursionError, ValueError) as error:
-        raise ValueError(f"{path} does not load: {error!s:.250}") from error
+        raise ValueError(say(path, f"does not load: {error}")) from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold an object, got {settings!r:.40}")
+        raise ValueError(f"{path!s:.200} must hold an object, got {settings!r:.40}")
     return settings
 
 
@@ -123,18 +127,17 @@ def read_weights(folder: Path, of: str = "") -> dict[str, mx.array]:
         try:
             with safe_open(path, "numpy"):  # checks the header as mx.load does not
                 found = mx.load(str(path))
-        except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{path} is damaged, fetch it again: {error}") from error
+        except (RuntimeError, SafetensorError) as e:
+            raise ValueError(say(path, f"is damaged, fetch it again: {e}")) from e
     melody, sound = "decoder.melody_proj.", "decoder.sound_proj."  # once, and now
     weights = {name.replace(melody, sound): weight for name, weight in found.items()}
     if len(weights) < len(found):
-        raise ValueError(f"{path}: {sound} is there twice, under two spellings")
+        raise ValueError(f"{path!s:.200}: {sound} is there twice, under two spellings")
     for name, weight in weights.items():
         packed = f"{name.rpartition('.')[0]}.scales" in weights  # see quantize.py
         if not (packed or mx.issubdtype(weight.dtype, mx.floating)):
-            raise ValueError(
-                f"{path}: {name} must hold floats, but holds {weight.dtype}"
-            )
+            why = f"{name:.150} must hold floats, but holds {weight.dtype}"
+            raise ValueError(say(f"{path}:", why))
         if not name.startswith("decoder."):
             weights[name] = weight.astype(mx.float32)
     return {k.removeprefix(of): w for k, w in weights.items() if k.startswith(of)}
@@ -148,8 +151,8 @@ def locate(name: str) -> Path:
         return folder
     if name == "tiny":
         raise FileNotFoundError(
-            f"{folder} must hold config.json, model.safetensors and spiece.model: copy "
-            "that folder, too, from where these scripts are from."
+            f"{folder!s:.150} must hold config.json, model.safetensors and spiece.model: "
+            "copy that folder, too, from where these scripts are from."
         )
     from hub import fetch
 
@@ -172,10 +175,9 @@ def read_config(settings: dict) -> MusicGenConfig:
         from conditioning import read_config as read_conditioner
 
         conditioner = read_conditioner(settings)
-    width = conditioner.width if conditioner else 0
     names = ("max_duration", "quantization", "default_duration", "default_stride")
     config = MusicGenConfig(
-        decoder.read_config(settings["decoder"], width),
+        decoder.read_config(settings["decoder"], getattr(conditioner, "width", 0)),
         text and T5Config.from_dict(text),
         EncodecConfig.from_dict(settings["audio_encoder"]),
         conditioner=conditioner,

@@ -165,7 +165,7 @@ def check_follows(model: "MusicGen", kind: str) -> None:
     if kind not in ("condition", followed):
         raise ValueError(
             f"{kind} must go with a {kind} model, such as '{kind}', but "
-            f"{model.name or 'this model'} follows {followed}."
+            f"{model.name or 'this model':.100} follows {followed}."
         )
 
 

@@ -284,9 +284,8 @@ def read_config(settings: dict, prefix_width: int) -> DecoderConfig:
         sizes["num_attention_heads"] = width // 64
     sizes |= {name: settings[name] for name in names if name in settings}
     if missing := names - sizes.keys():
-        raise ValueError(
-            f"The decoder's config must have {', '.join(sorted(missing))}."
-        )
+        listed = ", ".join(sorted(missing))
+        raise ValueError(f"The decoder's config must have {listed}.")
     if sizes["delays"] is None:
         size = sizes["num_codebooks"], sizes["audio_channels"]
         sizes["delays"] = next((d for key, d in DELAYS.items() if key == size), None)

@@ -94,7 +94,7 @@ def rename(name: str) -> str:
 def add(weights: dict[str, mx.array], name: str, weight: mx.array) -> None:
     """Put a tensor under a name. Raises ValueError when the name is taken."""
     if name in weights:
-        raise ValueError(f"{name} is there twice, under two spellings")
+        raise ValueError(f"{name:.150} is there twice, under two spellings")
     weights[name] = weight
 
 

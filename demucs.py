@@ -473,11 +473,11 @@ class HTDemucs(nn.Module):
             model = cls(config)
             model.load_weights(list(weights.items()))
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise ValueError(f"{path!s:.150} is damaged: {error!s:.200}") from error
         except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
             from strict import misfit
 
-            raise ValueError(f"{path} does not load: {misfit(error, spell)}") from error
+            raise ValueError(f"{path!s:.80} fails: {misfit(error, spell)}") from error
         mx.eval(model.state)
         return model
 
@@ -487,7 +487,7 @@ class HTDemucs(nn.Module):
         ours = {}
         for name, weight in weights.items():
             if not mx.issubdtype(weight.dtype, mx.floating):
-                raise ValueError(f"{name} must hold floats, but holds {weight.dtype}")
+                raise ValueError(f"{name:.99} must hold floats, but has {weight.dtype}")
             for pattern, replacement in RENAMES:
                 name = re.sub(pattern, replacement, name)
             ours[name] = arrange(name, weight.astype(mx.float32))
@@ -532,7 +532,7 @@ def locate(path_or_repo: str | Path) -> Path:
     repo, folder = str(path_or_repo), Path(os.path.expanduser(path_or_repo))
     if repo == REPO or not folder.is_dir():  # `./adefossez/HTDemucs` is a folder
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
-            wrong = f"'{repo}' must be a folder or a Hub id like {REPO}."
+            wrong = f"{repo!r:.200} must be a folder or a Hub id like {REPO}."
             raise FileNotFoundError(wrong)
         reason, explain = "", lambda error, *_: str(error)
         if Path(__file__).with_name("hub.py").is_file():
@@ -544,12 +544,12 @@ def locate(path_or_repo: str | Path) -> Path:
             folder = Path(snapshot_download(repo, **options))
         except (OSError, ValueError) as error:
             why = explain(error, repo, reason).rstrip(". ")
-            told = f"The Hub did not give Demucs, {repo}: {why}. Or name a folder with"
-            raise OSError(f"{told} its .safetensors file.") from error
+            told = f"Demucs, {repo:.80}: {why}. Or name a folder with its .safetensors"
+            raise OSError(f"The Hub did not give {told} file.") from error
     paths = sorted(folder.glob("*.safetensors"))
     if len(paths) != 1:
-        wrong = f"{folder} must hold one .safetensors file, but holds {len(paths)}."
-        raise FileNotFoundError(wrong)
+        wrong = f"must hold one .safetensors file, but holds {len(paths)}."
+        raise FileNotFoundError(f"{folder!s:.200} {wrong}")
     return paths[0]
 
 
@@ -557,7 +557,7 @@ def read_config(metadata: dict[str, str]) -> HTDemucsConfig:
     """The sizes in a file's header. Raises ValueError for another kind of model."""
     kind = metadata.get("klass", "none")
     if kind.rpartition(".")[2] != "HTDemucs":
-        raise ValueError(f"it must hold an HTDemucs, but holds {kind}")
+        raise ValueError(f"it must hold an HTDemucs, but holds {kind:.80}")
     positional = json.loads(metadata.get("args", "[]"))
     named = json.loads(metadata.get("kwargs", "{}"), object_hook=fraction)
     if not isinstance(positional, list) or not isinstance(named, dict):
@@ -691,7 +691,7 @@ def main() -> None:
     try:
         run(parser.parse_args())
     except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"demucs.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"demucs.py: error: {' '.join(str(error).split()):.370}")
     except KeyboardInterrupt:
         sys.exit(130)
 

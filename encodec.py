@@ -60,9 +60,8 @@ class EncodecConfig:
         """Take the known keys. Raises ValueError when one is missing."""
         names = {field.name for field in fields(cls)}
         if missing := names - config.keys():
-            raise ValueError(
-                f"The codec's config must have {', '.join(sorted(missing))}."
-            )
+            listed = ", ".join(sorted(missing))
+            raise ValueError(f"The codec's config must have {listed}.")
         values = {name: config[name] for name in names}
         for name in ("upsampling_ratios", "target_bandwidths"):
             if isinstance(values[name], list):

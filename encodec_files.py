@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 import strict
-from strict import Misfit
+from strict import Misfit, in_a_line, one_line
 
 REPOS = {size: f"facebook/encodec_{size}" for size in ("24khz", "32khz", "48khz")}
 FILES = ("config.json", "model.safetensors")
@@ -32,6 +32,7 @@ AUDIOCRAFT_FILE = "compression_state_dict.bin"
 Weights = dict[str, mx.array]
 
 
+@in_a_line
 def read(path_or_repo: str | Path) -> tuple[Path, dict, Weights]:
     """Where a codec's files lie, its settings, and its weights in float32.
 
@@ -47,9 +48,7 @@ def read(path_or_repo: str | Path) -> tuple[Path, dict, Weights]:
             try:
                 return read(local if local.is_dir() else repo)
             except OSError as error:
-                raise OSError(
-                    f"{path} points to {repo}, looked for in {local}: {error}"
-                ) from error
+                raise needed(path.parent, repo, error) from error
         settings, weights = read_codec(path, package)
     else:
         path, settings, weights = read_files(*locate(path_or_repo))
@@ -59,11 +58,21 @@ def read(path_or_repo: str | Path) -> tuple[Path, dict, Weights]:
         raise ValueError(misfit(path, error)) from error
 
 
+def needed(folder: Path, repo: str, error: OSError) -> OSError:
+    """What is told of a model in a folder whose codec, which it only names, is neither
+    beside it nor given by the Hub."""
+    why = str(error.__cause__ or error).rstrip(".")  # without what is said here
+    place = f"{repo.split('/')[1]}/ ({', '.join(FILES)})"
+    return OSError(
+        f"{folder} needs the codec {repo} in {place} or from the Hub: {why}."
+    )
+
+
 def misfit(path: Path, error: Exception) -> str:
     """Why the codec in `path`, a folder or audiocraft's file, does not load: a line,
     which names a tensor as its file does."""
     told = strict.misfit(error, lambda name: spell(name, names_in(path)))
-    return f"Codec {path} does not load: {told}"
+    return one_line(f"Codec {path} does not load: {told}")
 
 
 def names_in(path: Path) -> list[str]:
@@ -80,21 +89,13 @@ def locate(path_or_repo: str | Path) -> list[Path]:
     folder = Path(os.path.expanduser(path_or_repo))
     if str(path_or_repo) in REPOS or not folder.is_dir():  # `./32khz` is a folder
         repo = REPOS.get(str(path_or_repo), str(path_or_repo))
-        reason = no_network(repo)
-        options = dict(local_files_only=bool(reason))
         try:
-            return [Path(hf_hub_download(repo, name, **options)) for name in FILES]
-        except (OSError, ValueError) as error:
-            why = str(isinstance(error, OSError) and reason or error)
-            if Path(__file__).with_name("hub.py").is_file():
-                from hub import explain
-
-                why = explain(error, repo, reason, FILES)
-            why = why.rstrip(". \n")
+            return fetch(repo)
+        except OSError as error:
             raise OSError(
                 f"The Hub did not give the codec {repo}, and there is no such folder: "
-                f"{why}. To work offline, name a folder with {' and '.join(FILES)}; short "
-                f"names are {', '.join(REPOS)}."
+                f"{error}. To work offline, name a folder with {' and '.join(FILES)}; "
+                f"short names are {', '.join(REPOS)}."
             ) from error
     for name in FILES:
         if not (folder / name).is_file():
@@ -103,6 +104,22 @@ def locate(path_or_repo: str | Path) -> list[Path]:
                 f"but {name} is missing."
             )
     return [folder / name for name in FILES]
+
+
+def fetch(repo: str) -> list[Path]:
+    """The FILES of a repository, from the Hub through its cache. Raises OSError with the
+    reason, which has no full stop."""
+    reason = no_network(repo)
+    options = dict(local_files_only=bool(reason))
+    try:
+        return [Path(hf_hub_download(repo, name, **options)) for name in FILES]
+    except (OSError, ValueError) as error:
+        why = str(isinstance(error, OSError) and reason or error)
+        if Path(__file__).with_name("hub.py").is_file():
+            from hub import explain
+
+            why = explain(error, repo, reason, FILES)
+        raise OSError(why.rstrip(". \n")) from error
 
 
 def no_network(repo: str) -> str:
@@ -216,7 +233,7 @@ def rename(name: str) -> str:
 def add(weights: Weights, name: str, weight: mx.array) -> None:
     """Put a tensor under a name. Raises ValueError when the name is taken."""
     if name in weights:
-        raise ValueError(f"{name} is there twice, under two spellings")
+        raise ValueError(f"{name:.150} is there twice, under two spellings")
     weights[name] = weight
 
 
@@ -313,7 +330,7 @@ def main(codec: type) -> None:
         decoded = model.decode(chunks)[0, : len(audio)]
         save_audio(args.target, decoded, model.sampling_rate, overwrite=args.force)
     except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"encodec.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"encodec.py: error: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
     frames, K = sum(chunk.codes.shape[1] for chunk in chunks), chunks[0].codes.shape[2]
@@ -323,4 +340,4 @@ def main(codec: type) -> None:
 
 
 def warn(message: Warning | str, *_) -> None:
-    print(f"encodec.py: warning: {message}", file=sys.stderr)
+    print(f"encodec.py: warning: {one_line(message)}", file=sys.stderr)

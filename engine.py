@@ -6,7 +6,8 @@ graph anew in every step; rows without a text skip the cross-attention; on the C
 rows are two lanes, computed side by side; on an NVIDIA GPU products of few rows are
 taken as columns. And what concerns a machine: a decoder quantized or shared among
 processes, and what its memory holds. Needs decoder.py and parallel.py beside it;
-quantize.py is needed to quantize, adapters.py, lora.py and settings.py for an adapter.
+quantize.py is needed to quantize; adapters.py, lora.py, settings.py and strict.py for an
+adapter.
 
     forward = Engine(decoder, text, copies=2, steps=403)
     logits = forward(tokens)  # (B, S, K) -> (R, 1, K, V)

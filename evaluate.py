@@ -27,7 +27,9 @@ import mlx.core as mx
 import numpy as np
 
 import synth
+from messages import one_line
 from musicgen import MusicGen
+from outputs import print_result
 from quantize import add_flags
 
 FRAME, HOP = 4096, 1024  # samples, for pitch and timbre
@@ -220,6 +222,11 @@ def follow(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     asked = {name: getattr(args, name) for name in ("q_bits", "q_group_size", "q_mode")}
     asked = {name: value for name, value in asked.items() if value is not None}
     model = MusicGen.from_pretrained(args.model, adapter=args.adapter, **asked)
+    if model.config.text_encoder is None:
+        raise ValueError(
+            f"{args.model} follows no text, and how well a text is followed is measured "
+            "here: take a model that does, or measure its codec alone with --codec."
+        )
     timbres, clips = synth.TRAITS["timbre"], synth.HELD_OUT
     if args.timbre:
         timbres = tuple(dict.fromkeys((*timbres, args.timbre)))
@@ -303,20 +310,20 @@ def reconstruct(args: argparse.Namespace) -> dict[str, dict[str, str]]:
 def show(table: dict[str, dict[str, str]]) -> None:
     """Print a table in Markdown."""
     columns = list(next(iter(table.values())))
-    print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    print_result(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for name, row in table.items():
-        print(f"| {name} | {' | '.join(row.values())} |")
+        print_result(f"| {name} | {' | '.join(row.values())} |")
 
 
 class Parser(argparse.ArgumentParser):
     """A parser that prints an error as one line."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def warn(message: Warning | str, *_) -> None:
-    print(f"evaluate.py: warning: {message}", file=sys.stderr)
+    print(f"evaluate.py: warning: {one_line(message)}", file=sys.stderr)
 
 
 def main() -> None:
@@ -345,7 +352,7 @@ def main() -> None:
     try:
         show(reconstruct(args) if args.codec else follow(args))
     except (OSError, ValueError) as error:
-        sys.exit(f"evaluate.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"evaluate.py: error: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
 

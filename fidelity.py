@@ -21,8 +21,10 @@ from mlx.utils import tree_flatten
 
 from benchmark import PROMPT, SIZES, random_model
 from decoder import Condition, Decoder
+from messages import one_line
 from musicgen import MusicGen, delay, delay_mask, encode_text, guide
 from options import Options
+from outputs import print_result
 from quantize import add_flags, asked, complete, quantize
 
 CASES = [  # settings of each row, where no flag asks for one
@@ -141,8 +143,8 @@ def measure(args: argparse.Namespace) -> None:
     text = encode_text(model, [args.prompt])
     wanted = next_logits(model.decoder, text, tokens)
     mx.eval(wanted)
-    print(f"| {len(wanted)} choices | {' | '.join(COLUMNS)} |")
-    print(f"|---|{'---|' * len(COLUMNS)}")
+    print_result(f"| {len(wanted)} choices | {' | '.join(COLUMNS)} |")
+    print_result(f"|---|{'---|' * len(COLUMNS)}")
     for settings in [None, *([complete(**only)] if only else CASES)]:
         name = "float16"
         if settings is not None:
@@ -152,9 +154,9 @@ def measure(args: argparse.Namespace) -> None:
         except ValueError as error:  # matrices that are too narrow for its groups
             if only:
                 raise
-            print(f"fidelity.py: left out {name}: {error}", file=sys.stderr)
+            print(f"fidelity.py: left out {name}: {one_line(error)}", file=sys.stderr)
             continue
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        print_result(f"| {name} | {' | '.join(cells)} |")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -178,7 +180,7 @@ def main() -> None:
     try:
         measure(parse_arguments())
     except (OSError, ValueError) as error:
-        sys.exit(f"fidelity.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"fidelity.py: error: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
 

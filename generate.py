@@ -181,7 +181,7 @@ def check(
         check_writable(path)
         if not args.force:
             check_new(path)
-    if args.adapter:
+    if args.adapter is not None:
         from adapters import check_files
 
         check_files(args.adapter)

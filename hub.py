@@ -4,9 +4,9 @@ need.
     folder = fetch("stereo-small")  # the Hub's cache of two files
 
 A short name comes before a folder of that name, which is `./small`. Of a short name
-exactly audiocraft's two files are fetched; of another repository these, or where it has
-none transformers' layout. Without a network the cache is read at once, for
-huggingface_hub tries for half a minute. Stands alone.
+exactly audiocraft's two files are fetched; of another repository these, or what its
+training left, or where it has none transformers' layout. Without a network the cache is
+read at once, for huggingface_hub tries for half a minute. Stands alone.
 """
 
 import difflib
@@ -38,6 +38,7 @@ from huggingface_hub.errors import (
 )
 
 AUDIOCRAFT_FILES = ("state_dict.bin", "compression_state_dict.bin")
+TRAINING_FILE = "checkpoint.th"  # of audiocraft, in place of the first
 MODELS = {
     name: f"facebook/musicgen-{name}"
     for name in (
@@ -118,23 +119,50 @@ def fetch(name: str) -> Path:
         try:
             paths = [hf_hub_download(repo, f, **options) for f in AUDIOCRAFT_FILES]
             return Path(paths[0]).parent
-        except EntryNotFoundError as error:  # or, of the cache, no network
-            failed = isinstance(error, LocalEntryNotFoundError) and not reason
-            if name in MODELS or failed:
+        except EntryNotFoundError as error:
+            if name in MODELS or failed(error, reason):
                 raise
-            return fetch_transformers(repo, **options)
+        if folder := fetch_training(repo, reason, **options):
+            return folder
+        return fetch_transformers(repo, **options)
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         why = explain(error, repo, reason, AUDIOCRAFT_FILES)
         here = "" if name in MODELS else ", and there is no such folder"
         raise OSError(
-            f"The Hub did not give the model {repo}{here}: {why}. To work offline, take "
-            "--model tiny or a folder that convert.py wrote."
+            f"The Hub did not give the model {repo:.80}{here}: {why}. To work offline, "
+            "take --model tiny or a folder that convert.py wrote."
         ) from error
+
+
+def failed(error: EntryNotFoundError, reason: str) -> bool:
+    """Whether the connection failed, and not the search for a file, on the Hub or, where
+    there is a `reason` not to ask it, in the cache."""
+    return isinstance(error, LocalEntryNotFoundError) and not reason
+
+
+def fetch_training(repo: str, reason: str, **options) -> Path | None:
+    """The folder of what audiocraft's training left: its checkpoint, and the codec,
+    which its settings may name instead. None for a repository that has none, or has
+    transformers' layout, too."""
+
+    def fetch_file(name: str) -> str | None:
+        try:
+            return hf_hub_download(repo, name, **options)
+        except EntryNotFoundError as error:
+            if failed(error, reason):
+                raise
+            return None
+
+    if fetch_file("config.json") or not (path := fetch_file(TRAINING_FILE)):
+        return None
+    fetch_file(AUDIOCRAFT_FILES[1])
+    return Path(path).parent
 
 
 def fetch_transformers(repo: str, **options) -> Path:
     common = ["config.json", "spiece.model", "tokenizer.json"]
     common += ["preprocessor_config.json", "processor_config.json"]
+    common += ["adapter_config.json"]  # of PEFT: what has only that is told of
     files = ["model*.safetensors", "model.safetensors.index.json"]
     folder = Path(snapshot_download(repo, allow_patterns=common + files, **options))
     if not any(folder.glob("model*.safetensors")):

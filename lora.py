@@ -8,8 +8,8 @@ for. `train.py lora` makes an adapter. To use it:
     model = MusicGen.from_pretrained("small")
     load_adapter(model, "brass.safetensors", scale=0.8)
 
-or `generate.py --adapter brass.safetensors`. Needs settings.py beside it; outputs.py is
-needed to save one.
+or `generate.py --adapter brass.safetensors`. Needs settings.py and strict.py beside it;
+outputs.py is needed to save one.
 """
 
 import json
@@ -24,6 +24,7 @@ from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
 from settings import save_arrays
+from strict import in_a_line
 
 VERSION = 1  # of the file format
 Linear = nn.Linear | nn.QuantizedLinear
@@ -206,6 +207,7 @@ def content(
     return arrays, dict(musicgen_adapter=VERSION, rank=rank, sizes=sizes) | settings
 
 
+@in_a_line
 def read_adapter(path: str | Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
     """Arrays and metadata that `save_adapter` wrote.
 
@@ -247,7 +249,7 @@ def check_finite(path: Path, arrays: dict[str, mx.array]) -> None:
 
 def check_scale(scale: float) -> None:
     if not (isinstance(scale, int | float) and abs(scale) <= 100):
-        raise ValueError(f"adapter_scale must be from -100 to 100, got {scale!r}.")
+        raise ValueError(f"adapter_scale must be from -100 to 100, got {scale!r:.80}.")
 
 
 def load_adapter(
@@ -264,6 +266,7 @@ def load_adapter(
     load_adapters(model, [(path, scale)], shared)
 
 
+@in_a_line
 def load_adapters(
     model: nn.Module, adapters: list[tuple[str | Path, float]], shared: bool = False
 ) -> None:

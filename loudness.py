@@ -16,7 +16,7 @@ import warnings
 import numpy as np
 
 from audio import check_output, read_sound, save_audio
-from outputs import print_out
+from outputs import print_out, print_result
 from resample import peaks_between, to_numpy, true_peak
 
 ABSOLUTE_GATE = -70.0  # LUFS: quieter blocks are silence
@@ -222,13 +222,14 @@ def main() -> None:
         if args.output:
             check_output(args.output, args.source, args.force)
         audio, rate = read_sound(args.source)
-        print_out(f"{args.source}: {integrated_loudness(audio, rate):.1f} LUFS")
+        tell = print_out if args.output else print_result
+        tell(f"{args.source}: {integrated_loudness(audio, rate):.1f} LUFS")
         if args.output:
             louder = to_loudness(audio, rate, args.loudness, args.output)
             written = dict(overwrite=args.force, ceiling=CEILING)
             save_audio(args.output, louder, rate, **written)
     except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"loudness.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"loudness.py: error: {' '.join(str(error).split()):.370}")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -28,7 +28,7 @@ import mlx.nn as nn
 import numpy as np
 
 from audio import check_samples, load_audio, resample
-from outputs import print_out
+from outputs import print_result
 
 if TYPE_CHECKING:
     from demucs import HTDemucs
@@ -337,21 +337,21 @@ def extractor_settings(extractor: dict[str, Any], config: dict) -> dict[str, int
     """
     n_fft = extractor.get("n_fft", MelodyConfig.n_fft)
     if type(n_fft) is not int:
-        raise ValueError(f"n_fft must be a whole number, got {n_fft!r}.")
+        raise ValueError(f"n_fft must be a whole number, got {n_fft!r:.80}.")
     sizes = MelodyConfig.from_dict(config)
     followed = FOLLOWED | {"hop_length": n_fft // 4, "num_chroma": sizes.num_chroma}
     for name, value in followed.items():
         if name in extractor and extractor[name] != value:
             raise ValueError(
                 f"{name} of the feature extractor must be {value}, got "
-                f"{extractor[name]!r}."
+                f"{extractor[name]!r:.80}."
             )
     seconds = sizes.chroma_length * n_fft / 4 / RATE
     chunk = extractor.get("chunk_length", 30 if extractor else seconds)
     if not chunk >= seconds - 1:  # it would cut the melody off
         raise ValueError(
             f"chunk_length of the feature extractor must be {seconds:g} s, as long as "
-            f"chroma_length, got {chunk!r}."
+            f"chroma_length, got {chunk!r:.80}."
         )
     return {"n_fft": n_fft}
 
@@ -365,10 +365,10 @@ def main() -> None:
             raise FileNotFoundError(f"There is no sound file {args.source}.")
         drawing = draw(extract_chroma(load_audio(args.source, RATE, 1), RATE))
     except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"melody.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"melody.py: error: {' '.join(str(error).split()):.370}")
     except KeyboardInterrupt:
         sys.exit(130)
-    print_out(drawing)
+    print_result(drawing)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class MERTConfig:
         check_config(result)
         for name, value in FIXED.items():
             if config.get(name, value) != value:
-                raise ValueError(f"{name} must be {value!r}, got {config[name]!r}.")
+                raise ValueError(f"{name} must be {value!r}, got {config[name]!r:.80}.")
         return result
 
 
@@ -132,7 +132,9 @@ class MERT(nn.Module):
         ours = {}
         for name, weight in weights.items():
             if not mx.issubdtype(weight.dtype, mx.floating):
-                raise ValueError(f"{name} must hold floats, but holds {weight.dtype}")
+                raise ValueError(
+                    f"{name:.150} must hold floats, but holds {weight.dtype}"
+                )
             for pattern, replacement in RENAMES:
                 name = re.sub(pattern, replacement, name)
             ours[name] = weight.astype(mx.float32)
@@ -157,7 +159,7 @@ class MERT(nn.Module):
         Raises OSError where a file is missing, or ValueError for one that is damaged or
         of another model.
         """
-        from strict import misfit
+        from strict import misfit, one_line
         from torch_file import load_state
 
         place, file = locate(path_or_repo)
@@ -168,7 +170,8 @@ class MERT(nn.Module):
             model.load_weights(list(cls.sanitize(weights).items()))
         except (TypeError, ValueError) as error:
             told = misfit(error, lambda name: spell(name, weights))
-            raise ValueError(f"MERT in {place} does not load: {told}") from error
+            why = one_line(f"MERT in {place} does not load: {told}")
+            raise ValueError(why) from error
         mx.eval(model.state)
         return model
 
@@ -299,7 +302,7 @@ def check_config(config: MERTConfig) -> None:
     for name, (low, high) in LIMITS.items():
         size = getattr(config, name)
         if type(size) is not int or not low <= size <= high:
-            raise ValueError(f"{name} must be from {low} to {high}, got {size!r}.")
+            raise ValueError(f"{name} must be from {low} to {high}, got {size!r:.80}.")
     for name in ("num_attention_heads", "num_conv_pos_embedding_groups"):
         if config.hidden_size % getattr(config, name):
             raise ValueError(
@@ -312,7 +315,7 @@ def check_config(config: MERTConfig) -> None:
     if not same or not all(type(x) is int and 1 <= x <= 2**14 for x in numbers):
         raise ValueError(
             "conv_dim, conv_kernel and conv_stride must list as many sizes, each from "
-            f"1 to {2**14}, got {lists}."
+            f"1 to {2**14}, got {lists!s:.150}."
         )
 
 
@@ -354,35 +357,45 @@ def locate(path_or_repo: str | Path) -> list[Path]:
     folder = Path(os.path.expanduser(path_or_repo))
     if not folder.is_dir():
         repo = str(path_or_repo)
-        reason = no_network(repo)
-        options = dict(local_files_only=bool(reason))
         try:
-            return [Path(hf_hub_download(repo, name, **options)) for name in FILES]
-        except (OSError, ValueError) as error:
-            why = str(isinstance(error, OSError) and reason or error)
-            if Path(__file__).with_name("hub.py").is_file():
-                from hub import explain
-
-                why = explain(error, repo, reason, FILES)
-            why = why.rstrip(". \n")
+            return fetch(repo)
+        except OSError as error:
             raise OSError(
-                f"The Hub did not give MERT, {repo}, and there is no such folder: {why}. "
-                f"To work offline, name a folder with {' and '.join(FILES)}."
+                f"The Hub did not give MERT, {repo:.80}, and there is no such folder: "
+                f"{error}. To work offline, name a folder with {' and '.join(FILES)}."
             ) from error
     for name in FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder} must hold {' and '.join(FILES)}, but {name} is missing."
+                f"{folder!s:.200} must hold {' and '.join(FILES)}, but {name} is missing."
             )
     return [folder / name for name in FILES]
+
+
+def fetch(repo: str) -> list[Path]:
+    """The FILES of a repository, from the Hub through its cache. Raises OSError with the
+    reason, which has no full stop."""
+    reason = no_network(repo)
+    options = dict(local_files_only=bool(reason))
+    try:
+        return [Path(hf_hub_download(repo, name, **options)) for name in FILES]
+    except (OSError, ValueError) as error:
+        why = str(isinstance(error, OSError) and reason or error)
+        if Path(__file__).with_name("hub.py").is_file():
+            from hub import explain
+
+            why = explain(error, repo, reason, FILES)
+        raise OSError(why.rstrip(". \n")) from error
 
 
 def demo(model: MERT, path: str) -> None:
     """Print the shape of a sound file's features, and their standard deviation."""
     from audio import load_audio
+    from outputs import print_result
 
     features = model(load_audio(path, model.sampling_rate, 1).T)
-    print(f"{path}: features {features.shape}, deviation {features.std().item():.3f}")
+    deviation = f"{features.std().item():.3f}"
+    print_result(f"{path}: features {features.shape}, deviation {deviation}")
 
 
 def main() -> None:
@@ -395,7 +408,7 @@ def main() -> None:
             raise FileNotFoundError(f"There is no sound file {args.source}.")
         demo(MERT.from_pretrained(args.model), args.source)
     except (OSError, ValueError) as error:
-        sys.exit(f"mert.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"mert.py: error: {' '.join(str(error).split()):.370}")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -3,24 +3,12 @@
     sys.stderr = Forgiving(sys.stderr)
     print(one_line(error), file=sys.stderr)
 
-Stands alone.
+Needs strict.py beside it.
 """
 
 from typing import Any
 
-LONGEST = 390  # characters
-
-
-def one_line(message: object) -> str:
-    """A message on one line, cut in the middle where it is long. What a terminal would
-    obey, or cannot show, is spelled out: texts from files may hold anything."""
-    text = " ".join(str(message).split())
-    if len(text) > LONGEST:
-        text = f"{text[: LONGEST * 2 // 3]} ... {text[-LONGEST // 3 :]}"
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
-        for c in text
-    )
+from strict import one_line as one_line
 
 
 class Forgiving:
@@ -28,14 +16,14 @@ class Forgiving:
     Characters that its encoding lacks are spelled out."""
 
     def __init__(self, stream: Any):
-        self._stream = stream
+        self.original = stream
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.original, name)
 
     def write(self, text: str) -> int:
         try:
-            return self._stream.write(text)
+            return self.original.write(text)
         except UnicodeEncodeError:
             spelled = self._spelled(text)
             return len(text) if spelled == text else self.write(spelled)
@@ -44,11 +32,11 @@ class Forgiving:
 
     def _spelled(self, text: str) -> str:
         """The text with `\\u97f3` for what the stream's encoding lacks."""
-        encoding = getattr(self._stream, "encoding", None) or "ascii"
+        encoding = getattr(self.original, "encoding", None) or "ascii"
         return text.encode(encoding, "backslashreplace").decode(encoding)
 
     def flush(self) -> None:
         try:
-            self._stream.flush()
+            self.original.flush()
         except (AttributeError, OSError, ValueError):
             pass

@@ -3,7 +3,7 @@
     python models.py  # or generate.py --list-models
 
 prints all of them, with what lies in the Hub's cache; no network is asked, and no model
-is loaded. Needs hub.py beside it.
+is loaded. Needs hub.py and outputs.py beside it.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import constants, try_to_load_from_cache
 
 from hub import AUDIOCRAFT_FILES, MODELS, follows
+from outputs import print_result
 
 CODEC = "facebook/encodec_32khz"
 T5, T5_LARGE = "google-t5/t5-base", "google-t5/t5-large"
@@ -116,14 +117,14 @@ class ListModels(argparse.Action):
         super().__init__(*names, nargs=0, **options)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        print(table())
+        print_result(table())
         parser.exit()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Show the released models.")
     parser.parse_args()
-    print(table())
+    print_result(table())
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 LONGEST = 40  # characters of a prompt in a name
 WEIGHTS = (".safetensors", ".bin", ".json", ".model")
@@ -244,15 +244,33 @@ def reason_in(folder: Path, error: Exception) -> str:
 
 
 def print_out(text: object) -> None:
-    """Print to standard output, which may be full, or read no more, as by `head`. What
-    its encoding lacks is spelled out."""
+    """Print a line about what was made. Standard output may be full, or read no more, as
+    by `head`: the line is lost then. What its encoding lacks is spelled out."""
+    write_out(text, sys.stdout)
+
+
+def print_result(text: object) -> None:
+    """Print what a command was asked for. Where nobody reads any more the command ends;
+    where it cannot be written for another reason, with a line and status 1."""
+    error = write_out(text, getattr(sys.stdout, "original", sys.stdout))
+    if isinstance(error, BrokenPipeError):
+        sys.exit(0)
+    if error:
+        name = os.path.basename(sys.argv[0])
+        sys.exit(f"{name}: error: standard output: {in_words(error)}")
+
+
+def write_out(text: object, stream: TextIO | None) -> OSError | None:
+    """Print to a stream, None where it is closed. Returns what went wrong."""
+    if stream is None:
+        return None
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    text = str(text).encode(encoding, "backslashreplace").decode(encoding)
     try:
-        encoding = sys.stdout.encoding or "utf-8"
-        print(
-            str(text).encode(encoding, "backslashreplace").decode(encoding), flush=True
-        )
-    except OSError:  # else Python tells of it when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(text, file=stream, flush=True)
+    except OSError as error:  # else Python tells of it when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
 
 
 def leave_nothing() -> None:

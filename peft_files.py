@@ -5,9 +5,9 @@
 
 or `python peft_files.py brass.safetensors brass-peft`. An adapter of the library PEFT
 (https://github.com/huggingface/peft) is `adapter_config.json` beside
-`adapter_model.safetensors` or `.bin`, made for transformers' MusicGen. Stands alone;
-hub.py is needed to fetch one and to compare models, torch_file.py to read a `.bin`. To
-write one, settings.py and outputs.py are needed, and lora.py for the command.
+`adapter_model.safetensors` or `.bin`, made for transformers' MusicGen. Needs strict.py
+beside it; hub.py is needed to fetch one and to compare models, torch_file.py to read a
+`.bin`. To write one, settings.py and outputs.py are needed, and lora.py for the command.
 """
 
 import argparse
@@ -24,6 +24,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
+
+from strict import in_a_line, one_line
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
@@ -93,6 +95,7 @@ class Change(NamedTuple):
 # Reading
 
 
+@in_a_line
 def read(path_or_repo: str | Path) -> Adapter:
     """An adapter in a folder, or of the Hub through its cache.
 
@@ -261,6 +264,7 @@ WHOLE = re.compile(
 UNUSED = re.compile(r".*(\.original_module\..*|\.embed_positions\.weights)")
 
 
+@in_a_line
 def changes(adapter: Adapter, codebooks: int) -> dict[str, list[Change]]:
     """What an adapter does to our weights, by our names; what replaces comes first.
 
@@ -311,8 +315,8 @@ def place(
 
 def no_place(adapter: Adapter, name: str) -> None:
     raise ValueError(
-        f"{adapter.path}: {name:.120} has no place in this model. The adapter was made "
-        f"for another, {adapter.base:.80}."
+        f"{adapter.path}: {one_line(name):.120} has no place in this model. The adapter was made "
+        f"for another, {one_line(adapter.base):.80}."
     )
 
 
@@ -364,6 +368,7 @@ def apply(weight: mx.array, change: Change, scale: float) -> mx.array:
 # Merging
 
 
+@in_a_line
 def merge(model: nn.Module, path_or_repo: str | Path, scale: float = 1.0) -> None:
     """Work an adapter into the weights of a MusicGen, `scale` times, in float32.
 
@@ -445,7 +450,7 @@ def check_shapes(
             got = (factors[0].shape[0], factors[1].shape[1])
         if got != shape:
             raise ValueError(
-                f"{adapter.path} belongs to another model ({adapter.base:.80}): "
+                f"{adapter.path} belongs to another model ({one_line(adapter.base):.80}): "
                 f"{change.name} is for a weight of {got}, here it is {shape}."
             )
 
@@ -557,6 +562,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         from lora import read_adapter
+        from outputs import print_out
 
         if os.path.lexists(os.path.expanduser(args.target)):
             raise FileExistsError(
@@ -567,8 +573,8 @@ def main() -> None:
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{args.source} is damaged: {error!r:.200}") from error
     except (OSError, ValueError) as error:
-        sys.exit(f"peft_files.py: error: {' '.join(str(error).split())}")
-    print(f"Wrote {args.target}")
+        sys.exit(f"peft_files.py: error: {one_line(error)}")
+    print_out(f"Wrote {args.target}")
 
 
 if __name__ == "__main__":

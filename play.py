@@ -107,7 +107,7 @@ def main() -> None:
         for path in args.files:
             play_file(path)
     except OSError as error:
-        sys.exit(f"play.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"play.py: error: {' '.join(str(error).split()):.370}")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -7,7 +7,7 @@
 
 Where stderr is no terminal nothing moves: what takes more than a minute says so, once a
 minute. A line that cannot be written is nobody's error. Needs messages.py
-beside it.
+and strict.py beside it.
 """
 
 import os

@@ -29,16 +29,19 @@ import encodec_files
 import strict
 import t5_files
 from decoder_names import TRANSFORMERS, name_decoder, spell
+from strict import in_a_line, one_line
 from t5 import Tokenizer
 from torch_file import load_torch
 
 T5_REPO = "google-t5/t5-base"
+T5_NAME = r"(\w[\w.-]{,95}/)?\w[\w.-]{,95}"  # as long as the Hub lets names be
 # A codec of the Hub, in the settings of a training.
-NAMED_CODEC = r"//pretrained/([\w-][\w.-]*/[\w-][\w.-]*)"
+NAMED_CODEC = r"//pretrained/([\w-][\w.-]{,95}/[\w-][\w.-]{,95})"
 WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+ADAPTER = "adapter_config.json"  # of PEFT, which is no model
 EXTRACTORS = ("preprocessor", "processor")
 Weights = dict[str, mx.array]
 
@@ -54,6 +57,7 @@ class Published(NamedTuple):
     misfit: Callable[[Exception], str]  # why the weights do not load, in a line
 
 
+@in_a_line
 def read(folder: Path) -> Published:
     """Read a folder of either layout. Raises ValueError or OSError naming the file,
     tensor or key and what to do.
@@ -106,9 +110,7 @@ def read_audiocraft(folder: Path) -> Published:
     has_text, text = audiocraft.has_text(package), Text(None, {}, None, dict)
     if has_text:
         text = read_text(path, package.cfg)
-    codec_path, codec, codec_weights = encodec_files.read(
-        codec_folder(path, package.cfg)
-    )
+    codec_path, codec, codec_weights = read_codec(path, package.cfg)
     try:
         settings = {
             "model_type": "musicgen",
@@ -153,7 +155,7 @@ def spell_conditioner(name: str) -> str:
 
 
 def tell_misfit(folder: Path, spell: Callable[[str], str], error: Exception) -> str:
-    return f"{folder} does not load: {strict.misfit(error, spell)}"
+    return one_line(f"{folder} does not load: {strict.misfit(error, spell)}")
 
 
 class Text(NamedTuple):
@@ -177,6 +179,17 @@ def read_text(path: Path, cfg: dict[str, Any]) -> Text:
         raise OSError(f"{path.parent} needs T5 in {where}: {why}.") from error
     again = lambda: t5_files.read(place)[1]  # noqa: E731
     return Text(settings, weights, Tokenizer(spiece), again, local.name)
+
+
+def read_codec(path: Path, cfg: dict[str, Any]) -> tuple[Path, dict, Weights]:
+    """The codec that goes with audiocraft's decoder in `path`."""
+    place = codec_folder(path, cfg)
+    try:
+        return encodec_files.read(place)
+    except OSError as error:
+        if isinstance(place, str):  # one of the Hub
+            raise encodec_files.needed(path.parent, place, error) from error
+        raise
 
 
 def codec_folder(path: Path, cfg: dict[str, Any]) -> Path | str:
@@ -207,7 +220,7 @@ def find_t5(path: Path, cfg: dict[str, Any]) -> tuple[Path, Path | str]:
     """Where the text encoder that `cfg` names may lie, a folder beside the file; and
     that folder if it is there, else the Hub id."""
     name = cfg.get("conditioners.description.t5.name", "t5-base")
-    if not isinstance(name, str) or not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):
+    if not isinstance(name, str) or not re.fullmatch(T5_NAME, name):
         raise ValueError(f"{path} must name a T5 of the Hub, got {name!r:.80}.")
     local = path.with_name(name.split("/")[-1])
     repo = name if "/" in name else f"google-t5/{name}"
@@ -237,13 +250,17 @@ def read_conditioner(
 
 def read_mert(folder: Path) -> nn.Module:
     """From `MERT-v1-95M/` in the folder, else from the Hub."""
-    from mert import MERT, REPO
+    from mert import FILES, MERT, REPO
 
     local = folder / REPO.split("/")[1]
     try:
         return MERT.from_pretrained(local if local.is_dir() else REPO)
     except OSError as error:
-        raise OSError(f"{folder} needs MERT in {local.name}/ or from the Hub: {error}")
+        why = str(error.__cause__ or error).rstrip(".")
+        place = f"{local.name}/ ({', '.join(FILES)})"
+        raise OSError(
+            f"{folder} needs MERT in {place} or from the Hub: {why}."
+        ) from error
 
 
 # transformers' layout
@@ -251,9 +268,15 @@ def read_mert(folder: Path) -> nn.Module:
 
 def read_transformers(folder: Path) -> Published:
     path = folder / "config.json"
+    if not path.is_file() and (folder / ADAPTER).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds an adapter of PEFT, and no model: give the model that it "
+            "was made for as --model, and this as --adapter (adapter=)."
+        )
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} must hold {' and '.join(audiocraft.FILES)}, or config.json "
+            f"{folder} must hold {' and '.join(audiocraft.FILES)} "
+            f"({audiocraft.DECODERS[1]} may take the place of the first), or config.json "
             "with weights and spiece.model, but has neither."
         )
     settings = read_json(path)
@@ -336,6 +359,7 @@ def find_weights(folder: Path) -> Path | None:
     return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
 
 
+@in_a_line
 def read_weights(folder: Path) -> Weights:
     """All tensors of `model.safetensors`, `pytorch_model.bin`, or their shards."""
     path = find_weights(folder)

@@ -154,7 +154,7 @@ def quantize_model(
     stored = {"mode": "affine"} | (stored or {})
     if any(stored[name] != value for name, value in wanted.items()):
         raise ValueError(
-            f"{model.name} has {stored['bits']} bits a weight already, of the q_mode "
+            f"{model.name:.100} has {stored['bits']} bits a weight already, of the q_mode "
             f"{stored['mode']} in groups of {stored['group_size']}: leave out q_bits, "
             "q_group_size and q_mode, or quantize the original."
         )
@@ -175,7 +175,7 @@ def check_stored(settings: Any, weights: dict[str, mx.array]) -> None:
         if f"{stem}.scales" in weights and not mx.issubdtype(weight.dtype, kind):
             wanted = "floats" if kind == mx.floating else str(kind)
             raise ValueError(
-                f"{name} must hold {wanted.removeprefix('mlx.core.')} in the q_mode "
+                f"{name:.150} must hold {wanted.removeprefix('mlx.core.')} in the q_mode "
                 f"{mode}, but holds {str(weight.dtype).removeprefix('mlx.core.')}."
             )
 

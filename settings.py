@@ -3,8 +3,8 @@
     python settings.py take.wav
 
 prints the settings of a sound file or a codes file that `generate.py` wrote. In a sound
-file they stand in its comment, as JSON. Stands alone; to write codes outputs.py is
-needed beside it.
+file they stand in its comment, as JSON. Stands alone; outputs.py is needed to
+write codes, and to print.
 """
 
 import json
@@ -39,13 +39,13 @@ def from_comment(comment: str, path: Path) -> dict[str, Any]:
         version = settings.pop("musicgen")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         raise ValueError(
-            f"{path} holds no settings of a take: it is no sound of generate.py, nor "
-            "codes of --save-codes (.safetensors)."
+            f"{path!s:.150} holds no settings of a take: it is no sound of generate.py, "
+            "nor codes of --save-codes (.safetensors)."
         ) from None
     if type(version) is not int or version > VERSION:
         raise ValueError(
-            f"{path} is of a later version, {version}; this program reads {VERSION}. "
-            "Use the program that wrote it."
+            f"{path!s:.150} is of a later version, {version!s:.40}; this program reads "
+            f"{VERSION}. Use the program that wrote it."
         )
     check_types(settings, path)
     return settings
@@ -59,11 +59,14 @@ def check_types(settings: dict[str, Any], path: Path) -> None:
             kind = list if all(isinstance(x, LISTS[name]) for x in value) else ()
         if not isinstance(value, kind) or name in KINDS and value is True:
             raise ValueError(
-                f"{path} is damaged: its setting {name} is of a wrong type, {value!r:.60}"
+                f"{path!s:.150} is damaged: its setting {name!r:.80} is of a wrong type, "
+                f"{value!r:.60}"
             )
     frames = settings.get("prompt_frames", 0)
     if not 0 <= frames < 10**9:
-        raise ValueError(f"{path} is damaged: its prompt_frames are {frames!r:.60}.")
+        raise ValueError(
+            f"{path!s:.150} is damaged: its prompt_frames are {frames!r:.60}."
+        )
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """
     path = Path(os.path.expanduser(path))
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
+        raise FileNotFoundError(f"There is no file {path!s:.200}.")
     if path.suffix == ".safetensors":
         return load_codes(path)[1]
     try:
@@ -82,7 +85,9 @@ def read_settings(path: str | Path) -> dict[str, Any]:
                 with soundfile.SoundFile(raw.fileno(), closefd=False) as file:
                     comment = file.comment
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"{path} is not a readable sound file: {error}") from error
+        raise ValueError(
+            f"{path!s:.150} is not a readable sound file: {error!s:.150}"
+        ) from error
     return from_comment(comment, path)
 
 
@@ -167,7 +172,7 @@ def load_codes(path: str | Path) -> tuple[mx.array, dict[str, Any]]:
     """
     path = Path(os.path.expanduser(path))
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
+        raise FileNotFoundError(f"There is no file {path!s:.200}.")
     try:
         with safe_open(path, "numpy") as file:
             comment = (file.metadata() or {}).get("settings", "")
@@ -176,22 +181,31 @@ def load_codes(path: str | Path) -> tuple[mx.array, dict[str, Any]]:
     except (KeyError, RuntimeError, SafetensorError) as error:
         if path.suffix != ".safetensors":
             raise ValueError(
-                f"{path} holds no codes: name a .safetensors file of --save-codes."
+                f"{path!s:.150} holds no codes: name a .safetensors file of "
+                "--save-codes."
             ) from error
-        raise ValueError(f"{path} is damaged or holds no codes: {error}") from error
+        raise ValueError(
+            f"{path!s:.150} is damaged or holds no codes: {error!s:.150}"
+        ) from error
     if codes.ndim != 3 or codes.shape[0] != 1 or codes.dtype != mx.uint16:
         raise ValueError(
-            f"{path} must hold codes (1, T, K) in uint16, got {codes.shape} in "
+            f"{path!s:.150} must hold codes (1, T, K) in uint16, got {codes.shape} in "
             f"{str(codes.dtype).removeprefix('mlx.core.')}."
         )
     return codes.astype(mx.uint32), from_comment(comment, path)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    from outputs import print_result
+
     if len(sys.argv) < 2:
         sys.exit("usage: python settings.py FILE ...")
     try:
         for name in sys.argv[1:]:
-            print(json.dumps(read_settings(name), indent=2))
+            print_result(json.dumps(read_settings(name), indent=2))
     except (OSError, ValueError) as error:
-        sys.exit(f"settings.py: error: {error}")
+        sys.exit(f"settings.py: error: {' '.join(str(error).split()):.370}")
+
+
+if __name__ == "__main__":
+    main()

@@ -309,7 +309,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that prints an error as one line."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split()):.370}\n")
 
 
 def warn(message: Warning | str, *_) -> None:

@@ -3,7 +3,7 @@
 The encoder half of T5 (Raffel et al., https://arxiv.org/abs/1910.10683) in
 float32, with relu or gated feed-forward, and a tokenizer that needs only the
 published `spiece.model`. Stands alone; t5_files.py, strict.py and limits.py are
-needed to load published weights, and hub.py to fetch them.
+needed to load published weights, hub.py to fetch them, outputs.py to print.
 
     model, tokenizer = T5.from_pretrained("google-t5/t5-base")
     states, mask = model.encode([tokenizer.encode("happy rock")])
@@ -66,8 +66,8 @@ class Tokenizer:
             self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
             raise ValueError(
-                f"{path} must be a SentencePiece model: {str(error).rstrip('.')}. Fetch "
-                "spiece.model of google-t5/t5-base again."
+                f"{path!s:.120} must be a SentencePiece model: {str(error).rstrip('.'):.160}. "
+                "Fetch spiece.model of google-t5/t5-base again."
             ) from error
         size = self._pieces.vocab_size()
         self.vocab_size = size + 100  # with the sentinels
@@ -245,7 +245,7 @@ class T5(nn.Module):
         ValueError or OSError naming the file and what is wrong with it.
         """
         from limits import check_t5
-        from strict import misfit
+        from strict import misfit, one_line
         from t5_files import read
 
         settings, weights, spiece = read(path_or_repo)
@@ -259,7 +259,7 @@ class T5(nn.Module):
             mx.eval(model.state)
         except (RuntimeError, TypeError, ValueError) as error:
             why = f"T5 in {spiece.parent} does not load: {misfit(error)}"
-            raise ValueError(why) from error
+            raise ValueError(one_line(why)) from error
         return model, tokenizer
 
 

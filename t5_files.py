@@ -1,8 +1,8 @@
 """T5's published files -> settings, weights by our names, and a tokenizer's file.
 
 They are `config.json`, `model.safetensors` and `spiece.model`, in a local folder or on
-the Hub. Stands alone; hub.py is needed to fetch them, and to see at once that there is
-no network.
+the Hub. Needs strict.py beside it; hub.py is needed to fetch them, and to see at once
+that there is no network, and outputs.py to print what `python t5.py` does.
 
     settings, weights, spiece = read("google-t5/t5-base")
 """
@@ -19,11 +19,14 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from sentencepiece import SentencePieceProcessor
 
+from strict import in_a_line, one_line
+
 FILES = ("config.json", "model.safetensors", "spiece.model")
 
 Weights = dict[str, mx.array]
 
 
+@in_a_line
 def read(path_or_repo: str | Path) -> tuple[dict, Weights, Path]:
     """A T5's settings, its encoder's weights in float32, and where its tokenizer lies.
 
@@ -40,6 +43,7 @@ def read(path_or_repo: str | Path) -> tuple[dict, Weights, Path]:
         ) from error
 
 
+@in_a_line
 def find_spiece(folder: Path, repo: str) -> Path:
     """The `spiece.model` of a whole model's folder. Where only `tokenizer.json` is
     there, as transformers 5 saves it, that of T5's `repo` serves: from the folder of
@@ -86,6 +90,7 @@ def check_pieces(path: Path, other: Path) -> None:
         )
 
 
+@in_a_line
 def locate(path_or_repo: str | Path) -> list[Path]:
     """The three FILES: in a local folder, or from the Hub through its cache."""
     folder = Path(os.path.expanduser(path_or_repo))
@@ -165,12 +170,14 @@ def sanitize(weights: Weights) -> Weights:
     }
     for name, weight in kept.items():
         if not mx.issubdtype(weight.dtype, mx.floating):
-            raise ValueError(f"{name} must hold floats, but holds {weight.dtype}")
+            raise ValueError(f"{name:.150} must hold floats, but holds {weight.dtype}")
     return {name: weight.astype(mx.float32) for name, weight in kept.items()}
 
 
 def main(encoder: type) -> None:
     """Print the ids of texts and the size of their states. `encoder`: the class."""
+    from outputs import print_result
+
     parser = argparse.ArgumentParser(description="Encode texts with T5.")
     parser.add_argument("text", nargs="*", default=["happy rock", "calm piano"])
     parser.add_argument(
@@ -182,9 +189,9 @@ def main(encoder: type) -> None:
     try:
         model, tokenizer = encoder.from_pretrained(args.model)
     except (OSError, ValueError) as error:
-        sys.exit(f"t5.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"t5.py: error: {one_line(error)}")
     ids = [tokenizer.encode(text) for text in args.text]
     states, _ = model.encode(ids)
     for text, row, state in zip(args.text, ids, states):
-        print(f"{text!r}: {len(row)} tokens, states {state[: len(row)].shape}")
-        print("  ids", row)
+        print_result(f"{text!r}: {len(row)} tokens, states {state[: len(row)].shape}")
+        print_result(f"  ids {row}")

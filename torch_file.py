@@ -6,8 +6,8 @@
 or `python torch_file.py state_dict.bin`, which lists what is in it. Such a file holds a
 pickle, and a pickle is a program that may call anything. This reader allows only the
 few names that tensors need, and those of omegaconf's settings, for which it puts
-records that do nothing; it checks that every tensor lies within the file, and that its
-bytes are those that were written. Stands alone.
+records that do nothing; it checks that every tensor that is read lies within the file,
+and in the zip format that its bytes are those that were written. Stands alone; outputs.py is needed to list a file.
 """
 
 import io
@@ -45,10 +45,11 @@ def load_torch(path: str | Path, keys: tuple[str, ...] | None = None) -> Any:
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way
-        raise ValueError(
-            f"{path} is not a checkpoint that torch wrote: {in_words(error)}. Name a "
-            ".bin or .th file; if the download was cut short, fetch it again."
-        ) from error
+        told = (
+            f"{path!s:.150} is not a checkpoint that torch wrote: {in_words(error)}. "
+            "Name a .bin or .th file; if the download was cut short, fetch it again."
+        )
+        raise ValueError(f"{told:.370}") from error
 
 
 def in_words(error: Exception) -> str:
@@ -56,7 +57,8 @@ def in_words(error: Exception) -> str:
     text = " ".join(str(error).split())
     if text == "" or "b'" in text:
         return "it holds something else"
-    return f"{text.rstrip('. '):.200}"
+    shown = (c if c.isprintable() else ascii(c)[1:-1] for c in text.rstrip(". "))
+    return f"{''.join(shown):.180}"
 
 
 def load_state(path: str | Path) -> dict[str, mx.array]:
@@ -69,7 +71,9 @@ def check_state(path: Path, state: Any) -> dict[str, mx.array]:
     if not isinstance(state, dict) or not all(
         isinstance(k, str) and isinstance(w, mx.array) for k, w in state.items()
     ):
-        raise ValueError(f"{path} must map names to tensors, but holds something else.")
+        raise ValueError(
+            f"{path!s:.200} must map names to tensors, but holds something else."
+        )
     return state
 
 
@@ -331,7 +335,7 @@ def cut(data: np.ndarray, storage: Storage) -> np.ndarray:
     there are fewer."""
     dtype = DTYPES[storage.kind]
     if storage.size > len(data) // dtype.itemsize:
-        raise ValueError(f"storage {storage.key} reaches beyond the file")
+        raise ValueError(f"storage {storage.key:.80} reaches beyond the file")
     return data[: storage.size * dtype.itemsize].view(dtype)
 
 
@@ -367,13 +371,17 @@ def fill(tree: Any, numbers: Numbers, room: int) -> Any:
 
 def describe(tree: Any, name: str = "") -> None:
     """Print a file's tensors and plain data, one a line."""
+    from outputs import print_result
+
     if isinstance(tree, dict | list):
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             describe(value, f"{name}.{key}" if name else str(key))
     elif isinstance(tree, mx.array):
-        print(f"{name}: {str(tree.dtype).removeprefix('mlx.core.')} {tree.shape}")
+        print_result(
+            f"{name}: {str(tree.dtype).removeprefix('mlx.core.')} {tree.shape}"
+        )
     else:
-        print(f"{name}: {tree!r:.80}")
+        print_result(f"{name}: {tree!r:.80}")
 
 
 def main() -> None:
@@ -383,7 +391,7 @@ def main() -> None:
         for path in sys.argv[1:]:
             describe(load_torch(path))
     except (OSError, ValueError) as error:
-        sys.exit(f"torch_file.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"torch_file.py: error: {' '.join(str(error).split()):.370}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ The first part of `train.py synth`: a small EnCodec (https://arxiv.org/abs/2210.
 trained on the clips of synth.py. The loss compares waveforms and spectra; there is no
 discriminator. The codebooks have no gradient: their entries move to the means of the
 vectors that choose them. Needs training.py, synth.py, encodec.py, audio.py, settings.py,
-resample.py, outputs.py, progress.py and messages.py beside it.
+resample.py, outputs.py, progress.py, messages.py and strict.py beside it.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 
 It takes steps of AdamW, prints the losses, and keeps a checkpoint in `folder`, from
 which it can be resumed. On a terminal a bar shows the time left. Needs settings.py,
-outputs.py, progress.py and messages.py beside it.
+outputs.py, progress.py, messages.py and strict.py beside it.
 """
 
 import fcntl

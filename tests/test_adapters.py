@@ -60,6 +60,28 @@ class TestKinds(Test):
             with self.assertRaises(FileNotFoundError):
                 adapters.check_files([PEFT, path])
 
+    def test_what_names_none(self):
+        config = PEFT / peft_files.CONFIG
+        none = "adapter must be a file of train.py lora, .* folder or Hub id .*, got "
+        for path, pattern in (
+            ("", f"{none}''"),
+            (" ", f"{none}' '"),
+            (5, f"{none}5"),
+            ({"a": 3}, f"{none}{{'a': 3}}"),
+            (b"a", f"{none}b'a'"),
+            (config, f"adapter must be the folder .*, got its .*: take {PEFT}$"),
+            (str(config), f"take {PEFT}$"),
+        ):
+            for ask in (
+                adapters.check_files,
+                lambda path: adapters.weighted(path, 1.0),
+                lambda path: MusicGen.from_pretrained(MODEL, adapter=path),
+                lambda path: MusicGen.from_pretrained(MODEL, adapter=[PEFT, path]),
+            ):
+                with self.subTest(path=path):
+                    with self.assertRaisesRegex(ValueError, pattern):
+                        ask(path)
+
     def test_no_adapter_at_all(self):
         model = MusicGen.from_pretrained(MODEL, adapter=[])
         self.assertEqual(model.adapter, {})
@@ -81,6 +103,20 @@ class TestKinds(Test):
 
 
 class TestCommandLine(ScriptTest):
+    def test_what_is_no_adapter_is_told_before_the_model_is_read(self):
+        flags = ["--prompt", "drums", "--model", MODEL, "--output", self.folder / "a"]
+        with patch.object(MusicGen, "from_pretrained", side_effect=AssertionError):
+            for path, told in (
+                ("", "argument --adapter: must name a file or a folder, got ''"),
+                (PEFT / peft_files.CONFIG, f"take {PEFT}"),
+            ):
+                status, _, err = self.run_script(
+                    *flags[:-1], "a.wav", "--adapter", path
+                )
+                self.assertIn(status, (1, 2))
+                self.assertIn(told, err)
+                self.assertEqual(err.count("\n"), 1)
+
     def make(self, name: str, *flags) -> tuple[dict, list]:
         """Settings and samples of a file that generate.py writes."""
         path = self.folder / f"{name}.wav"

@@ -4,6 +4,7 @@ import io
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache, partial
+from types import SimpleNamespace
 from unittest.mock import Mock, patch
 
 import mlx.core as mx
@@ -21,6 +22,8 @@ class Echo:
     audio_encoder = Mock(
         encode=lambda audio: [Mock(codes=audio)], decode_chunk=lambda codes: codes
     )
+
+    config = SimpleNamespace(text_encoder="there is one")
 
     def __init__(self, wrong=lambda clip: clip):
         self.wrong, self.calls = wrong, []
@@ -149,6 +152,14 @@ class TestEvaluate(Test):
                 with self.assertRaises(SystemExit):
                     evaluate.main()
             self.assertRegex(err.getvalue(), "^evaluate.py: error: .*\n$")
+
+    def test_a_model_without_text(self):
+        """What is wrong is the model, not a prompt that nobody gave."""
+        model = Echo()
+        model.config = SimpleNamespace(text_encoder=None)
+        with self.assertRaisesRegex(SystemExit, "x follows no text, .*--codec"):
+            self.table(model)
+        self.assertEqual(model.calls, [])
 
     def test_interrupt(self):
         for script, step in ((evaluate, "follow"), (synth, "listen")):

@@ -23,10 +23,10 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 # Every import points to an earlier layer, from people at the end to leaves.
 LAYERS = """
-    options outputs messages together limits hub resample torch_file decoder test strict parallel quantize
-    settings audio decoder_names t5_files progress textless models
-    training lora loudness wav_stream synth demucs mert t5 audiocraft
-    play stream encodec_files melody peft_files
+    options outputs together limits hub resample decoder test strict parallel quantize
+    settings audio torch_file decoder_names t5_files messages textless models
+    progress lora loudness wav_stream synth demucs mert t5 audiocraft
+    training play stream encodec_files melody peft_files
     encodec adapters
     engine encodec_stream style train_codec
     prompt conditioning published

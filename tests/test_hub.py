@@ -38,6 +38,7 @@ class TestHub(Test):
             hub.fetch_transformers("a/b")
         common = ["config.json", "spiece.model", "tokenizer.json"]
         common += ["preprocessor_config.json", "processor_config.json"]
+        common += ["adapter_config.json"]
         files = ["model*.safetensors", "model.safetensors.index.json"]
         wanted = [common + files, common + ["pytorch_model*"], common + files]
         self.assertEqual(calls, wanted)
@@ -377,3 +378,111 @@ class TestNoNetwork(Test):
             self.assertEqual(len(encodec_files.locate("some/codec")), 2)
             self.assertEqual(len(mert.locate("some/mert")), 2)
             self.assertEqual(demucs.locate("some/stems").name, "x.safetensors")
+
+
+class TestAdapter(Test):
+    def test_of_peft_is_no_model(self):
+        """Its settings are fetched, and then it is told of."""
+        missing = EntryNotFoundError("no such file")
+
+        def snapshot(repo: str, allow_patterns: list[str], **options) -> str:
+            files = sorted((REFERENCE / "peft" / "mono").iterdir())
+            for path in files:
+                if any(path.match(pattern) for pattern in allow_patterns):
+                    shutil.copy(path, self.folder)
+            return str(self.folder)
+
+        with patch("hub.no_network", return_value=""):
+            with patch("hub.hf_hub_download", side_effect=missing):
+                with patch("hub.snapshot_download", snapshot):
+                    with self.assertRaisesRegex(OSError, "an adapter of PEFT, and no"):
+                        MusicGen.from_pretrained("owner/adapter")
+
+
+class TestTraining(Test):
+    """A repository that holds `checkpoint.th` of audiocraft's training."""
+
+    def setUp(self):
+        super().setUp()
+        constants = dict(HF_HUB_CACHE=str(self.folder / "hub"), HF_HUB_OFFLINE=True)
+        self.enterContext(patch.multiple(hub.constants, **constants))
+
+    def download(self, has: dict) -> list:
+        """Let the Hub give these files; returns the names that are asked for."""
+        asked = []
+
+        def give(repo: str, name: str, **options) -> str:
+            asked.append(name)
+            if name not in has:
+                raise EntryNotFoundError(f"no {name}")
+            folder = self.folder / repo
+            folder.mkdir(parents=True, exist_ok=True)
+            return shutil.copy(has[name], folder / name)
+
+        self.enterContext(patch("hub.hf_hub_download", give))
+        self.enterContext(patch("hub.no_network", return_value=""))
+        return asked
+
+    def test_loads_as_a_folder_does(self):
+        """With a codec of its own, or one that the settings alone name."""
+        checkpoint = REFERENCE / "solver-audiocraft" / "checkpoint.th"
+        parts = REFERENCE / "stereo-audiocraft"
+        t5 = [parts / "t5-base" / name for name in t5_files.FILES]
+        codec = [parts / "encodec_32khz" / name for name in encodec_files.FILES]
+        self.enterContext(patch("t5_files.fetch", return_value=t5))
+        for own in (True, False):
+            has = {"checkpoint.th": checkpoint}
+            name = "compression_state_dict.bin"
+            if own:
+                has[name] = REFERENCE / "mono-audiocraft" / name
+            with self.subTest(own), patch("encodec_files.fetch", return_value=codec):
+                asked = self.download(has)
+                model = MusicGen.from_pretrained(f"some/one-{own}", mx.float32)
+                order = ["state_dict.bin", "config.json", "checkpoint.th", name]
+                self.assertEqual(asked, order)
+                self.assertEqual(model.config.decoder.num_codebooks, 4)
+                folder = self.folder / f"some/one-{own}"
+                self.assertEqual(
+                    sorted(path.name for path in folder.iterdir()), sorted(has)
+                )
+
+    def test_transformers_layout_comes_first(self):
+        """As where both lie in a folder."""
+        config = REFERENCE / "mono-transformers" / "config.json"
+        checkpoint = REFERENCE / "solver-audiocraft" / "checkpoint.th"
+        for has, order in (
+            ({}, ["state_dict.bin", "config.json", "checkpoint.th"]),
+            (
+                {"config.json": config, "checkpoint.th": checkpoint},
+                ["state_dict.bin", "config.json"],
+            ),
+        ):
+            asked = self.download(has)
+            with patch("hub.fetch_transformers", return_value="transformers"):
+                self.assertEqual(hub.fetch("some/one"), "transformers")
+            self.assertEqual(asked, order)
+
+    def test_from_the_cache(self):
+        folder = self.folder / "hub" / "models--some--one"
+        for file in (f"snapshots/{'0' * 40}/checkpoint.th", "refs/main"):
+            (folder / file).parent.mkdir(parents=True)
+            (folder / file).write_text("0" * 40)
+        self.assertEqual(hub.fetch("some/one").name, "0" * 40)
+
+    def test_a_connection_that_breaks(self):
+        """It is no sign that the repository lacks a file."""
+        broken = hub.LocalEntryNotFoundError("An error happened")
+        names = ("state_dict.bin", "config.json", "checkpoint.th")
+        for name in (*names, "compression_state_dict.bin"):
+
+            def give(repo: str, other: str, **options) -> str:
+                if other == name:
+                    raise broken
+                if other in names[:2]:
+                    raise EntryNotFoundError("no such file")
+                return other
+
+            with patch("hub.no_network", return_value=""):
+                with patch("hub.hf_hub_download", give):
+                    with self.assertRaisesRegex(OSError, "the connection failed"):
+                        hub.fetch("some/one")

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from common import REFERENCE, ROOT, Test
 import encodec_files
 import hub
 import t5_files
+from strict import LONGEST
 
 REFUSALS = {  # repository: status and code of the error, as the Hub gives them
     "some/gated": (401, "GatedRepo"),
@@ -194,6 +196,44 @@ class TestHalfCached(Test):
         said = self.said(published.read_audiocraft, self.audiocraft())
         told = "needs T5 in t5-base/ or from the Hub: HF_HUB_OFFLINE is set, and it is"
         self.assertIn(f"{told} not in the cache.", said)
+
+    def test_codec_and_mert_of_a_model_that_is_there(self):
+        """Which files are missing, and where they may lie: one line, and not cut."""
+        import published
+
+        files = ", ".join(encodec_files.FILES)
+        codec = f"the codec facebook/encodec_32khz in encodec_32khz/ ({files})"
+        mert = "MERT in MERT-v1-95M/ (config.json, pytorch_model.bin)"
+        gone = "there is no network (huggingface.co does not answer), and it is not in "
+        gone += "the cache. Connect, and try again; where the network is slow, set "
+        gone += "HF_HUB_OFFLINE=0."
+        offline = "HF_HUB_OFFLINE is set, and it is not in the cache."
+        for name, part, needs in (
+            ("stereo-audiocraft", "encodec_32khz", codec),  # named by a file
+            ("solver-audiocraft", "encodec_32khz", codec),  # by settings alone
+            ("style-audiocraft", "MERT-v1-95M", mert),
+        ):
+            folder = self.copy(name)
+            if name == "solver-audiocraft":
+                (folder / "state_dict.bin").unlink()
+                source = REFERENCE / "mono-audiocraft" / "t5-base"
+                shutil.copytree(source, folder / "t5-base", dirs_exist_ok=True)
+            shutil.rmtree(folder / part, ignore_errors=True)
+            for reason in (gone, offline):
+                missing = hub.LocalEntryNotFoundError("Cannot find\nthe file\n" * 99)
+                with patch("hub.no_network", return_value=reason):
+                    with patch(
+                        "encodec_files.hf_hub_download", side_effect=missing
+                    ), patch("mert.hf_hub_download", side_effect=missing):
+                        with self.assertRaises(OSError) as caught:
+                            published.read(folder)
+                told = str(caught.exception)
+                wanted = f"{folder} needs {needs} or from the Hub: {reason}"
+                if len(wanted) <= LONGEST:
+                    self.assertEqual(told, wanted)
+                self.assertLessEqual(len(told), LONGEST)
+                self.assertIn(f"needs {needs}", told)
+                self.assertRegex(told, r"HF_HUB_OFFLINE(=0| is set, .*)\.$")
 
     def audiocraft(self):
         folder = self.copy("mono-audiocraft")

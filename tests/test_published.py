@@ -243,7 +243,9 @@ class TestPublishedFolders(Test):
         shutil.copytree(REFERENCE / "stereo-audiocraft/t5-base", folder / "t5-base")
         with patch("encodec_files.hf_hub_download", side_effect=OSError("offline")):
             shutil.rmtree(folder / "encodec_32khz")
-            pattern = f"looked for in {folder}/encodec_32khz.*offline"
+            pattern = (
+                f"{folder} needs the codec .* in encodec_32khz/ .*(offline|OFFLINE)"
+            )
             self.fails(pattern, folder, OSError)
 
     def test_damaged_safetensors(self):
@@ -255,6 +257,15 @@ class TestPublishedFolders(Test):
         for damaged in (content[:5000], content[:3], b"", b"junk" * 100, hostile):
             path.write_bytes(damaged)
             self.fails("model.safetensors is damaged", folder)
+
+    def test_an_adapter_is_no_model(self):
+        adapter = REFERENCE / "peft" / "mono"
+        pattern = (
+            f"{adapter} holds an adapter of PEFT, .* --model, and this as --adapter"
+        )
+        self.fails(pattern, adapter, FileNotFoundError)
+        pattern = r"state_dict.bin and compression_state_dict.bin \(checkpoint.th may"
+        self.fails(pattern, self.folder, FileNotFoundError)
 
     def test_missing_files(self):
         self.fails(

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import struct
 import sys
+import zipfile
 from pathlib import Path
 from unittest.mock import patch
 
@@ -96,9 +97,34 @@ class TestSolver(SolverTest):
         shutil.rmtree(folder / "encodec_32khz")
         with patch("encodec_files.hf_hub_download", side_effect=OSError("offline")):
             with self.assertRaisesRegex(
-                OSError, "codec facebook/encodec_32khz.*offline"
+                OSError, "needs the codec facebook/encodec_32khz in .*(offline|OFFLINE)"
             ):
                 MusicGen.from_pretrained(folder)
+
+    def test_only_what_is_read_is_checked(self):
+        """As the guide says."""
+        path = Path(shutil.copy(REFERENCE / NAME / FILES[0], self.folder))
+        content = bytearray(path.read_bytes())
+        state = audiocraft.load_package(path)["best_state"]
+        sizes = {}
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                sizes[info.filename] = info
+        with patch.object(torch_file, "cut", side_effect=torch_file.cut) as cut:
+            audiocraft.load_package(path)
+        read = {call.args[1].key for call in cut.call_args_list}
+        unread = next(
+            info
+            for name, info in sizes.items()
+            if "/data/" in name and Path(name).name not in read and info.file_size > 8
+        )
+        lengths = struct.unpack_from("<HH", content, unread.header_offset + 26)
+        content[unread.header_offset + 30 + sum(lengths)] ^= 255
+        path.write_bytes(content)
+        again = audiocraft.load_package(path)["best_state"]
+        self.assertEqual(again.keys(), state.keys())
+        with self.assertRaisesRegex(ValueError, "checksum"):
+            torch_file.load_torch(path)
 
     def test_states(self):
         path, state = Path("checkpoint.th"), {"a": mx.zeros(1)}
@@ -141,6 +167,28 @@ def program(value: bytes) -> bytes:
     """{"best_state": {}, "xp.cfg": value}, as a program."""
     head = b"\x80\x02}" + text("best_state") + b"}s" + text("xp.cfg")
     return head + value + b"s."
+
+
+class TestShards(Test):
+    def test_of_fsdp_are_refused_in_a_line(self):
+        """And whatever else a training may pickle beside tensors."""
+        path = self.folder / "checkpoint.th"
+        for name in (
+            "torch.distributed._shard.sharded_tensor.api.ShardedTensor",
+            "torch.distributed.fsdp.api.FullStateDictConfig",
+            "pathlib.PosixPath",
+            "audiocraft.solvers.musicgen.MusicGenSolver",
+        ):
+            content = program(record(name, "a", leaf(text("b"))))
+            path.write_bytes(zip_file(content, np.zeros(1, np.float32)))
+            with self.assertRaises(ValueError) as caught:
+                MusicGen.from_pretrained(self.folder)
+            told = str(caught.exception)
+            self.assertRegex(
+                told, f"checkpoint.th is no.* it names '{name[:20]}.*, which"
+            )
+            self.assertLessEqual(len(told), 400)
+            self.assertNotIn("\n", told)
 
 
 class TestHostileSettings(Test):
