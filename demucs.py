@@ -477,7 +477,7 @@ class HTDemucs(nn.Module):
         except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
             from strict import misfit
 
-            raise ValueError(f"{path!s:.80} fails: {misfit(error, spell)}") from error
+            raise ValueError(f"{path!s:.80} does not load: {misfit(error, spell)}")
         mx.eval(model.state)
         return model
 
