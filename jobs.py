@@ -8,9 +8,9 @@
 
 A job is one sound file to make. Jobs that differ in prompt, seed and file only run in
 one batch. Under `mlx.launch` every process takes its share. Needs musicgen.py and what
-that needs, prompt.py, audio.py, loudness.py, settings.py and outputs.py beside it. Jobs
-that follow a sound go with conditioning.py, and melody.py or style.py; those of a model
-without text need textless.py.
+that needs, prompt.py, audio.py, loudness.py, settings.py, outputs.py and strict.py
+beside it. Jobs that follow a sound go with conditioning.py, and melody.py or style.py;
+those of a model without text need textless.py.
 """
 
 import functools
@@ -34,6 +34,7 @@ from musicgen import MusicGen, Take
 from options import STYLE_OPTIONS, Options, row_seeds
 from outputs import check_apart, check_new, default_name, free
 from prompt import check_length, prompt_frames
+from strict import in_a_line
 
 SHORTEST = 0.4  # seconds over which loudness is measured
 BATCH_OF_FILE = 8  # lines at once, so that an interruption loses little
@@ -77,6 +78,7 @@ class Job:
     overwrite: bool = False  # what is there
     seed_is_given: bool = True  # not any
 
+    @in_a_line
     def check(self, writes: bool = True, reads: bool = True) -> None:
         """Raise ValueError or OSError for what cannot be made, before it is tried.
 
@@ -229,6 +231,7 @@ def make_style(values: dict[str, Any], overrides: set[str]) -> tuple[str | None,
     return None, {}
 
 
+@in_a_line
 def make_job(
     values: dict[str, Any], line: int | None = None, overrides: set[str] | None = None
 ) -> Job:

@@ -5,7 +5,7 @@
 
 A line is a prompt, or a JSON object with any of the settings. What was made with the
 settings of its line, which stand in the sound file, is not made again. Needs jobs.py,
-settings.py, outputs.py, hub.py, options.py and what these need beside it.
+settings.py, outputs.py, hub.py, options.py, strict.py and what these need beside it.
 """
 
 import json
@@ -21,12 +21,14 @@ from jobs import ALL_KEYS, Job, agree, make_job, numbered
 from options import Options
 from outputs import identity, in_words, is_there
 from settings import read_settings
+from strict import in_a_line
 
 ALIASES = {"guidance": "guidance_coef", "negative": "negative_prompt"}
 DURATIONS = (8.0, 5.0)  # seconds that models take where none are given
 DEFAULTS = asdict(Options()) | {"model": None, "adapter_scale": 1.0}  # of a record
 
 
+@in_a_line
 def plan_file(path: Path, values: dict[str, Any]) -> list[Job]:
     """Jobs for the lines of a file: a prompt each, or a JSON object with any of the
     settings; `values` are those that a line does not give. A line with a value that

@@ -53,6 +53,7 @@ from outputs import check_apart, leave_nothing
 from prompt import check_codes, encode_prompt
 from quantize import add_flags, asked
 from settings import save_arrays
+from strict import in_a_line
 from t5 import T5Config, Tokenizer
 from train_codec import CODEC, CODEC_FILE, load_codec, make_clips, to_float, train_codec
 from training import CHECKPOINT, ENDLESS, Training, alone, check_new, counted, wipe
@@ -310,6 +311,7 @@ def read_text(path: Path) -> str:
     return " ".join(line.strip() for line in text.split("\n") if line.strip())
 
 
+@in_a_line
 def decode(text: bytes, name: str) -> str:
     """A text in UTF-8. Raises ValueError with the name of what is none."""
     try:
@@ -318,6 +320,7 @@ def decode(text: bytes, name: str) -> str:
         raise ValueError(f"{name} must be a text in UTF-8: {error}") from error
 
 
+@in_a_line
 def read_caption(lines: Path, number: int, line: str) -> tuple[Path, str]:
     """Sound file and caption of one line of captions.jsonl, or ValueError."""
     try:

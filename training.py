@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from outputs import is_there
 from progress import Progress
 from settings import save_arrays
+from strict import in_a_line
 
 ENDLESS = 1e9  # seconds that stand for no limit
 CHECKPOINT = "checkpoint.safetensors"
@@ -162,6 +163,7 @@ class Training:
         arrays = dict(tree_flatten(arrays))
         return arrays | {f"state/{name}": value for name, value in self.state.items()}
 
+    @in_a_line
     def resume(self) -> None:
         """Go on from the checkpoint.
 

@@ -14,6 +14,8 @@ import adapters
 import audiocraft
 import demucs
 import encodec
+import jobs
+import lines
 import lora
 import mert
 import peft_files
@@ -22,6 +24,7 @@ import settings
 import strict
 import t5
 import torch_file
+import train
 from musicgen import MusicGen
 
 HOSTILE = ("x" * 5000, "first\nsecond\r\n\x1b[2J\x07" * 9, "\u202e\u2028\n" * 999)
@@ -222,6 +225,30 @@ class TestSettings(LongNamesTest):
                         path.write_text(json.dumps(wrong))
                         told = self.assertTold(MusicGen.from_pretrained, folder)
                         self.assertIn(source, told)
+
+
+class TestLines(LongNamesTest):
+    def test_of_a_file_of_prompts(self):
+        """Keys are told with their line; of values, the job says what is wrong."""
+        path = self.folder / "prompts.jsonl"
+        values = dict(seed=3, output=str(self.folder / "a.wav"))
+        for hostile in HOSTILE:
+            path.write_text(json.dumps({"prompt": "a", hostile: 3}))
+            told = self.assertTold(lines.plan_file, path, values)
+            self.assertIn("prompts.jsonl, line 1 has the unknown key", told)
+            for name in {*jobs.ALL_KEYS} - {"prompt", "negative_prompt", "output"}:
+                for value in ([hostile], {hostile: 3}, hostile):
+                    with self.subTest(name, value=hostile[:9]):
+                        path.write_text(json.dumps({"prompt": "a", name: value}))
+                        (job,) = lines.plan_file(path, values)
+                        self.assertTold(job.check)
+
+    def test_of_captions(self):
+        for hostile in HOSTILE:
+            for entry in ({hostile: 3}, {"file": [hostile], "caption": "a"}, [hostile]):
+                line = json.dumps(entry)
+                self.assertTold(train.read_caption, Path("captions.jsonl"), 3, line)
+            self.assertTold(train.decode, b"\xff", hostile)
 
 
 class TestPaths(LongNamesTest):
