@@ -321,11 +321,11 @@ def check_config(config: MelodyConfig) -> None:
     for name, (low, high) in LIMITS.items():
         size = getattr(config, name)
         if type(size) is not int or not low <= size <= high:
-            raise ValueError(f"{name} must be from {low} to {high}, got {size!r}.")
+            raise ValueError(f"{name} must be from {low} to {high}, got {size!r:.80}.")
     if config.n_fft & (config.n_fft - 1):
         raise ValueError(f"n_fft must be a power of two, got {config.n_fft}.")
     if type(config.argmax) is not bool:
-        raise ValueError(f"argmax must be true or false, got {config.argmax!r}.")
+        raise ValueError(f"argmax must be true or false, got {config.argmax!r:.80}.")
 
 
 def extractor_settings(extractor: dict[str, Any], config: dict) -> dict[str, int]:

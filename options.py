@@ -62,7 +62,7 @@ class Options:
             number = getattr(self, name)
             if not (number is getattr(Options, name) or is_number(number)):
                 raise ValueError(
-                    f"{name} must be a finite number below 1e6, got {number!r}."
+                    f"{name} must be a finite number below 1e6, got {number!r:.80}."
                 )
         frame, least, stride = f"1/{frame_rate} s", 1 / frame_rate, self.extend_stride
         slides = stride is None or is_number(stride) and least <= stride < max_duration
@@ -84,7 +84,9 @@ class Options:
             ("style_quantizers", whole, "whole"),
         ):
             if not holds:
-                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"{name} must be {rule}, got {getattr(self, name)!r:.80}."
+                )
 
 
 def is_number(value: Any) -> bool:
@@ -125,7 +127,7 @@ def row_seeds(seed: int | list[int] | None, rows: int) -> list[int]:
 def check_batch_size(size: int | None) -> None:
     """Raise ValueError unless it is None or 1 and more."""
     if size is not None and not (is_whole(size) and size > 0):
-        raise ValueError(f"batch_size must be 1 or more, got {size!r}.")
+        raise ValueError(f"batch_size must be 1 or more, got {size!r:.80}.")
 
 
 DTYPES = {name: getattr(mx, name) for name in ("float16", "bfloat16", "float32")}
@@ -134,4 +136,4 @@ DTYPES = {name: getattr(mx, name) for name in ("float16", "bfloat16", "float32")
 def check_dtype(dtype: mx.Dtype | None) -> None:
     """Raise ValueError unless it is None or one that a decoder can have."""
     if dtype is not None and dtype not in [*DTYPES.values()]:
-        raise ValueError(f"dtype must be mx.{', mx.'.join(DTYPES)}, got {dtype!r}.")
+        raise ValueError(f"dtype must be mx.{', mx.'.join(DTYPES)}, got {dtype!r:.80}.")

@@ -334,7 +334,7 @@ def check_config(config: StyleConfig) -> None:
     for name, (low, high) in LIMITS.items():
         size = getattr(config, name)
         if type(size) is not int or not low <= size <= high:
-            raise ValueError(f"{name} must be from {low} to {high}, got {size!r}.")
+            raise ValueError(f"{name} must be from {low} to {high}, got {size!r:.80}.")
     if config.width % (2 * config.num_heads):
         raise ValueError(
             f"num_heads must split width, {config.width}, into even parts, got "
@@ -358,5 +358,5 @@ def check_lengths(length: float, limits: tuple[float, float]) -> None:
     if not (pair and real and limits[0] <= limits[1]):
         raise ValueError(
             "length and varying_lengths, the least and the most, must be seconds "
-            f"from 0.1 to 30, got {length!r} and {limits!r}."
+            f"from 0.1 to 30, got {length!r:.80} and {limits!r:.80}."
         )
