@@ -84,9 +84,8 @@ class Options:
             ("style_quantizers", whole, "whole"),
         ):
             if not holds:
-                raise ValueError(
-                    f"{name} must be {rule}, got {getattr(self, name)!r:.80}."
-                )
+                got = repr(getattr(self, name))
+                raise ValueError(f"{name} must be {rule}, got {got:.80}.")
 
 
 def is_number(value: Any) -> bool:
