@@ -8,6 +8,7 @@ Needs strict.py beside it.
 
 from typing import Any
 
+from strict import LONGEST as LONGEST
 from strict import one_line as one_line
 
 

@@ -14,7 +14,6 @@ from common import REFERENCE, ROOT, ScriptTest
 
 import messages
 import settings
-import strict
 
 
 class TestMessages(ScriptTest):
@@ -27,7 +26,7 @@ class TestMessages(ScriptTest):
         ):
             self.assertEqual(messages.one_line(text), line)
         long = messages.one_line(f"begin {'x' * 99_888} end")
-        self.assertLess(len(long), strict.LONGEST + 1)
+        self.assertLess(len(long), messages.LONGEST + 1)
         self.assertRegex(long, "^begin x+ ... x+ end$")
 
     def test_what_an_encoding_lacks_is_spelled_out(self):
