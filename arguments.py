@@ -3,7 +3,7 @@
     args = parse_arguments(["happy rock", "--duration", "12"])
     args.prompt, args.duration  # ["happy rock"], 12.0
 
-All that can be known before a model is loaded is checked here. Needs jobs.py, hub.py,
+All that can be known before a model is loaded is checked here. Needs job.py, hub.py,
 models.py, settings.py, audio.py, outputs.py, messages.py, options.py, quantize.py and
 what these need beside it; where a folder is given without a prompt, published.py, too.
 """
@@ -19,10 +19,19 @@ from typing import NoReturn
 
 import mlx.core as mx
 
-import jobs
 import settings
 from audio import SUBTYPES, check_bitrate, choose_subtype
 from hub import MODELS, check_name, follows, local
+from job import (
+    ALL_KEYS,
+    AUDIO_KEYS,
+    BATCH_OF_FILE,
+    LEVELS,
+    MELODY_KEYS,
+    STYLE_KEYS,
+    check_level,
+    make_job,
+)
 from messages import one_line
 from models import ListModels
 from options import row_seeds
@@ -53,7 +62,7 @@ FLAGS = {  # by groups: name, what it is, and how it is read
         ),
         "prompts": (
             "file with a prompt in each line, or JSON objects with any of: "
-            f"{', '.join(jobs.ALL_KEYS)}. What is there with its settings is not made "
+            f"{', '.join(ALL_KEYS)}. What is there with its settings is not made "
             "again",
             dict(type=path),
         ),
@@ -233,7 +242,7 @@ FLAGS = {  # by groups: name, what it is, and how it is read
     "how it runs": {
         "batch_size": (
             "takes at once (default: what memory holds; with --prompts at most "
-            f"{jobs.BATCH_OF_FILE})",
+            f"{BATCH_OF_FILE})",
             dict(type=int),
         ),
         "tensor_parallel": (
@@ -412,21 +421,21 @@ def check_arguments(args: argparse.Namespace) -> None:
     values["output"] = args.output or "x.wav"
     check_files(args)
     overrides = set() if args.prompts else None
-    jobs.make_job(values, overrides=overrides).options.check(max_duration=math.inf)
-    jobs.check_level(args.loudness, args.peak)
+    make_job(values, overrides=overrides).options.check(max_duration=math.inf)
+    check_level(args.loudness, args.peak)
 
 
 QUANTIZATION = ("q_bits", "q_group_size", "q_mode")
 OF_MODEL = ("model", "dtype", *QUANTIZATION, "adapter", "adapter_scale")
-RECALLED = {*jobs.ALL_KEYS, *OF_MODEL} - {"output", "mp3_bitrate"}
-KEPT = {"output", *jobs.LEVELS, "subtype", "mp3_bitrate"}  # flags beside --redecode
+RECALLED = {*ALL_KEYS, *OF_MODEL} - {"output", "mp3_bitrate"}
+KEPT = {"output", *LEVELS, "subtype", "mp3_bitrate"}  # flags beside --redecode
 REPLACES = {  # flags, and the settings of a file that they put out of force
     "prompt": {"prompt"},
     "text": {"prompt"},
     "prompts": {"prompt"},
-    "audio_prompt": {*jobs.AUDIO_KEYS},
-    "melody": {*jobs.MELODY_KEYS},
-    "style": {*jobs.STYLE_KEYS},
+    "audio_prompt": {*AUDIO_KEYS},
+    "melody": {*MELODY_KEYS},
+    "style": {*STYLE_KEYS},
     "style_length": {"style_start"},
     "model": {"adapter", "adapter_scale"},
     "adapter": {"adapter", "adapter_scale"},
@@ -450,7 +459,7 @@ def recalled(parser: Parser, argv: list[str]) -> list[str]:
     given = {k for k, v in vars(args).items() if v != parser.get_default(k)}
     if len(sources) > 1:
         parser.error("--again, --resume and --redecode must not come together")
-    shaping = given & ({"prompts", "takes", *jobs.ALL_KEYS} - KEPT)
+    shaping = given & ({"prompts", "takes", *ALL_KEYS} - KEPT)
     if args.redecode and shaping:
         name = min(shaping).replace("_", "-")
         parser.error(f"--redecode takes codes as they are: leave out --{name}")

@@ -15,7 +15,7 @@
     python generate.py "epic orchestral soundtrack" --model stereo-large
 
 `python generate.py --help` explains every flag. Needs arguments.py, which has the flags,
-jobs.py, lines.py and stream.py, which plan and write takes, progress.py, together.py,
+job.py, jobs.py, lines.py and stream.py, which plan and write takes, progress.py, together.py,
 musicgen.py, encodec_stream.py, quantize.py and all that these need beside it;
 adapters.py for an adapter, melody.py to follow a melody, play.py to play.
 """
@@ -47,7 +47,8 @@ from arguments import NO_PROMPT, OF_MODEL, QUANTIZATION, parse_arguments
 from audio import check_writable, save_audio
 from encodec_stream import play as play_take
 from hub import local, same_model
-from jobs import Job, Result, Sounds, Start
+from job import BATCH_OF_FILE, Job, plan
+from jobs import Result, Sounds, Start
 from messages import Forgiving, one_line
 from musicgen import MusicGen, Take
 from outputs import check_new, in_words, leave_nothing
@@ -88,7 +89,7 @@ def agreed_seed(group: mx.distributed.Group) -> int:
 def make_jobs(args: argparse.Namespace) -> list[Job]:
     if args.prompts is not None:
         return lines.plan_file(args.prompts, vars(args))
-    return jobs.plan(args.prompt, vars(args), args.takes)
+    return plan(args.prompt, vars(args), args.takes)
 
 
 def choose_jobs(args: argparse.Namespace, group: mx.distributed.Group) -> list[Job]:
@@ -322,7 +323,7 @@ def make_batches(
 ) -> list[Result]:
     """Run the jobs in batches, showing how far they are."""
     results = []
-    size = args.batch_size or (jobs.BATCH_OF_FILE if args.prompts else len(wanted))
+    size = args.batch_size or (BATCH_OF_FILE if args.prompts else len(wanted))
     planned = list(jobs.run(model, wanted, size, sounds, start))
     for i, batch in enumerate(planned, 1):
         if stop():

@@ -4,8 +4,9 @@
     jobs, messages = left(jobs, {"model": "small"})
 
 A line is a prompt, or a JSON object with any of the settings. What was made with the
-settings of its line, which stand in the sound file, is not made again. Needs jobs.py,
-settings.py, outputs.py, hub.py, options.py, strict.py and what these need beside it.
+settings of its line, which stand in the sound file, is not made again. Needs job.py,
+jobs.py, settings.py, outputs.py, hub.py, options.py, strict.py and what these need
+beside it.
 """
 
 import json
@@ -17,18 +18,17 @@ from typing import Any
 import mlx.core as mx
 
 from hub import MODELS, follows, local, same_model
-from jobs import ALL_KEYS, Job, agree, make_job, numbered
+from job import ALL_KEYS, Job, make_job, numbered
+from jobs import agree
 from options import Options
 from outputs import identity, in_words, is_there
 from settings import read_settings
-from strict import in_a_line
 
 ALIASES = {"guidance": "guidance_coef", "negative": "negative_prompt"}
 DURATIONS = (8.0, 5.0)  # seconds that models take where none are given
 DEFAULTS = asdict(Options()) | {"model": None, "adapter_scale": 1.0}  # of a record
 
 
-@in_a_line
 def plan_file(path: Path, values: dict[str, Any]) -> list[Job]:
     """Jobs for the lines of a file: a prompt each, or a JSON object with any of the
     settings; `values` are those that a line does not give. A line with a value that

@@ -173,11 +173,18 @@ def try_hub(hub):
     assert hub.local("tiny") == Path.cwd() / "tiny" and hub.local("small") is None
 
 
+def try_job(job):
+    first, second = job.plan(["bell"], dict(seed=3, output="b.wav"), takes=2)
+    first.check()
+    assert (second.seed, str(second.output)) == (4, "b-2.wav")
+
+
 def try_jobs(jobs):
+    from job import plan
     from musicgen import MusicGen
 
     model, values = MusicGen.from_pretrained(TINY), dict(seed=0, output="a.wav")
-    planned = jobs.plan(["bell", "saw"], values | {"duration": 0.1})
+    planned = plan(["bell", "saw"], values | {"duration": 0.1})
     for batch in jobs.run(model, planned, size=2):
         assert [take.total for take in batch] == [8] * 8
         assert [result.error for result in batch.save()] == [None, None]

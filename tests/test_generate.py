@@ -18,6 +18,7 @@ import jobs
 import loudness as loudness_script
 import settings
 from audio import save_audio
+from job import make_job
 from musicgen import MusicGen
 from options import STYLE_OPTIONS
 from resample import true_peak
@@ -307,7 +308,7 @@ class TestCommandLine(ScriptTest):
             self.assertRegex(err, f"^generate.py: error: .*{pattern}.*\n$")
 
     def test_report(self):
-        job = jobs.make_job(dict(prompt="a", seed=4, output="out.wav"))
+        job = make_job(dict(prompt="a", seed=4, output="out.wav"))
         for batch, told in (
             (1, "8.00 s of audio in 4.0 s, 2.00 times real time, seed 4"),
             (3, "8.00 s of audio in 4.0 s (3 at once), 6.00 times"),

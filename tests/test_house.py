@@ -24,24 +24,22 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 # Every import points to an earlier layer, from people at the end to leaves.
 LAYERS = """
     options outputs together limits hub resample decoder test strict parallel quantize
-    settings audio torch_file decoder_names t5_files messages textless models
+    messages torch_file settings audio decoder_names t5_files textless models
     progress lora loudness wav_stream synth demucs mert t5 audiocraft
-    training play stream encodec_files melody peft_files
+    training play stream encodec_files melody peft_files job
     encodec adapters
     engine encodec_stream style train_codec
     prompt conditioning published
-    checkpoints
+    checkpoints arguments
     musicgen
     jobs convert evaluate
-    lines train arguments
+    lines train
     generate benchmark
     fidelity
 """
 
 # Those of many files, which say "and what these need".
-ON_TOP = (
-    "generate jobs lines arguments train convert evaluate benchmark fidelity".split()
-)
+ON_TOP = "generate job jobs lines arguments train convert evaluate benchmark fidelity".split()
 
 TEXT_TO_MUSIC = ("musicgen", "decoder", "t5", "encodec", "options", "checkpoints")
 LINES = 2000  # of these at most

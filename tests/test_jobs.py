@@ -17,11 +17,12 @@ import generate
 import jobs
 import lines
 from audio import save_audio
+from job import AudioPrompt, Job, plan
 from musicgen import MusicGen
 from options import Options
 
 
-def make(model: MusicGen, planned: list[jobs.Job]) -> mx.array:
+def make(model: MusicGen, planned: list[Job]) -> mx.array:
     """Codes (B, T, K) of jobs that run together."""
     (batch,) = jobs.run(model, planned, len(planned))
     for _ in batch:
@@ -69,7 +70,7 @@ class TestJobs(ScriptTest):
         self.assertEqual(first.options, want)
         self.assertEqual((second.seed, str(second.output)), (4, "b.flac"))
         self.assertEqual(second.options.duration, 40)
-        self.assertEqual(second.audio_prompt, jobs.AudioPrompt("s.wav"))
+        self.assertEqual(second.audio_prompt, AudioPrompt("s.wav"))
 
     def test_bad_files(self):
         for lines, pattern in (
@@ -166,8 +167,8 @@ class TestJobs(ScriptTest):
         save_audio(path, 0.1 * mx.random.normal((1300, 1)), 32000)
         model = MusicGen.from_pretrained(self.model)
         own = dict(self.settings, audio_prompt=str(path))
-        whole = jobs.plan(["a"], own)
-        rest = jobs.plan(["a"], own | dict(drop_prompt=True))
+        whole = plan(["a"], own)
+        rest = plan(["a"], own | dict(drop_prompt=True))
         sound = jobs.Sounds(model).audio_prompt(whole[0])
         codes = make(model, whole)
         kept = jobs.decode(model, whole[0], codes, 3)
@@ -251,7 +252,7 @@ class TestJobs(ScriptTest):
         planned = lines.plan_file(path, self.settings)
         sizes = [len(batch) for batch in jobs.batches(planned, lambda job: 2)]
         self.assertEqual(sizes, [2, 1, 1, 1])
-        sound = [jobs.AudioPrompt(name) for name in ("a.wav", "b.wav", "b.wav")]
+        sound = [AudioPrompt(name) for name in ("a.wav", "b.wav", "b.wav")]
         own = [dataclasses.replace(planned[0], audio_prompt=each) for each in sound]
         sizes = [len(batch) for batch in jobs.batches(own, lambda job: 3)]
         self.assertEqual(sizes, [1, 2])
@@ -286,7 +287,7 @@ class TestJobs(ScriptTest):
 
     def test_batch_that_does_not_fit_after_all(self):
         model = MusicGen.from_pretrained(self.model)
-        planned = jobs.plan(["a", "b", "c"], self.settings)
+        planned = plan(["a", "b", "c"], self.settings)
         whole, tried = make(model, planned), []
         steps, forward = MusicGen.steps, MusicGen.make_forward
 
@@ -313,7 +314,7 @@ class TestJobs(ScriptTest):
     def test_left_early(self):
         model = MusicGen.from_pretrained(self.model)
         own = dict(self.settings, duration=0.4, output=str(self.folder / "x.wav"))
-        planned = jobs.plan(["a", "b"], own | dict(peak=-1.0, force=True))
+        planned = plan(["a", "b"], own | dict(peak=-1.0, force=True))
         whole = make(model, planned)
         for stop, frames in ((3, 0), (4, 1), (20, 17)):
             (batch,) = jobs.run(model, planned, 8)
@@ -334,8 +335,8 @@ class TestJobs(ScriptTest):
         soundfile.write(path, ramp, 32000, subtype="FLOAT")
 
         def load(*prompt) -> mx.array:
-            (job,) = jobs.plan(["a"], self.settings)
-            prompt = jobs.AudioPrompt(str(path), *prompt)
+            (job,) = plan(["a"], self.settings)
+            prompt = AudioPrompt(str(path), *prompt)
             job = dataclasses.replace(job, audio_prompt=prompt)
             return jobs.Sounds(model).audio_prompt(job)
 

@@ -11,9 +11,9 @@ import mlx.core as mx
 import soundfile
 from common import REFERENCE, ScriptTest, slow
 
-import jobs
 import lines
 from audio import save_audio
+from job import make_job
 
 
 class TestLines(ScriptTest):
@@ -159,7 +159,7 @@ class TestLines(ScriptTest):
             ({"duration": 8.0}, {"q_bits": 4}, ["q_bits was None and is 4"]),
             ({"duration": 8.0}, {}, []),
         ):
-            job = jobs.make_job({"prompt": "a", "seed": 0, "output": "x.wav"})
+            job = make_job({"prompt": "a", "seed": 0, "output": "x.wav"})
             record = job.record() | {"model": folder} | before
             given = {"model": folder} | more
             self.assertEqual(lines.differences(job, given, own, record), why)

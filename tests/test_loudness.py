@@ -16,6 +16,7 @@ from common import ROOT, Test, slow
 import jobs
 import loudness as loudness_script
 from audio import save_audio
+from job import Job
 from options import Options
 from resample import true_peak
 
@@ -142,7 +143,7 @@ class TestLoudness(Test):
         for level, asked in (("loudness", -9), ("peak", -6)):
             for name in ("x.ogg", "x.mp3", "x.wav"):
                 path = self.folder / name
-                job = jobs.Job("a", 0, path, options, overwrite=True, **{level: asked})
+                job = Job("a", 0, path, options, overwrite=True, **{level: asked})
                 with self.subTest(f"{level} {name}"), warnings.catch_warnings(
                     record=True
                 ) as caught:

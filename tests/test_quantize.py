@@ -13,12 +13,12 @@ from mlx.utils import tree_flatten
 
 import convert
 import engine
-import jobs
 import lines
 import lora
 import quantize
 import settings
 from decoder import Decoder, DecoderConfig
+from job import plan
 from musicgen import MusicGen, PlainStep
 
 SOURCE = str(REFERENCE / "mono-transformers")
@@ -332,7 +332,7 @@ class TestScripts(ScriptTest):
         self.assertIn("q_bits was 8 and is 4", made("--q-mode", "mxfp4"))
 
     def test_a_file_of_an_older_version_was_affine(self):
-        (job,) = jobs.plan(["a"], dict(seed=3, output="x.wav"))
+        (job,) = plan(["a"], dict(seed=3, output="x.wav"))
         record = job.record() | {"q_bits": 8}
         asked = {"q_bits": 8, "q_mode": "affine"}
         self.assertEqual(lines.differences(job, asked, {}, record), [])

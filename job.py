@@ -1,0 +1,267 @@
+"""A job: one sound file to make, with all its settings, checked before it is tried.
+
+    jobs = plan(["happy rock", "calm piano"], values, takes=4)  # seeds counted up
+    job = make_job(dict(prompt="happy rock", seed=0, output="rock.wav"))
+    job.check()  # raises ValueError or OSError
+
+The settings may be a stranger's: of a command line, a line of a file of prompts, or a
+sound file's comment. Needs audio.py, loudness.py, options.py, outputs.py and strict.py
+beside it, with what these need; to time and level a take, the model's own config.
+"""
+
+import math
+import os
+import warnings
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from audio import check_audio_path
+from loudness import CEILING, to_loudness, to_peak
+from options import STYLE_OPTIONS, Options, row_seeds
+from outputs import check_apart, check_new, default_name, free
+from strict import in_a_line
+
+if TYPE_CHECKING:
+    from musicgen import MusicGen
+
+SHORTEST = 0.4  # seconds over which loudness is measured
+BATCH_OF_FILE = 8  # lines at once, so that an interruption loses little
+
+
+class AudioPrompt(NamedTuple):
+    """What part of which sound file a take starts with, and whether it stays."""
+
+    path: str
+    start: float = 0.0  # seconds
+    length: float | None = None  # seconds; None: to the end
+    drop: bool = False
+
+
+class MelodyFile(NamedTuple):
+    """Which sound file's tune a take follows, from which second on, and whether drums
+    and bass are taken away first."""
+
+    path: str
+    start: float = 0.0
+    separate: bool = True
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sound file to make."""
+
+    prompt: str
+    seed: int
+    output: Path
+    options: Options
+    audio_prompt: AudioPrompt | None = None
+    melody: MelodyFile | None = None
+    style: str | None = None  # sound file
+    loudness: float | None = None  # LUFS
+    peak: float | None = None  # dB of full scale
+    subtype: str | None = None  # of the file's samples; None: the format's own
+    mp3_bitrate: int | None = None  # kbit/s
+    line: int | None = None  # in the file of prompts
+    fault: str | None = None  # of that line, which then cannot be made
+    overwrite: bool = False  # what is there
+    seed_is_given: bool = True  # not any
+
+    @in_a_line
+    def check(self, writes: bool = True, reads: bool = True) -> None:
+        """Raise ValueError or OSError for what cannot be made, before it is tried.
+
+        `writes` is false where the output goes to a pipe or is another process's,
+        and `reads` where the audio prompt is not wanted, its codes being there.
+        """
+        if self.fault:
+            raise ValueError(self.fault)
+        if not isinstance(self.prompt, str):
+            raise ValueError(f"prompt must be a text, got {self.prompt!r}.")
+        row_seeds([self.seed], rows=1)
+        self.options.check(max_duration=math.inf)
+        check_level(self.loudness, self.peak)
+        if writes:
+            check_audio_path(self.output, self.subtype, self.mp3_bitrate)
+        duration = self.options.duration  # None: the model's own
+        if self.loudness is not None and duration and duration < SHORTEST:
+            raise ValueError(
+                f"loudness needs a duration of {SHORTEST} s or more, got "
+                f"{duration:g}."
+            )
+        for path in self.inputs().values():
+            if reads and not Path(path).is_file():
+                raise FileNotFoundError(f"There is no sound file {path}.")
+        if writes:
+            check_apart(self.output, self.inputs())
+        if writes and not self.overwrite:
+            check_new(self.output)
+
+    def timed(self, model: "MusicGen") -> "Job":
+        """The same, as long as the model's own takes where no duration is given."""
+        own = model.config.default_duration
+        if self.options.duration is not None:
+            return self
+        return replace(self, options=replace(self.options, duration=own))
+
+    def level(self, audio: mx.array, sampling_rate: int) -> np.ndarray:
+        """Samples (N, C) brought to the loudness or peak that is asked for."""
+        audio = np.array(audio)
+        if self.loudness is not None and len(audio) < SHORTEST * sampling_rate:
+            warnings.warn(
+                f"{self.output} is shorter than {SHORTEST} s: its loudness stays as it is."
+            )
+            return audio
+        if self.loudness is not None:
+            return to_loudness(audio, sampling_rate, self.loudness, self.output)
+        return audio if self.peak is None else to_peak(audio, self.peak)
+
+    @property
+    def ceiling(self) -> float:
+        """dB of full scale that no true peak of its file exceeds."""
+        return CEILING if self.loudness is not None else self.peak or 0.0
+
+    def runs_with(self, other: "Job") -> bool:
+        """Whether both can be rows of one batch."""
+        return (self.options, self.audio_prompt) == (other.options, other.audio_prompt)
+
+    def inputs(self) -> dict[str, str]:
+        """The sound files that it reads, by what they are."""
+        melody, style = self.melody and self.melody.path, self.style
+        paths = {"audio_prompt": self.audio_prompt and self.audio_prompt.path}
+        paths |= {"melody": melody, "style": style}
+        return {name: path for name, path in paths.items() if path}
+
+    def record(self) -> dict[str, Any]:
+        """Its settings, for the file's comment."""
+        record = asdict(self.options) | dict(prompt=self.prompt, seed=self.seed)
+        record |= dict(loudness=self.loudness, peak=self.peak, subtype=self.subtype)
+        record |= dict(mp3_bitrate=self.mp3_bitrate)
+        if self.audio_prompt:
+            record |= dict(zip(AUDIO_KEYS, self.audio_prompt))
+        if self.melody:
+            path, start, separate = self.melody
+            record |= dict(melody=path, melody_start=start, no_separate=not separate)
+        return record | ({"style": self.style} if self.style else {})
+
+
+def check_level(loudness: float | None, peak: float | None) -> None:
+    """Raise ValueError for a level that cannot be."""
+    for name, level, least, unit in (
+        ("loudness", loudness, -70, "LUFS"),
+        ("peak", peak, -100, "dB"),
+    ):
+        number = isinstance(level, int | float) and least <= level <= 0
+        if not (level is None or number):
+            raise ValueError(f"{name} must be from {least} to 0 {unit}, got {level!r}.")
+    if loudness is not None and peak is not None:
+        raise ValueError("loudness and peak must not be given together.")
+
+
+OPTIONS = tuple(field.name for field in fields(Options))
+LEVELS = ("loudness", "peak")
+KEYS = ("prompt", "seed", "output", *OPTIONS, *LEVELS, "subtype", "mp3_bitrate")
+AUDIO_KEYS = ("audio_prompt", "prompt_start", "prompt_length", "drop_prompt")
+MELODY_KEYS = ("melody", "melody_start", "no_separate")
+STYLE_KEYS = ("style", *STYLE_OPTIONS)
+ALL_KEYS = (*dict.fromkeys((*KEYS, *AUDIO_KEYS, *MELODY_KEYS, *STYLE_KEYS)),)
+
+
+def sound_name(key: str, path: Any) -> str | None:
+    """A path, in which ~ is the home folder, or None for none. Raises ValueError, which
+    has the `key`, for what is no path."""
+    if not isinstance(path, str | Path | None) or "\0" in str(path):
+        raise ValueError(f"{key} must name a sound file, got {path!r:.80}.")
+    return os.path.expanduser(path) if path else None
+
+
+def make_audio_prompt(path, start, length, drop) -> AudioPrompt | None:
+    """From values of AUDIO_KEYS. Raises ValueError naming a bad one."""
+    for name, seconds, least in (
+        ("prompt_start", start, 0),
+        ("prompt_length", length, 1e-4),
+    ):
+        number = type(seconds) in (int, float) and least <= seconds < 1e6
+        if seconds is not None and not number:
+            raise ValueError(f"{name} must be {least:g} s or more, got {seconds!r}.")
+    path = sound_name("audio_prompt", path)
+    if drop not in (None, False, True):
+        raise ValueError(f"drop_prompt must be true or false, got {drop!r}.")
+    if not path and (start is not None or length is not None or drop):
+        raise ValueError(
+            "prompt_start, prompt_length and drop_prompt need an audio_prompt."
+        )
+    return AudioPrompt(path, start or 0.0, length, bool(drop)) if path else None
+
+
+def make_melody(path, start, no_separate, overrides: set[str]) -> MelodyFile | None:
+    """From values of MELODY_KEYS. Raises ValueError naming a bad one, or one of the
+    job's `overrides`, which is no default of a file of prompts, without a melody."""
+    path = sound_name("melody", path)
+    if start is not None and not (type(start) in (int, float) and 0 <= start < 1e6):
+        raise ValueError(f"melody_start must be 0 s or more, got {start!r}.")
+    if no_separate not in (None, False, True):
+        raise ValueError(f"no_separate must be true or false, got {no_separate!r}.")
+    lone = {"melody_start": start is not None, "no_separate": no_separate}
+    if not path and any(given and name in overrides for name, given in lone.items()):
+        raise ValueError("melody_start and no_separate need a melody.")
+    return MelodyFile(path, start or 0.0, not no_separate) if path else None
+
+
+def make_style(values: dict[str, Any], overrides: set[str]) -> tuple[str | None, dict]:
+    """The path among values of STYLE_KEYS, and the options. Raises ValueError naming a
+    bad path, or one of the job's `overrides` options without one, as `make_melody`."""
+    path = sound_name("style", values.get("style"))
+    given = {k: v for k in STYLE_OPTIONS if (v := values.get(k)) is not None}
+    if path:
+        return path, given
+    if lone := given.keys() & overrides:
+        raise ValueError(f"{min(lone)} must come with a style.")
+    return None, {}
+
+
+@in_a_line
+def make_job(
+    values: dict[str, Any], line: int | None = None, overrides: set[str] | None = None
+) -> Job:
+    """A job from values of ALL_KEYS, of which those named in `overrides` are no
+    defaults; None: all. Raises ValueError naming a bad one."""
+    sound = make_audio_prompt(*(values.get(key) for key in AUDIO_KEYS))
+    overrides = {*values} if overrides is None else overrides
+    melody = make_melody(*(values.get(key) for key in MELODY_KEYS), overrides)
+    style, options = make_style(values, overrides)
+    options |= {k: values[k] for k in OPTIONS if k in values and k not in STYLE_KEYS}
+    options = Options(**options)
+    output = values["output"]
+    if not isinstance(output, str | Path) or not str(output) or "\0" in str(output):
+        raise ValueError(f"output must name a file, got {output!r}.")
+    levels = [values.get(key) for key in LEVELS]
+    first = (values["prompt"], values["seed"], Path(output))
+    subtype = values.get("subtype") and str(values["subtype"]).upper()
+    written = (subtype, values.get("mp3_bitrate"))
+    job = Job(*first, options, sound, melody, style, *levels, *written, line)
+    return replace(job, overwrite=bool(values.get("force")))
+
+
+def numbered(output: str, index: int, count: int) -> str:
+    """`out.wav` -> `out-3.wav`, where there are several."""
+    path = Path(output)
+    return output if count == 1 else str(path.with_stem(f"{path.stem}-{index + 1}"))
+
+
+def plan(prompts: list[str], values: dict[str, Any], takes: int = 1) -> list[Job]:
+    """Jobs for `takes` takes of each prompt: seeds counted up, files numbered. Without
+    an output they are called after prompt and seed."""
+    count, output = len(prompts) * takes, values.get("output")
+    jobs = []
+    for i in range(count):
+        prompt, seed = prompts[i // takes], values["seed"] + i
+        if output is None:
+            path = free(default_name(prompt, seed))
+        else:
+            path = numbered(output, i, count)
+        jobs.append(make_job(values | dict(prompt=prompt, seed=seed, output=path)))
+    return jobs
