@@ -199,8 +199,14 @@ class Prefixes:
         """Numbers of the rows whose prefixes, text and all, have one length."""
         groups, encode = {}, self._tokenizer.encode
         for row, prompt in enumerate(prompts):
-            tokens = max(len(encode(text)) for text in (prompt, negative_prompt))
-            groups.setdefault((tokens, self.frames(row)), []).append(row)
+            tokens, when = (len(encode(prompt)),), ()
+            if type(prompt) is not str:
+                from sections import times
+
+                when = times(prompt)
+                tokens = tuple(len(encode(text)) for text in prompt.texts)
+            tokens = tuple(max(n, len(encode(negative_prompt))) for n in tokens)
+            groups.setdefault((tokens, when, self.frames(row)), []).append(row)
         return [*groups.values()]
 
     def frames(self, row: int) -> int:

@@ -64,6 +64,11 @@ class Engine:
             parts.append(kind(*(x[self._cut :] for x in rows)))
         return parts
 
+    def follow(self, text: Condition) -> None:
+        """Attend another text from now on."""
+        for lane, rows in zip(self._lanes, self._split(text)):
+            lane.follow(rows)
+
     def rewind(self, sound: Condition | None = None) -> None:
         """Forget all steps, to begin a window, after the prefix of a sound if any."""
         sounds = [None] * len(self._lanes) if sound is None else self._split(sound)
@@ -102,16 +107,21 @@ class Lane:
     """
 
     def __init__(self, decoder: Decoder, text: Condition, steps: int, stream: Stream):
-        self._decoder, self._text, self._stream = decoder, text, stream
+        self._decoder, self._stream = decoder, stream
         with mx.stream(stream):
-            self._text_kv = prepare_text(decoder, text)
             self._positions = decoder.positions(0, steps)
             # Now, for compiled steps would compute again whatever is still lazy.
-            mx.eval(self._text_kv, self._positions)
+            mx.eval(self._positions)
+        self.follow(text)
         self._cache = decoder.make_cache(len(text.mask), steps)
         self._half = (len(self._cache) - 1) // 2
-        self._compiled = threading.local()
         self.prefix: mx.array | None = None
+
+    def follow(self, text: Condition) -> None:
+        with mx.stream(self._stream):
+            self._text, self._text_kv = text, prepare_text(self._decoder, text)
+            mx.eval(self._text_kv)
+        self._compiled = threading.local()
 
     @property
     def _blocks(self) -> list[Callable]:

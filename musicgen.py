@@ -354,19 +354,23 @@ class Take:
         T, self._delays = prompt_codes.shape[1], model.config.decoder.delays
         self._frames = model.frames_in(options.duration)
         own = model.config.default_stride or 0.6 * model.config.max_duration
-        sizes = (model.longest_window, model.frames_in(options.extend_stride or own))
-        plan = windows(self._frames, *sizes)
-        self._plan = [(start, end) for start, end in plan if end > T]
+        stride = model.frames_in(options.extend_stride or own)
+        self._sizes = (model.longest_window, stride)
         size, groups = batch_size or model.rows_that_fit(options), [range(len(prompts))]
         if prefixes:  # which must be of one length
             groups = prefixes.group(prompts, options.negative_prompt)
+        elif any(type(prompt) is not str for prompt in prompts):
+            from sections import group
+
+            groups = group(prompts)
         self._batches = [
             list(rows[start : start + size])
             for rows in groups
             for start in range(0, len(rows), size)
         ]
-        steps = self._frames - T + max(self._delays) * len(self._plan)
-        self.step, self.total = 0, steps * len(self._batches)  # steps made, and in all
+        passes = sum(len(self._plan(rows)) for rows in self._batches)
+        steps = (self._frames - T) * len(self._batches) + max(self._delays) * passes
+        self.step, self.total = 0, steps  # steps made, and in all
         self._finished: dict[int, mx.array] = {}  # rows of earlier batches
         self._open(self._batches[0])
 
@@ -383,10 +387,11 @@ class Take:
         sample = make_step_sampler(self._options)
         for rows in self._batches:
             self._open(rows)
-            forward = self._forward(rows)
+            plan = self._plan(rows)
+            forward = self._forward(rows, plan)
             seeds = [self._seeds[row] for row in rows]
             keys = sampling_keys(seeds, self._frames + max(self._delays))
-            for start, end in self._plan:
+            for start, end in plan:
                 sound = None
                 if self._prefixes:
                     sound = self._prefixes.window(rows, start, self._options.copies)
@@ -398,13 +403,31 @@ class Take:
             mx.eval(codes := [*self._past])
             self._finished |= zip(rows, codes)
 
-    def _forward(self, rows: list[int]) -> Callable[[mx.array], mx.array]:
-        """The decoder under the prompts of some rows, ready for any window."""
+    def _plan(self, rows: list[int]) -> list[tuple[int, int]]:
+        """First frame and end of the windows in which some rows are made."""
+        plan, prompt = windows(self._frames, *self._sizes), self.prompts[rows[0]]
+        if type(prompt) is not str:
+            from sections import cut
+
+            plan = cut(plan, prompt, self._model, self._options.duration)
+        T = self._prompt_codes.shape[1]
+        return [(start, end) for start, end in plan if end > T]
+
+    def _forward(
+        self, rows: list[int], plan: list[tuple[int, int]]
+    ) -> Callable[[mx.array], mx.array]:
+        """The decoder under the prompts of some rows, ready for the windows."""
         prompts = [self.prompts[row] for row in rows]
-        text = encode_text(self._model, prompts, self._options)
         steps = min(self._frames, self._model.longest_window) + max(self._delays)
         if self._prefixes:
-            steps += self._prefixes.frames(rows[0]) + text.mask.shape[1]
+            steps += self._prefixes.frames(rows[0])
+        if type(prompts[0]) is not str:
+            from sections import SectionStep
+
+            return SectionStep(self._model, prompts, self._options, steps, plan)
+        text = encode_text(self._model, prompts, self._options)
+        if self._prefixes:
+            steps += text.mask.shape[1]
         return self._model.make_forward(text, self._options.copies, steps)
 
     def _window(self, start: int, end: int, forward, sample, keys) -> Iterator[None]:
@@ -496,10 +519,14 @@ class PlainStep:
     """
 
     def __init__(self, decoder: Decoder, text: Condition, copies: int, steps: int):
-        self.decoder, self.text, self.copies = decoder, text, copies
-        self.text_kv = decoder.text_kv(text)
+        self.decoder, self.copies = decoder, copies
+        self.follow(text)
         self.cache = decoder.make_cache(len(text.mask), steps)
         self.prefix: mx.array | None = None
+
+    def follow(self, text: Condition) -> None:
+        """Attend another text from now on."""
+        self.text, self.text_kv = text, self.decoder.text_kv(text)
 
     def rewind(self, sound: Condition | None = None) -> None:
         """Forget all steps, to begin a window, after the prefix of a sound if any."""

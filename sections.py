@@ -1,0 +1,251 @@
+"""Sections: a take whose text changes at given times.
+
+    song = Sections([(0.0, "calm pads"), (12.0, "drums come in")], fade=1.0)
+    audio = model.generate(song, duration=24.0)
+    song = parse("0: calm pads | 8bars: drums come in", Beat(120))  # 8 bars are 16 s
+
+Every step attends the text of its frame, so that the frames before a section are those
+of a take without it. Where the text stands before the codes, in the melody and style
+models, the whole window is computed under the text of the section at hand. Over `fade`
+seconds from a section's beginning on, its logits and those of the text before are
+blended. Needs beat.py beside it, and musicgen.py with what that needs.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from beat import Beat
+
+if TYPE_CHECKING:
+    from decoder import Condition
+    from musicgen import MusicGen
+    from options import Options
+
+BEGINNING = re.compile(r"\s*0(?:\.0*)?\s*(?:s|bars?)?\s*:")
+PART = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(s|bars?)?\s*:(.*)", re.DOTALL)
+
+
+class Sections(str):
+    """A prompt in sections: pairs of the second at which one begins and its text. As a
+    string it is what `parse` reads.
+
+    Raises ValueError for sections that are not in order, or have no text.
+    """
+
+    sections: list[tuple[float, str]]  # in seconds; neighbours have other texts
+    fade: float  # seconds
+
+    def __new__(
+        cls,
+        sections: Iterable[tuple[float, str]],
+        fade: float = 0.0,
+        text: str | None = None,
+    ):
+        sections = [(seconds, words) for seconds, words in sections]
+        check(sections, fade)
+        if text is None:
+            text = " | ".join(f"{seconds:.15g}: {words}" for seconds, words in sections)
+        prompt = super().__new__(cls, text)
+        prompt.sections = merged(sections)
+        prompt.fade = float(fade)
+        return prompt
+
+    def __getnewargs__(self):
+        return self.sections, self.fade, str(self)
+
+    @property
+    def texts(self) -> list[str]:
+        """One of each section."""
+        return [words for _, words in self.sections]
+
+    def at(self, seconds: float) -> str:
+        """The text at a time."""
+        return [words for first, words in self.sections if first <= seconds][-1]
+
+
+def check(sections: list[tuple[float, str]], fade: float) -> None:
+    """Raise ValueError unless they are in order, and each has a text."""
+    before = None
+    for seconds, words in sections:
+        number = type(seconds) in (int, float) and math.isfinite(seconds)
+        if not (number and isinstance(words, str)):
+            raise ValueError(
+                f"Sections must be pairs of seconds and text, got {seconds!r:.40} and "
+                f"{words!r:.40}."
+            )
+        if not words.strip():
+            raise ValueError(f"The section at {seconds:g} s must have a text.")
+        if before is None and seconds != 0:
+            raise ValueError(f"The first section must begin at 0, got {seconds:g} s.")
+        if before is not None and seconds <= before:
+            raise ValueError(
+                f"Sections must be in order: {seconds:g} s comes after {before:g} s."
+            )
+        before = seconds
+    if before is None:
+        raise ValueError("There must be a section, at 0 s.")
+    lengths = [b - a for (a, _), (b, _) in zip(sections, sections[1:])]
+    if type(fade) not in (int, float) or not 0 <= fade <= min(lengths, default=1e6):
+        raise ValueError(
+            "section_fade must be from 0 s to the shortest section's length, got "
+            f"{fade!r:.40}."
+        )
+
+
+def merged(sections: list[tuple[float, str]]) -> list[tuple[float, str]]:
+    """The same, less those that go on with the text before."""
+    kept = sections[:1]
+    for seconds, words in sections[1:]:
+        if words != kept[-1][1]:
+            kept.append((seconds, words))
+    return kept
+
+
+def parse(prompt: str, beat: Beat | None = None, fade: float = 0.0) -> str:
+    """Sections of "0: calm pads | 12: drums come in"; what does not begin with "0:" is
+    the plain text that it was. A time is in seconds, or in bars of a beat, "8bars".
+
+    Raises ValueError for a section without a time or a text, or for bars without a beat.
+    """
+    if not BEGINNING.match(prompt):
+        return prompt
+    sections = []
+    for part in prompt.split("|"):
+        found = PART.fullmatch(part)
+        if found is None:
+            raise ValueError(
+                "A section must be a time and a text, such as 12: drums come in; got "
+                f"{part.strip()!r:.60}."
+            )
+        number, unit, words = found.groups()
+        sections.append((in_seconds(float(number), unit or "s", beat), words.strip()))
+    return Sections(sections, fade, prompt)
+
+
+def in_seconds(number: float, unit: str, beat: Beat | None) -> float:
+    if unit == "s" or number == 0:
+        return number
+    if beat is None:
+        raise ValueError(f"{number:g}{unit} needs a bpm.")
+    return beat.bars(number)
+
+
+def times(prompt: str) -> tuple:
+    """What prompts that run together have in common: the times of their sections and
+    the fade; nothing in plain texts."""
+    if not isinstance(prompt, Sections):
+        return ()
+    return *(seconds for seconds, _ in prompt.sections), prompt.fade
+
+
+def group(prompts: list[str]) -> list[list[int]]:
+    """Numbers of the rows that run together."""
+    groups = {}
+    for row, prompt in enumerate(prompts):
+        groups.setdefault(times(prompt), []).append(row)
+    return [*groups.values()]
+
+
+def cut(
+    plan: list[tuple[int, int]], prompt: Sections, model: "MusicGen", duration: float
+) -> list[tuple[int, int]]:
+    """Windows, by first frame and end, that end also where a section does: what follows
+    is made in the same window again, after that.
+
+    Raises ValueError for a section that begins when the take has ended.
+    """
+    first, words = prompt.sections[-1]
+    if first and model.frames_in(first) >= model.frames_in(duration):
+        raise ValueError(
+            f"The section at {first:g} s, {words!r:.40}, must begin before the take "
+            f"ends, at {duration:g} s."
+        )
+    frames = sorted({model.frames_in(seconds) for seconds, _ in prompt.sections})
+    passes, made = [], 0
+    for start, end in plan:
+        within = [frame for frame in frames if made < frame < end]
+        passes += [(start, stop) for stop in (*within, end)]
+        made = end
+    return passes
+
+
+class SectionStep:
+    """The decoder under texts that change: what the loop calls in place of `PlainStep`
+    or `Engine`, of which it has one, and another one to fade.
+
+    The prompts of B takes have sections at the same times; `plan` are their windows.
+    """
+
+    def __init__(
+        self,
+        model: "MusicGen",
+        prompts: list[Sections],
+        options: "Options",
+        steps: int,
+        plan: list[tuple[int, int]],
+    ):
+        from musicgen import encode_text
+
+        starts = [seconds for seconds, _ in prompts[0].sections]
+        self._frames, self._plan = list(map(model.frames_in, starts)), iter(plan)
+        rows = zip(*(prompt.texts for prompt in prompts))
+        self._texts = [encode_text(model, [*texts], options) for texts in rows]
+        mx.eval(self._texts)  # T5 may be freed when the first forward is made
+        longest = max(self._texts, key=lambda text: text.mask.shape[1])
+        if model.config.decoder.prefix_width:
+            steps += longest.mask.shape[1]
+        self._fade = model.frames_in(prompts[0].fade)
+        self._delays = model.config.decoder.delays
+        count = 2 if self._fade else 1
+        forwards = [
+            model.make_forward(longest, options.copies, steps) for _ in range(count)
+        ]
+        self._new, self._old = forwards[0], forwards[-1]
+
+    def rewind(self, sound: "Condition | None" = None) -> None:
+        """Begin the next window of the plan, after the prefix of a sound if any."""
+        (self._start, _), self._sound, self._begun = next(self._plan), sound, False
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """Logits (R, 1, K, V) of what follows the tokens (B, S, K)."""
+        begins = not self._begun
+        if begins:
+            self._begun, self._frame = True, self._start + tokens.shape[1] - 1
+            self._at = sum(first <= self._frame for first in self._frames) - 1
+        logits, weights = self._run(self._new, tokens, self._at, begins), self._weights()
+        self._frame += 1
+        if self._fade == 0 or self._at == 0 or min(weights) == 1:
+            return logits
+        old = self._run(self._old, tokens, self._at - 1, begins).astype(mx.float32)
+        return old + (logits - old) * mx.array(weights)[:, None]
+
+    def _weights(self) -> list[float]:
+        """Of the section's logits against the ones before, for each codebook by the
+        frame that it writes: rising evenly to 1, which a fade of 0 has at once."""
+        behind = [self._frame - delay - self._frames[self._at] for delay in self._delays]
+        return [min(max((b + 1) / (self._fade + 1), 0.0), 1.0) for b in behind]
+
+    def _run(
+        self, forward: Callable, tokens: mx.array, last: int, begins: bool
+    ) -> mx.array:
+        """The same of one forward. A window begins with all its tokens, each of them
+        under the text of its frame, and of no section after the `last`."""
+        if not begins:
+            return forward(tokens)
+        if self._sound is not None:  # the text is a part of the prefix
+            forward.follow(self._texts[last])
+            forward.rewind(self._sound)
+            return forward(tokens)
+        forward.rewind()
+        ends = [*self._frames[1 : last + 1], self._start + tokens.shape[1]]
+        place = 0
+        for text, end in zip(self._texts, ends):
+            if end - self._start > place:
+                forward.follow(text)
+                logits = forward(tokens[:, place : end - self._start])
+                place = end - self._start
+        return logits
