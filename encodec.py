@@ -406,19 +406,9 @@ class Encodec(nn.Module):
         `compression_state_dict.bin`. Raises ValueError or OSError naming the
         file and what is wrong with it.
         """
-        from encodec_files import misfit, read
-        from limits import check_codec
+        from encodec_files import load
 
-        path, settings, weights = read(path_or_repo)
-        try:
-            config = EncodecConfig.from_dict(settings)
-            check_codec(config)
-            model = cls(config)
-            model.load_weights(list(weights.items()))
-            mx.eval(model.state)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(misfit(path, error)) from error
-        return model
+        return load(cls, EncodecConfig, path_or_repo)
 
 
 def by_channel(

@@ -2,8 +2,8 @@
 
 transformers' form is `config.json` and `model.safetensors`, audiocraft's one
 `compression_state_dict.bin`, for which audiocraft.py, decoder_names.py and torch_file.py
-are needed. To see at once that there is no network hub.py is needed. Needs strict.py
-beside it. What `python encodec.py` does is here, too, for which audio.py, resample.py
+are needed. To see at once that there is no network hub.py is needed, to `load`
+limits.py. Needs strict.py beside it. What `python encodec.py` does is here, too, for which audio.py, resample.py
 and outputs.py are needed.
 
     path, settings, weights = read("32khz")  # or a Hub id, or a folder
@@ -30,6 +30,25 @@ FILES = ("config.json", "model.safetensors")
 AUDIOCRAFT_FILE = "compression_state_dict.bin"
 
 Weights = dict[str, mx.array]
+
+
+def load(codec: type, config_type: type, path_or_repo: str | Path):
+    """An `encodec.Encodec` of such files, which is what these types are.
+
+    Raises as `read`, and ValueError naming a tensor that does not fit.
+    """
+    from limits import check_codec
+
+    path, settings, weights = read(path_or_repo)
+    try:
+        config = config_type.from_dict(settings)
+        check_codec(config)
+        model = codec(config)
+        model.load_weights(list(weights.items()))
+        mx.eval(model.state)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(misfit(path, error)) from error
+    return model
 
 
 @in_a_line

@@ -14,6 +14,7 @@ what that needs are needed; to follow one, conditioning.py; quantize.py; textles
     save_audio("out.wav", audio[0], model.sampling_rate)  # of audio.py
 """
 
+import itertools
 import math
 import threading
 import warnings
@@ -391,31 +392,32 @@ class Take:
             forward = self._forward(rows, plan)
             seeds = [self._seeds[row] for row in rows]
             keys = sampling_keys(seeds, self._frames + max(self._delays))
-            for start, end in plan:
+            for start, stop, end in plan:
                 sound = None
                 if self._prefixes:
                     sound = self._prefixes.window(rows, start, self._options.copies)
                 forward.rewind(sound)
-                for _ in self._window(start, end, forward, sample, keys[start:]):
+                steps = self._window(start, stop, end, forward, sample, keys[start:])
+                for _ in steps:
                     yield self
                     if self._turn is not turn:
                         raise RuntimeError("This take has been started anew since.")
             mx.eval(codes := [*self._past])
             self._finished |= zip(rows, codes)
 
-    def _plan(self, rows: list[int]) -> list[tuple[int, int]]:
-        """First frame and end of the windows in which some rows are made."""
+    def _plan(self, rows: list[int]) -> list[tuple[int, int, int]]:
+        """Of the windows in which some rows are made, first frame and end, with the
+        frame between at which the loop stops: the end, or where a section begins."""
         plan, prompt = windows(self._frames, *self._sizes), self.prompts[rows[0]]
+        plan = [(start, end, end) for start, end in plan]
         if type(prompt) is not str:
             from sections import cut
 
             plan = cut(plan, prompt, self._model, self._options.duration)
         T = self._prompt_codes.shape[1]
-        return [(start, end) for start, end in plan if end > T]
+        return [window for window in plan if window[1] > T]
 
-    def _forward(
-        self, rows: list[int], plan: list[tuple[int, int]]
-    ) -> Callable[[mx.array], mx.array]:
+    def _forward(self, rows: list[int], plan: list) -> Callable[[mx.array], mx.array]:
         """The decoder under the prompts of some rows, ready for the windows."""
         prompts = [self.prompts[row] for row in rows]
         steps = min(self._frames, self._model.longest_window) + max(self._delays)
@@ -430,14 +432,18 @@ class Take:
             steps += text.mask.shape[1]
         return self._model.make_forward(text, self._options.copies, steps)
 
-    def _window(self, start: int, end: int, forward, sample, keys) -> Iterator[None]:
-        """The steps to frame `end`, after the frames from `start` on that there are."""
+    def _window(
+        self, start: int, stop: int, end: int, forward, sample, keys
+    ) -> Iterator[None]:
+        """The steps to frame `stop`, after the frames from `start` on that there are."""
         prompt, config = self._past[:, start:], self._model.config.decoder
         delayed = delay(prompt, config.delays, end - start, config.vocab_size)
         self._start, self._width = start, prompt.shape[1]
         self._columns = [delayed[:, : self._width]]
         mx.eval(self._columns)
-        for tokens in generate_step(forward, sample, prompt, end - start, keys, config):
+        steps = generate_step(forward, sample, prompt, end - start, keys, config)
+        count = stop - start - self._width + max(self._delays)
+        for tokens in itertools.islice(steps, count):
             self._columns.append(tokens)
             self._width += 1
             self.step += 1

@@ -150,11 +150,14 @@ def group(prompts: list[str]) -> list[list[int]]:
     return [*groups.values()]
 
 
+Window = tuple[int, int, int]  # first frame, the one at which the loop stops, end
+
+
 def cut(
-    plan: list[tuple[int, int]], prompt: Sections, model: "MusicGen", duration: float
-) -> list[tuple[int, int]]:
-    """Windows, by first frame and end, that end also where a section does: what follows
-    is made in the same window again, after that.
+    plan: list[Window], prompt: Sections, model: "MusicGen", duration: float
+) -> list[Window]:
+    """The windows, each as often as a section begins in it: the loop stops there, and
+    goes on from there.
 
     Raises ValueError for a section that begins when the take has ended.
     """
@@ -166,9 +169,9 @@ def cut(
         )
     frames = sorted({model.frames_in(seconds) for seconds, _ in prompt.sections})
     passes, made = [], 0
-    for start, end in plan:
+    for start, _, end in plan:
         within = [frame for frame in frames if made < frame < end]
-        passes += [(start, stop) for stop in (*within, end)]
+        passes += [(start, stop, end) for stop in (*within, end)]
         made = end
     return passes
 
@@ -186,7 +189,7 @@ class SectionStep:
         prompts: list[Sections],
         options: "Options",
         steps: int,
-        plan: list[tuple[int, int]],
+        plan: list[Window],
     ):
         from musicgen import encode_text
 
@@ -208,7 +211,7 @@ class SectionStep:
 
     def rewind(self, sound: "Condition | None" = None) -> None:
         """Begin the next window of the plan, after the prefix of a sound if any."""
-        (self._start, _), self._sound, self._begun = next(self._plan), sound, False
+        self._start, self._sound, self._begun = next(self._plan)[0], sound, False
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """Logits (R, 1, K, V) of what follows the tokens (B, S, K)."""
@@ -216,7 +219,10 @@ class SectionStep:
         if begins:
             self._begun, self._frame = True, self._start + tokens.shape[1] - 1
             self._at = sum(first <= self._frame for first in self._frames) - 1
-        logits, weights = self._run(self._new, tokens, self._at, begins), self._weights()
+        logits, weights = (
+            self._run(self._new, tokens, self._at, begins),
+            self._weights(),
+        )
         self._frame += 1
         if self._fade == 0 or self._at == 0 or min(weights) == 1:
             return logits
@@ -226,7 +232,9 @@ class SectionStep:
     def _weights(self) -> list[float]:
         """Of the section's logits against the ones before, for each codebook by the
         frame that it writes: rising evenly to 1, which a fade of 0 has at once."""
-        behind = [self._frame - delay - self._frames[self._at] for delay in self._delays]
+        behind = [
+            self._frame - delay - self._frames[self._at] for delay in self._delays
+        ]
         return [min(max((b + 1) / (self._fade + 1), 0.0), 1.0) for b in behind]
 
     def _run(

@@ -244,23 +244,9 @@ class T5(nn.Module):
         From a local folder or a Hub id such as "google-t5/t5-base". Raises
         ValueError or OSError naming the file and what is wrong with it.
         """
-        from limits import check_t5
-        from strict import misfit, one_line
-        from t5_files import read
+        from t5_files import load
 
-        settings, weights, spiece = read(path_or_repo)
-        tokenizer = Tokenizer(spiece)
-        try:
-            config = T5Config.from_dict(settings)
-            check_t5(config)
-            tokenizer.check(config)
-            model = cls(config)
-            model.load_weights(list(weights.items()))
-            mx.eval(model.state)
-        except (RuntimeError, TypeError, ValueError) as error:
-            why = f"T5 in {spiece.parent} does not load: {misfit(error)}"
-            raise ValueError(one_line(why)) from error
-        return model, tokenizer
+        return load(cls, T5Config, Tokenizer, path_or_repo)
 
 
 def main() -> None:

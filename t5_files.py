@@ -2,7 +2,8 @@
 
 They are `config.json`, `model.safetensors` and `spiece.model`, in a local folder or on
 the Hub. Needs strict.py beside it; hub.py is needed to fetch them, and to see at once
-that there is no network, and outputs.py to print what `python t5.py` does.
+that there is no network, limits.py to `load`, and outputs.py to print what
+`python t5.py` does.
 
     settings, weights, spiece = read("google-t5/t5-base")
 """
@@ -19,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from sentencepiece import SentencePieceProcessor
 
-from strict import in_a_line, one_line
+from strict import in_a_line, misfit, one_line
 
 FILES = ("config.json", "model.safetensors", "spiece.model")
 
@@ -41,6 +42,28 @@ def read(path_or_repo: str | Path) -> tuple[dict, Weights, Path]:
         raise ValueError(
             f"T5 in {path.parent} does not load: {error!s:.250}"
         ) from error
+
+
+def load(t5: type, config_type: type, tokenizer_type: type, path_or_repo) -> tuple:
+    """A `t5.T5` and a `t5.Tokenizer` of such files, which is what these types are.
+
+    Raises as `read`, and ValueError naming a tensor that does not fit.
+    """
+    from limits import check_t5
+
+    settings, weights, spiece = read(path_or_repo)
+    tokenizer = tokenizer_type(spiece)
+    try:
+        config = config_type.from_dict(settings)
+        check_t5(config)
+        tokenizer.check(config)
+        model = t5(config)
+        model.load_weights(list(weights.items()))
+        mx.eval(model.state)
+    except (RuntimeError, TypeError, ValueError) as error:
+        why = f"T5 in {spiece.parent} does not load: {misfit(error)}"
+        raise ValueError(one_line(why)) from error
+    return model, tokenizer
 
 
 @in_a_line

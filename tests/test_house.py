@@ -23,16 +23,17 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 # Every import points to an earlier layer, from people at the end to leaves.
 LAYERS = """
-    options outputs together limits hub resample decoder test strict parallel quantize
+    options outputs together limits hub resample decoder test strict parallel quantize beat
     messages torch_file settings audio decoder_names t5_files textless models
     progress lora loudness wav_stream synth demucs mert t5 audiocraft
     training play stream encodec_files melody peft_files job
     encodec adapters
     engine encodec_stream style train_codec
-    prompt conditioning published
-    checkpoints arguments
-    musicgen
-    jobs convert evaluate
+    prompt published
+    arguments musicgen
+    convert evaluate sections
+    conditioning
+    checkpoints jobs
     lines train
     generate benchmark
     fidelity
