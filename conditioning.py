@@ -200,7 +200,7 @@ class Prefixes:
         groups, encode = {}, self._tokenizer.encode
         for row, prompt in enumerate(prompts):
             tokens, when = (len(encode(prompt)),), ()
-            if type(prompt) is not str:
+            if hasattr(prompt, "sections"):
                 from sections import times
 
                 when = times(prompt)

@@ -439,11 +439,7 @@ def overlap_add(pieces: list[mx.array], stride: int) -> mx.array:
     return audio / weights
 
 
-def main() -> None:
+if __name__ == "__main__":
     import encodec_files
 
     encodec_files.main(Encodec)
-
-
-if __name__ == "__main__":
-    main()

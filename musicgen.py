@@ -14,7 +14,6 @@ what that needs are needed; to follow one, conditioning.py; quantize.py; textles
     save_audio("out.wav", audio[0], model.sampling_rate)  # of audio.py
 """
 
-import itertools
 import math
 import threading
 import warnings
@@ -33,6 +32,7 @@ from t5 import T5, Tokenizer
 
 TWINS = ("engine.py", "encodec_stream.py", "parallel.py")  # what makes it faster
 Seconds = float | None  # None: the model's own, 8, and AudioGen's 5
+Window = tuple[int, int, int]  # first frame, where the loop stops, end
 
 
 class MusicGen(nn.Module):
@@ -159,7 +159,7 @@ class MusicGen(nn.Module):
         """Codes while they are made, to be iterated over: under all that generates.
 
         Args:
-            prompts: one text or several; "" is unconditional.
+            prompts: one text or several, or `sections.Sections`; "" is unconditional.
             duration: seconds. Beyond the longest window, one slides. None: the model's.
             seed: row i draws from seed + i, or from the i-th of a list; a row's
                 codes depend on its own prompt and seed only. None: any.
@@ -207,6 +207,8 @@ class MusicGen(nn.Module):
     ) -> Callable[[mx.array], mx.array]:
         """The decoder under a text, to be called as `PlainStep`. T5 is freed, to be
         read again, where memory does not hold it beside the caches."""
+        if self.config.decoder.prefix_width:
+            steps += text.mask.shape[1]  # which stands before the codes
         if self.plain:
             return PlainStep(self.decoder, text, copies, steps)
         from engine import Engine, make_room
@@ -360,7 +362,7 @@ class Take:
         size, groups = batch_size or model.rows_that_fit(options), [range(len(prompts))]
         if prefixes:  # which must be of one length
             groups = prefixes.group(prompts, options.negative_prompt)
-        elif any(type(prompt) is not str for prompt in prompts):
+        elif any(hasattr(prompt, "sections") for prompt in prompts):
             from sections import group
 
             groups = group(prompts)
@@ -392,58 +394,55 @@ class Take:
             forward = self._forward(rows, plan)
             seeds = [self._seeds[row] for row in rows]
             keys = sampling_keys(seeds, self._frames + max(self._delays))
-            for start, stop, end in plan:
+            for window in plan:
                 sound = None
                 if self._prefixes:
-                    sound = self._prefixes.window(rows, start, self._options.copies)
+                    sound = self._prefixes.window(rows, window[0], self._options.copies)
                 forward.rewind(sound)
-                steps = self._window(start, stop, end, forward, sample, keys[start:])
-                for _ in steps:
+                for _ in self._window(window, forward, sample, keys):
                     yield self
                     if self._turn is not turn:
                         raise RuntimeError("This take has been started anew since.")
             mx.eval(codes := [*self._past])
             self._finished |= zip(rows, codes)
 
-    def _plan(self, rows: list[int]) -> list[tuple[int, int, int]]:
-        """Of the windows in which some rows are made, first frame and end, with the
-        frame between at which the loop stops: the end, or where a section begins."""
+    def _plan(self, rows: list[int]) -> list[Window]:
+        """The windows in which some rows are made."""
         plan, prompt = windows(self._frames, *self._sizes), self.prompts[rows[0]]
         plan = [(start, end, end) for start, end in plan]
-        if type(prompt) is not str:
+        if hasattr(prompt, "sections"):
             from sections import cut
 
             plan = cut(plan, prompt, self._model, self._options.duration)
         T = self._prompt_codes.shape[1]
         return [window for window in plan if window[1] > T]
 
-    def _forward(self, rows: list[int], plan: list) -> Callable[[mx.array], mx.array]:
+    def _forward(
+        self, rows: list[int], plan: list[Window]
+    ) -> Callable[[mx.array], mx.array]:
         """The decoder under the prompts of some rows, ready for the windows."""
         prompts = [self.prompts[row] for row in rows]
         steps = min(self._frames, self._model.longest_window) + max(self._delays)
         if self._prefixes:
             steps += self._prefixes.frames(rows[0])
-        if type(prompts[0]) is not str:
+        if hasattr(prompts[0], "sections"):
             from sections import SectionStep
 
             return SectionStep(self._model, prompts, self._options, steps, plan)
         text = encode_text(self._model, prompts, self._options)
-        if self._prefixes:
-            steps += text.mask.shape[1]
         return self._model.make_forward(text, self._options.copies, steps)
 
-    def _window(
-        self, start: int, stop: int, end: int, forward, sample, keys
-    ) -> Iterator[None]:
-        """The steps to frame `stop`, after the frames from `start` on that there are."""
-        prompt, config = self._past[:, start:], self._model.config.decoder
+    def _window(self, window: Window, forward, sample, keys) -> Iterator[None]:
+        """The steps of a window, after those of its frames that there are."""
+        (start, stop, end), config = window, self._model.config.decoder
+        prompt, keys = self._past[:, start:], keys[start:]
         delayed = delay(prompt, config.delays, end - start, config.vocab_size)
         self._start, self._width = start, prompt.shape[1]
         self._columns = [delayed[:, : self._width]]
         mx.eval(self._columns)
         steps = generate_step(forward, sample, prompt, end - start, keys, config)
         count = stop - start - self._width + max(self._delays)
-        for tokens in itertools.islice(steps, count):
+        for _, tokens in zip(range(count), steps):
             self._columns.append(tokens)
             self._width += 1
             self.step += 1

@@ -22,7 +22,7 @@ from beat import Beat
 
 if TYPE_CHECKING:
     from decoder import Condition
-    from musicgen import MusicGen
+    from musicgen import MusicGen, Window
     from options import Options
 
 BEGINNING = re.compile(r"\s*0(?:\.0*)?\s*(?:s|bars?)?\s*:")
@@ -150,12 +150,9 @@ def group(prompts: list[str]) -> list[list[int]]:
     return [*groups.values()]
 
 
-Window = tuple[int, int, int]  # first frame, the one at which the loop stops, end
-
-
 def cut(
-    plan: list[Window], prompt: Sections, model: "MusicGen", duration: float
-) -> list[Window]:
+    plan: list["Window"], prompt: Sections, model: "MusicGen", duration: float
+) -> list["Window"]:
     """The windows, each as often as a section begins in it: the loop stops there, and
     goes on from there.
 
@@ -189,7 +186,7 @@ class SectionStep:
         prompts: list[Sections],
         options: "Options",
         steps: int,
-        plan: list[Window],
+        plan: list["Window"],
     ):
         from musicgen import encode_text
 
@@ -199,8 +196,6 @@ class SectionStep:
         self._texts = [encode_text(model, [*texts], options) for texts in rows]
         mx.eval(self._texts)  # T5 may be freed when the first forward is made
         longest = max(self._texts, key=lambda text: text.mask.shape[1])
-        if model.config.decoder.prefix_width:
-            steps += longest.mask.shape[1]
         self._fade = model.frames_in(prompts[0].fade)
         self._delays = model.config.decoder.delays
         count = 2 if self._fade else 1

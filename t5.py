@@ -249,11 +249,7 @@ class T5(nn.Module):
         return load(cls, T5Config, Tokenizer, path_or_repo)
 
 
-def main() -> None:
+if __name__ == "__main__":
     import t5_files
 
     t5_files.main(T5)
-
-
-if __name__ == "__main__":
-    main()

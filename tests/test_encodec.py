@@ -12,6 +12,7 @@ import soundfile
 from common import EXPECTED, REFERENCE, Test, expected, last
 
 import encodec
+import encodec_files
 import limits
 from audio import save_audio
 from encodec import Encodec, EncodecConfig
@@ -164,12 +165,12 @@ class TestEncodec(Test):
         arguments = ["encodec.py", str(source), str(target), "--model", model]
         with patch("sys.argv", arguments + ["--bandwidth", "3.6"]):
             with redirect_stdout(io.StringIO()):
-                encodec.main()
+                encodec_files.main(Encodec)
         audio, rate = soundfile.read(target)
         self.assertEqual((audio.shape, rate), ((9000 * 480 // 441, 2), 48000))
         with patch("sys.argv", arguments + ["--bandwidth", "99", "--force"]):
             with self.assertRaisesRegex(SystemExit, "bandwidth must be one of"):
-                encodec.main()
+                encodec_files.main(Encodec)
         for name, more, told in (
             ("out.xyz", [], "must end in"),
             ("no/out.wav", [], "must exist"),
@@ -181,6 +182,6 @@ class TestEncodec(Test):
                 with patch.object(Encodec, "from_pretrained") as load:
                     with redirect_stderr(io.StringIO()) as err:
                         with self.assertRaisesRegex(SystemExit, told) as stop:
-                            encodec.main()
+                            encodec_files.main(Encodec)
             load.assert_not_called()
             self.assertEqual(f"{stop.exception}{err.getvalue()}".count("\n"), 0)
