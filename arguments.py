@@ -81,6 +81,18 @@ FLAGS = {  # by groups: name, what it is, and how it is read
         ),
         "negative_prompt": ("what to move away from", dict(default="")),
     },
+    "the take as a score": {
+        "bpm": (
+            "tempo, 20 to 400; it is added to the prompt unless that names one",
+            dict(type=float),
+        ),
+        "beats_per_bar": ("beats of a bar (default: 4)", dict(type=int)),
+        "section_fade": (
+            'seconds over which a section, as of the prompt "0: calm | 12: drums", comes '
+            "in (default: at once)",
+            dict(type=float),
+        ),
+    },
     "the model": {
         "model": (
             f"{', '.join(MODELS)} (no download); a Hub id or a local folder (default: "
@@ -417,11 +429,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     args.seed_is_given = args.seed is not None
     if args.seed_is_given:
         row_seeds(args.seed, rows=1)
-    values = vars(args) | {"prompt": "", "seed": args.seed or 0}
-    values["output"] = args.output or "x.wav"
+    values = vars(args) | {"seed": args.seed or 0, "output": args.output or "x.wav"}
     check_files(args)
     overrides = set() if args.prompts else None
-    make_job(values, overrides=overrides).options.check(max_duration=math.inf)
+    for prompt in args.prompt or [""]:
+        job = make_job(values | {"prompt": prompt}, overrides=overrides)
+    job.options.check(max_duration=math.inf)
     check_level(args.loudness, args.peak)
 
 
@@ -430,9 +443,7 @@ OF_MODEL = ("model", "dtype", *QUANTIZATION, "adapter", "adapter_scale")
 RECALLED = {*ALL_KEYS, *OF_MODEL} - {"output", "mp3_bitrate"}
 KEPT = {"output", *LEVELS, "subtype", "mp3_bitrate"}  # flags beside --redecode
 REPLACES = {  # flags, and the settings of a file that they put out of force
-    "prompt": {"prompt"},
-    "text": {"prompt"},
-    "prompts": {"prompt"},
+    **dict.fromkeys(("prompt", "text", "prompts"), {"prompt", "section_fade"}),
     "audio_prompt": {*AUDIO_KEYS},
     "melody": {*MELODY_KEYS},
     "style": {*STYLE_KEYS},

@@ -32,7 +32,8 @@ A new conditioner is a file of its own, and a function and a line in CONDITIONER
             # the same for rows without a sound, which guidance moves away from
 
 melody.py and style.py are such files, and needed beside it for such models, with what
-these need. Needs decoder.py and options.py beside it.
+these need; sections.py and beat.py for texts that change. Needs decoder.py and options.py
+beside it.
 """
 
 from collections.abc import Callable
@@ -197,21 +198,32 @@ class Prefixes:
 
     def group(self, prompts: list[str], negative_prompt: str) -> list[list[int]]:
         """Numbers of the rows whose prefixes, text and all, have one length."""
-        groups, encode = {}, self._tokenizer.encode
+        groups = {}
         for row, prompt in enumerate(prompts):
-            tokens, when = (len(encode(prompt)),), ()
+            when = ()
             if hasattr(prompt, "sections"):
                 from sections import times
 
                 when = times(prompt)
-                tokens = tuple(len(encode(text)) for text in prompt.texts)
-            tokens = tuple(max(n, len(encode(negative_prompt))) for n in tokens)
-            groups.setdefault((tokens, when, self.frames(row)), []).append(row)
+            key = (self.tokens(prompt, negative_prompt), self.frames(row), when)
+            groups.setdefault(key, []).append(row)
         return [*groups.values()]
+
+    def tokens(self, prompt: str, negative_prompt: str) -> tuple[int, ...]:
+        """Of a row's text, or of the texts of its sections."""
+        count = lambda text: len(self._tokenizer.encode(text))  # noqa: E731
+        texts = getattr(prompt, "texts", [prompt])
+        return (*(max(count(text), count(negative_prompt)) for text in texts),)
 
     def frames(self, row: int) -> int:
         """Frames of a row's prefix, less its text."""
         return self._conditioner.frames(self._prepared[row])
+
+    def steps(self, rows: list[int], prompts: list[str], negative_prompt: str) -> int:
+        """The most that the prefix of such rows takes, text and all."""
+        return self.frames(rows[0]) + max(
+            self.tokens(prompts[rows[0]], negative_prompt)
+        )
 
     def window(self, rows: list[int], start: int, copies: int) -> Condition:
         """The states of some rows for the window from frame `start` on, and those of

@@ -5,8 +5,8 @@
     job.check()  # raises ValueError or OSError
 
 The settings may be a stranger's: of a command line, a line of a file of prompts, or a
-sound file's comment. Needs audio.py, loudness.py, options.py, outputs.py and strict.py
-beside it, with what these need; to time and level a take, the model's own config.
+sound file's comment. Needs audio.py, beat.py, loudness.py, options.py, outputs.py, sections.py and
+strict.py beside it, with what these need; to time and level a take, the model's own config.
 """
 
 import math
@@ -20,9 +20,11 @@ import mlx.core as mx
 import numpy as np
 
 from audio import check_audio_path
+from beat import Beat, make_beat
 from loudness import CEILING, to_loudness, to_peak
 from options import STYLE_OPTIONS, Options, row_seeds
 from outputs import check_apart, check_new, default_name, free
+from sections import Sections, check_end, parse, times
 from strict import in_a_line
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ class Job:
     audio_prompt: AudioPrompt | None = None
     melody: MelodyFile | None = None
     style: str | None = None  # sound file
+    beat: Beat | None = None
     loudness: float | None = None  # LUFS
     peak: float | None = None  # dB of full scale
     subtype: str | None = None  # of the file's samples; None: the format's own
@@ -87,6 +90,8 @@ class Job:
         if writes:
             check_audio_path(self.output, self.subtype, self.mp3_bitrate)
         duration = self.options.duration  # None: the model's own
+        if duration is not None:
+            check_end(self.prompt, duration)
         if self.loudness is not None and duration and duration < SHORTEST:
             raise ValueError(
                 f"loudness needs a duration of {SHORTEST} s or more, got "
@@ -126,7 +131,19 @@ class Job:
 
     def runs_with(self, other: "Job") -> bool:
         """Whether both can be rows of one batch."""
-        return (self.options, self.audio_prompt) == (other.options, other.audio_prompt)
+        mine, theirs = [
+            (job.options, job.audio_prompt, times(job.prompt)) for job in (self, other)
+        ]
+        return mine == theirs
+
+    @property
+    def text(self) -> str:
+        """The prompt as the model is given it: with the tempo."""
+        if self.beat is None:
+            return self.prompt
+        if isinstance(self.prompt, Sections):
+            return self.prompt.each(self.beat.named)
+        return self.beat.named(self.prompt)
 
     def inputs(self) -> dict[str, str]:
         """The sound files that it reads, by what they are."""
@@ -140,6 +157,10 @@ class Job:
         record = asdict(self.options) | dict(prompt=self.prompt, seed=self.seed)
         record |= dict(loudness=self.loudness, peak=self.peak, subtype=self.subtype)
         record |= dict(mp3_bitrate=self.mp3_bitrate)
+        if self.beat:
+            record |= self.beat._asdict()
+        if isinstance(self.prompt, Sections) and self.prompt.fade:
+            record |= dict(section_fade=self.prompt.fade)
         if self.audio_prompt:
             record |= dict(zip(AUDIO_KEYS, self.audio_prompt))
         if self.melody:
@@ -167,7 +188,10 @@ KEYS = ("prompt", "seed", "output", *OPTIONS, *LEVELS, "subtype", "mp3_bitrate")
 AUDIO_KEYS = ("audio_prompt", "prompt_start", "prompt_length", "drop_prompt")
 MELODY_KEYS = ("melody", "melody_start", "no_separate")
 STYLE_KEYS = ("style", *STYLE_OPTIONS)
-ALL_KEYS = (*dict.fromkeys((*KEYS, *AUDIO_KEYS, *MELODY_KEYS, *STYLE_KEYS)),)
+SCORE_KEYS = ("bpm", "beats_per_bar", "section_fade")
+ALL_KEYS = (
+    *dict.fromkeys((*KEYS, *AUDIO_KEYS, *MELODY_KEYS, *STYLE_KEYS, *SCORE_KEYS)),
+)
 
 
 def sound_name(key: str, path: Any) -> str | None:
@@ -223,6 +247,19 @@ def make_style(values: dict[str, Any], overrides: set[str]) -> tuple[str | None,
     return None, {}
 
 
+def make_prompt(values: dict[str, Any], beat: Beat | None, overrides: set[str]) -> str:
+    """The prompt among the values, in sections where it has such. Raises ValueError
+    naming a bad section, or `section_fade` without any, as `make_melody`."""
+    prompt, fade = values["prompt"], values.get("section_fade")
+    if isinstance(prompt, str):
+        prompt = parse(prompt, beat, 0.0 if fade is None else fade)
+    if fade is not None and "section_fade" in overrides and type(prompt) is str:
+        raise ValueError(
+            'section_fade needs a prompt in sections, such as "0: calm | 12: loud".'
+        )
+    return prompt
+
+
 @in_a_line
 def make_job(
     values: dict[str, Any], line: int | None = None, overrides: set[str] | None = None
@@ -239,10 +276,12 @@ def make_job(
     if not isinstance(output, str | Path) or not str(output) or "\0" in str(output):
         raise ValueError(f"output must name a file, got {output!r}.")
     levels = [values.get(key) for key in LEVELS]
-    first = (values["prompt"], values["seed"], Path(output))
+    beat = make_beat(values.get("bpm"), values.get("beats_per_bar"))
+    prompt = make_prompt(values, beat, overrides)
+    first = (prompt, values["seed"], Path(output))
     subtype = values.get("subtype") and str(values["subtype"]).upper()
     written = (subtype, values.get("mp3_bitrate"))
-    job = Job(*first, options, sound, melody, style, *levels, *written, line)
+    job = Job(*first, options, sound, melody, style, beat, *levels, *written, line)
     return replace(job, overwrite=bool(values.get("force")))
 
 

@@ -283,7 +283,7 @@ def make_take(
 ) -> Take:
     """The take of jobs that run together, which start with a sound, or with codes."""
     return model.steps(
-        [job.prompt for job in jobs],
+        [job.text for job in jobs],
         seed=[job.seed for job in jobs],
         audio_prompt=audio,
         codes_prompt=start and start.codes,

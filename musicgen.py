@@ -7,7 +7,8 @@ its parts: `MusicGen`, text encoder, decoder and codec together; the take that i
 the loop (`generate_step`), guidance and sampling; the delay pattern. Needs decoder.py,
 t5.py, encodec.py, options.py and checkpoints.py beside it. Beside them, engine.py,
 encodec_stream.py and parallel.py make it faster. To begin with a sound, prompt.py and
-what that needs are needed; to follow one, conditioning.py; quantize.py; textless.py.
+what that needs are needed; to follow one, conditioning.py; for texts that change,
+sections.py and beat.py; quantize.py; textless.py.
 
     model = MusicGen.from_pretrained("stereo-small")
     audio = model.generate(["happy rock", "calm piano"], duration=8.0, seed=0)
@@ -207,8 +208,6 @@ class MusicGen(nn.Module):
     ) -> Callable[[mx.array], mx.array]:
         """The decoder under a text, to be called as `PlainStep`. T5 is freed, to be
         read again, where memory does not hold it beside the caches."""
-        if self.config.decoder.prefix_width:
-            steps += text.mask.shape[1]  # which stands before the codes
         if self.plain:
             return PlainStep(self.decoder, text, copies, steps)
         from engine import Engine, make_room
@@ -421,16 +420,16 @@ class Take:
         self, rows: list[int], plan: list[Window]
     ) -> Callable[[mx.array], mx.array]:
         """The decoder under the prompts of some rows, ready for the windows."""
-        prompts = [self.prompts[row] for row in rows]
+        prompts, options = [self.prompts[row] for row in rows], self._options
         steps = min(self._frames, self._model.longest_window) + max(self._delays)
         if self._prefixes:
-            steps += self._prefixes.frames(rows[0])
+            steps += self._prefixes.steps(rows, self.prompts, options.negative_prompt)
+        encode = lambda texts: encode_text(self._model, texts, options)  # noqa: E731
         if hasattr(prompts[0], "sections"):
             from sections import SectionStep
 
-            return SectionStep(self._model, prompts, self._options, steps, plan)
-        text = encode_text(self._model, prompts, self._options)
-        return self._model.make_forward(text, self._options.copies, steps)
+            return SectionStep(self._model, prompts, encode, options, steps, plan)
+        return self._model.make_forward(encode(prompts), options.copies, steps)
 
     def _window(self, window: Window, forward, sample, keys) -> Iterator[None]:
         """The steps of a window, after those of its frames that there are."""

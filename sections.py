@@ -8,7 +8,7 @@ Every step attends the text of its frame, so that the frames before a section ar
 of a take without it. Where the text stands before the codes, in the melody and style
 models, the whole window is computed under the text of the section at hand. Over `fade`
 seconds from a section's beginning on, its logits and those of the text before are
-blended. Needs beat.py beside it, and musicgen.py with what that needs.
+blended. Needs beat.py beside it.
 """
 
 import math
@@ -57,6 +57,11 @@ class Sections(str):
     def __getnewargs__(self):
         return self.sections, self.fade, str(self)
 
+    def each(self, change: Callable[[str], str]) -> "Sections":
+        """The same with other texts."""
+        sections = [(seconds, change(words)) for seconds, words in self.sections]
+        return Sections(sections, self.fade, str(self))
+
     @property
     def texts(self) -> list[str]:
         """One of each section."""
@@ -93,6 +98,16 @@ def check(sections: list[tuple[float, str]], fade: float) -> None:
         raise ValueError(
             "section_fade must be from 0 s to the shortest section's length, got "
             f"{fade!r:.40}."
+        )
+
+
+def check_end(prompt: str, duration: float) -> None:
+    """Raise ValueError for a section that begins when the take has ended."""
+    if isinstance(prompt, Sections) and prompt.sections[-1][0] >= duration:
+        first, words = prompt.sections[-1]
+        raise ValueError(
+            f"The section at {first:g} s, {words!r:.40}, must begin before the take "
+            f"ends, at {duration:g} s."
         )
 
 
@@ -156,14 +171,9 @@ def cut(
     """The windows, each as often as a section begins in it: the loop stops there, and
     goes on from there.
 
-    Raises ValueError for a section that begins when the take has ended.
+    Raises ValueError as `check_end`.
     """
-    first, words = prompt.sections[-1]
-    if first and model.frames_in(first) >= model.frames_in(duration):
-        raise ValueError(
-            f"The section at {first:g} s, {words!r:.40}, must begin before the take "
-            f"ends, at {duration:g} s."
-        )
+    check_end(prompt, duration)
     frames = sorted({model.frames_in(seconds) for seconds, _ in prompt.sections})
     passes, made = [], 0
     for start, _, end in plan:
@@ -184,16 +194,15 @@ class SectionStep:
         self,
         model: "MusicGen",
         prompts: list[Sections],
+        encode: Callable[[list[str]], "Condition"],
         options: "Options",
         steps: int,
         plan: list["Window"],
     ):
-        from musicgen import encode_text
-
         starts = [seconds for seconds, _ in prompts[0].sections]
         self._frames, self._plan = list(map(model.frames_in, starts)), iter(plan)
         rows = zip(*(prompt.texts for prompt in prompts))
-        self._texts = [encode_text(model, [*texts], options) for texts in rows]
+        self._texts = [encode([*texts]) for texts in rows]
         mx.eval(self._texts)  # T5 may be freed when the first forward is made
         longest = max(self._texts, key=lambda text: text.mask.shape[1])
         self._fade = model.frames_in(prompts[0].fade)

@@ -51,6 +51,11 @@ def try_adapters(adapters):
     assert beside == [(paths[1], 0.5)] and model._adapter["adapter_scale"] == 0.5
 
 
+def try_beat(beat):
+    assert beat.make_beat(120).bars(4) == 8.0
+    assert beat.Beat(90.0).named("rock") == "rock, 90 bpm"
+
+
 def try_arguments(arguments):
     args = arguments.parse_arguments(["slow bell", "-m", "tiny", "-d", "2"])
     assert (args.prompt, args.model, args.duration) == (["slow bell"], "tiny", 2.0)
@@ -316,6 +321,11 @@ def try_quantize(quantize):
 def try_resample(resample):
     assert resample.resample(NOISE, 32000, 16000).shape == (16000, 1)
     assert resample.true_peak(NOISE) >= abs(NOISE).max()
+
+
+def try_sections(sections):
+    song = sections.parse("0: calm | 12: loud", fade=1.0)
+    assert (song.texts, sections.times(song)) == (["calm", "loud"], (0.0, 12.0, 1.0))
 
 
 def try_settings(settings):

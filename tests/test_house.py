@@ -24,16 +24,15 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 # Every import points to an earlier layer, from people at the end to leaves.
 LAYERS = """
     options outputs together limits hub resample decoder test strict parallel quantize beat
-    messages torch_file settings audio decoder_names t5_files textless models
+    messages torch_file settings audio decoder_names t5_files textless models sections
     progress lora loudness wav_stream synth demucs mert t5 audiocraft
     training play stream encodec_files melody peft_files job
     encodec adapters
     engine encodec_stream style train_codec
-    prompt published
-    arguments musicgen
-    convert evaluate sections
-    conditioning
-    checkpoints jobs
+    prompt published conditioning
+    arguments checkpoints
+    musicgen
+    convert evaluate jobs
     lines train
     generate benchmark
     fidelity
@@ -70,7 +69,8 @@ def imports(name: str) -> dict[str, bool]:
             for module in {*modules} & {*SCRIPTS}:
                 found[module] = found.get(module, False) or always
             function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
-            visit(child, always and not function)
+            guard = isinstance(child, ast.If) and "__main__" in ast.unparse(child.test)
+            visit(child, always and not function and not guard)
 
     visit(tree(name), True)
     return found
