@@ -105,8 +105,9 @@ def stand_in(model: str) -> str:
 
 def shorten(text: str) -> str:
     """A command, Python or JSON with seconds, and steps of a take, divided."""
-    seconds = r'(?:duration|length|start|stride)(?:"?[=:] ?| )'
-    number = rf"({seconds}|int\(|take\.step [=>]+ )([\d.]+)"
+    seconds = r'(?:duration|length|start|stride|fade)(?:"?[=:] ?| )'
+    section = r'\| (?=[\d.]+\w*: )|\((?=[\d.]+, ")'
+    number = rf"({seconds}|{section}|int\(|take\.step [=>]+ )([\d.]+)"
 
     def divide(match: re.Match) -> str:
         number = float(match[2]) / SHORTER
@@ -123,7 +124,7 @@ def cheapen(command: str) -> list[str]:
             words[i] = stand_in(words[i])
     if words[0] == "generate.py":
         if not {"--duration", "--again", "--redecode"} & {*words}:
-            whole = WHOLE & {*words}
+            whole = WHOLE & {*words} or " | " in command
             words += ["--duration", str((8 if whole else 4) / SHORTER)]
         if not {"--model", "--again", "--resume", "--redecode"} & {*words}:
             words += ["--model", "tiny"]
