@@ -24,7 +24,7 @@ from audio import save_audio
 
 DOCUMENTS = ("README.md", "GUIDE.md", "TRAINING.md", "SPEED.md", "tiny/README.md")
 FENCE = re.compile(r"^```(\w*) ?(.*)\n([\s\S]*?)^```$", re.MULTILINE)
-COMMAND = re.compile(r"\bpython (\w+\.py\b.*?)(?= \||$)", re.MULTILINE)
+COMMAND = re.compile(r"\bpython (\w+\.py\b.*?)(?= \| (?!\d)|$)", re.MULTILINE)
 NOT_RUN = re.compile(
     r"synth --(codec|lm)|tiny-new|--tensor-parallel|--random|evaluate\.py|test\.py"
 )
