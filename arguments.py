@@ -87,6 +87,12 @@ FLAGS = {  # by groups: name, what it is, and how it is read
             dict(type=float),
         ),
         "beats_per_bar": ("beats of a bar (default: 4)", dict(type=int)),
+        "loop": (
+            "make a loop of so many --bars at --bpm, to the sample; a wav says so to a "
+            "sampler",
+            SWITCH,
+        ),
+        "bars": ("length of the loop", dict(type=float)),
         "section_fade": (
             'seconds over which a section, as of the prompt "0: calm | 12: drums", comes '
             "in (default: at once)",
@@ -555,6 +561,8 @@ def check_stream(args: argparse.Namespace) -> None:
         )
     if args.tensor_parallel:
         raise ValueError("--stream does not go with --tensor-parallel")
+    if args.loop:
+        raise ValueError("--loop needs the whole take: leave out --stream")
     output = args.output or "x.wav"
     if output != "-" and Path(output).suffix.lower() != ".wav":
         raise ValueError(f"--stream writes .wav or -, got --output {args.output}")

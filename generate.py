@@ -302,7 +302,8 @@ def redecode(
     progress.stage("decoding")
     codes, prompt_frames = start
     samples = jobs.decode(model, job, codes, prompt_frames)[0]
-    record = jobs.take_settings(model, job, sounds, prompt_frames)
+    samples, facts = jobs.shape(model, job, samples, codes)
+    record = jobs.take_settings(model, job, sounds, prompt_frames) | facts
     job = jobs.save(model, job, samples, record)
     if args.save_codes:
         settings.save_codes(args.save_codes, codes, record, args.force)

@@ -5,7 +5,7 @@
     job.check()  # raises ValueError or OSError
 
 The settings may be a stranger's: of a command line, a line of a file of prompts, or a
-sound file's comment. Needs audio.py, beat.py, loudness.py, options.py, outputs.py, sections.py and
+sound file's comment. Needs audio.py, beat.py, loops.py, loudness.py, options.py, outputs.py, sections.py and
 strict.py beside it, with what these need; to time and level a take, the model's own config.
 """
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from audio import check_audio_path
 from beat import Beat, make_beat
+from loops import check_loop, take_seconds
 from loudness import CEILING, to_loudness, to_peak
 from options import STYLE_OPTIONS, Options, row_seeds
 from outputs import check_apart, check_new, default_name, free
@@ -64,6 +65,7 @@ class Job:
     melody: MelodyFile | None = None
     style: str | None = None  # sound file
     beat: Beat | None = None
+    loop: float | None = None  # bars
     loudness: float | None = None  # LUFS
     peak: float | None = None  # dB of full scale
     subtype: str | None = None  # of the file's samples; None: the format's own
@@ -92,6 +94,7 @@ class Job:
         duration = self.options.duration  # None: the model's own
         if duration is not None:
             check_end(self.prompt, duration)
+            check_loop(self.beat, self.loop, duration)
         if self.loudness is not None and duration and duration < SHORTEST:
             raise ValueError(
                 f"loudness needs a duration of {SHORTEST} s or more, got "
@@ -159,6 +162,8 @@ class Job:
         record |= dict(mp3_bitrate=self.mp3_bitrate)
         if self.beat:
             record |= self.beat._asdict()
+        if self.loop is not None:
+            record |= dict(loop=True, bars=self.loop)
         if isinstance(self.prompt, Sections) and self.prompt.fade:
             record |= dict(section_fade=self.prompt.fade)
         if self.audio_prompt:
@@ -188,7 +193,7 @@ KEYS = ("prompt", "seed", "output", *OPTIONS, *LEVELS, "subtype", "mp3_bitrate")
 AUDIO_KEYS = ("audio_prompt", "prompt_start", "prompt_length", "drop_prompt")
 MELODY_KEYS = ("melody", "melody_start", "no_separate")
 STYLE_KEYS = ("style", *STYLE_OPTIONS)
-SCORE_KEYS = ("bpm", "beats_per_bar", "section_fade")
+SCORE_KEYS = ("bpm", "beats_per_bar", "section_fade", "loop", "bars")
 ALL_KEYS = (
     *dict.fromkeys((*KEYS, *AUDIO_KEYS, *MELODY_KEYS, *STYLE_KEYS, *SCORE_KEYS)),
 )
@@ -247,6 +252,27 @@ def make_style(values: dict[str, Any], overrides: set[str]) -> tuple[str | None,
     return None, {}
 
 
+def make_loop(
+    values: dict[str, Any], beat: Beat | None, overrides: set[str]
+) -> float | None:
+    """Bars of a loop, or None for none. Raises ValueError naming a bad value, or `bars`
+    without a loop, as `make_melody`."""
+    loop, bars = values.get("loop"), values.get("bars")
+    if loop not in (None, False, True):
+        raise ValueError(f"loop must be true or false, got {loop!r:.40}.")
+    if not loop:
+        if bars is not None and "bars" in overrides:
+            raise ValueError("bars needs a loop.")
+        return None
+    if beat is None or bars is None:
+        raise ValueError("loop needs bpm and bars, such as 120 and 4.")
+    if values.get("drop_prompt"):
+        raise ValueError("loop does not go with drop_prompt.")
+    if type(bars) not in (int, float) or not 0.25 <= bars <= 1000:
+        raise ValueError(f"bars must be from 0.25 to 1000, got {bars!r:.40}.")
+    return bars
+
+
 def make_prompt(values: dict[str, Any], beat: Beat | None, overrides: set[str]) -> str:
     """The prompt among the values, in sections where it has such. Raises ValueError
     naming a bad section, or `section_fade` without any, as `make_melody`."""
@@ -278,10 +304,13 @@ def make_job(
     levels = [values.get(key) for key in LEVELS]
     beat = make_beat(values.get("bpm"), values.get("beats_per_bar"))
     prompt = make_prompt(values, beat, overrides)
+    loop = make_loop(values, beat, overrides)
+    if loop is not None and options.duration is None:
+        options = replace(options, duration=take_seconds(beat, loop))
     first = (prompt, values["seed"], Path(output))
     subtype = values.get("subtype") and str(values["subtype"]).upper()
     written = (subtype, values.get("mp3_bitrate"))
-    job = Job(*first, options, sound, melody, style, beat, *levels, *written, line)
+    job = Job(*first, options, sound, melody, style, beat, loop, *levels, *written, line)
     return replace(job, overwrite=bool(values.get("force")))
 
 

@@ -236,9 +236,11 @@ class Batch:
             yield from (Result(job, error) for job in self._jobs)
             return
         elapsed = time.perf_counter() - self._began
-        for job, samples in zip(self._jobs, audio):
+        for job, samples, own in zip(self._jobs, audio, codes):
             record = take_settings(model, job, self._sounds, self._prompt_frames)
             try:
+                samples, facts = shape(model, job, samples, own[None])
+                record |= facts
                 job = save(model, job, samples, record)
                 if save_codes:
                     settings.save_codes(save_codes, codes, record, job.overwrite)
@@ -319,6 +321,22 @@ def decode(model: MusicGen, job: Job, codes: mx.array, prompt_frames: int) -> mx
     return audio
 
 
+def shape(
+    model: MusicGen, job: Job, samples: mx.array, codes: mx.array
+) -> tuple[mx.array, dict[str, Any]]:
+    """The samples (N, C) of a take as the job wants them, and what was found for that,
+    for the file's comment."""
+    if job.loop is None:
+        return samples, {}
+    from loops import best_cut, decode_round, loop_frames, loop_samples
+
+    frames = loop_frames(job.beat, job.loop, model.frame_rate)
+    count = loop_samples(job.beat, job.loop, model.sampling_rate)
+    first, score = best_cut(model, job.text, codes, frames)
+    samples = decode_round(model, codes[:, first : first + frames], count)
+    return samples, dict(loop_start=first / model.frame_rate, loop_score=score)
+
+
 def save(model: MusicGen, job: Job, samples: mx.array, record: dict[str, Any]) -> Job:
     """Write the job's sound, with its settings in the comment. Returns the job, under
     another name where somebody else wrote its file meanwhile."""
@@ -328,6 +346,10 @@ def save(model: MusicGen, job: Job, samples: mx.array, record: dict[str, Any]) -
         try:
             written = (comment, job.subtype, job.mp3_bitrate, job.overwrite)
             save_audio(job.output, audio, rate, *written, job.ceiling)
+            if job.loop is not None and job.output.suffix.lower() == ".wav":
+                from loops import write_loop_points
+
+                write_loop_points(job.output, len(audio), rate)
             return job
         except FileExistsError:
             other = free(job.output)
