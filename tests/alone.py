@@ -318,6 +318,13 @@ def try_quantize(quantize):
     assert model.layers[0].scales.dtype == mx.uint8
 
 
+def try_ranking(ranking):
+    model = ranking.MusicGen.from_pretrained(TINY)
+    codes = model.generate_codes(["bell", "saw"], duration=0.2)
+    assert ranking.log_likelihood(model, ["bell", "saw"], codes).shape == (2,)
+    assert ranking.order([1.0, 2.0]) == [1, 0]
+
+
 def try_resample(resample):
     assert resample.resample(NOISE, 32000, 16000).shape == (16000, 1)
     assert resample.true_peak(NOISE) >= abs(NOISE).max()

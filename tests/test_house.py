@@ -32,7 +32,7 @@ LAYERS = """
     prompt published conditioning
     arguments checkpoints
     musicgen
-    convert evaluate jobs
+    convert evaluate jobs ranking
     lines train
     generate benchmark
     fidelity
