@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import io
 import json
+import math
 import os
 import runpy
 import sys
@@ -209,6 +210,14 @@ def try_lines(lines):
     planned = lines.plan_file(Path("a.txt"), dict(seed=3, output="a.wav"))
     assert [job.seed for job in planned] == [3, 4]
     assert lines.left(planned, {}) == (planned, [])
+
+
+def try_loops(loops):
+    from beat import Beat
+
+    assert loops.loop_samples(Beat(120), 4, 32000) == 256000
+    wave = mx.sin(mx.arange(640)[:, None] * (2 * math.pi / 64))
+    assert loops.resample_circle(wave, 700).shape == (700, 1)
 
 
 def try_lora(lora):

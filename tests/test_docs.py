@@ -122,8 +122,10 @@ def cheapen(command: str) -> list[str]:
     for i, flag in enumerate(words[:-1], 1):
         if flag in ("--model", "--hf-path"):
             words[i] = stand_in(words[i])
+        if flag == "--bars":
+            words[i] = "0.25"
     if words[0] == "generate.py":
-        if not {"--duration", "--again", "--redecode"} & {*words}:
+        if not {"--duration", "--again", "--redecode", "--loop"} & {*words}:
             whole = WHOLE & {*words} or " | " in command
             words += ["--duration", str((8 if whole else 4) / SHORTER)]
         if not {"--model", "--again", "--resume", "--redecode"} & {*words}:

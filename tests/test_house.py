@@ -26,16 +26,18 @@ LAYERS = """
     options outputs together limits hub resample decoder test strict parallel quantize beat
     messages torch_file settings audio decoder_names t5_files textless models sections
     progress lora loudness wav_stream synth demucs mert t5 audiocraft
-    training play stream encodec_files melody peft_files job
+    training play stream encodec_files melody peft_files
     encodec adapters
     engine encodec_stream style train_codec
     prompt published conditioning
-    arguments checkpoints
+    checkpoints
     musicgen
-    convert evaluate jobs ranking
-    lines train
-    generate benchmark
-    fidelity
+    convert evaluate ranking
+    train loops
+    job benchmark
+    arguments jobs fidelity
+    lines
+    generate
 """
 
 # Those of many files, which say "and what these need".
