@@ -364,7 +364,7 @@ class Take:
         elif any(hasattr(prompt, "sections") for prompt in prompts):
             from sections import group
 
-            groups = group(prompts)
+            groups, size = group(prompts, size)
         self._batches = [
             list(rows[start : start + size])
             for rows in groups

@@ -188,7 +188,7 @@ def batches(prompts: list[str], prefixes: Any, size: int) -> list[list[int]]:
     elif any(hasattr(prompt, "sections") for prompt in prompts):
         from sections import group
 
-        groups = group(prompts)
+        groups, _ = group(prompts, size)
     return [
         list(rows[start : start + size])
         for rows in groups

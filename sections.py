@@ -157,12 +157,14 @@ def times(prompt: str) -> tuple:
     return *(seconds for seconds, _ in prompt.sections), prompt.fade
 
 
-def group(prompts: list[str]) -> list[list[int]]:
-    """Numbers of the rows that run together."""
+def group(prompts: list[str], size: int) -> tuple[list[list[int]], int]:
+    """Numbers of the rows that run together, and how many of so many that memory holds:
+    half of them, where one fades, for that needs the caches of both texts."""
     groups = {}
     for row, prompt in enumerate(prompts):
         groups.setdefault(times(prompt), []).append(row)
-    return [*groups.values()]
+    fades = any(getattr(prompt, "fade", 0) for prompt in prompts)
+    return [*groups.values()], max(size // 2, 1) if fades else size
 
 
 def cut(
