@@ -225,22 +225,19 @@ class SectionStep:
         if begins:
             self._begun, self._frame = True, self._start + tokens.shape[1] - 1
             self._at = sum(first <= self._frame for first in self._frames) - 1
-        logits, weights = (
-            self._run(self._new, tokens, self._at, begins),
-            self._weights(),
-        )
+        logits, weights = self._run(self._new, tokens, self._at, begins), self._weights
         self._frame += 1
         if self._fade == 0 or self._at == 0 or min(weights) == 1:
             return logits
         old = self._run(self._old, tokens, self._at - 1, begins).astype(mx.float32)
         return old + (logits - old) * mx.array(weights)[:, None]
 
+    @property
     def _weights(self) -> list[float]:
         """Of the section's logits against the ones before, for each codebook by the
         frame that it writes: rising evenly to 1, which a fade of 0 has at once."""
-        behind = [
-            self._frame - delay - self._frames[self._at] for delay in self._delays
-        ]
+        since = self._frame - self._frames[self._at]
+        behind = [since - delay for delay in self._delays]
         return [min(max((b + 1) / (self._fade + 1), 0.0), 1.0) for b in behind]
 
     def _run(
