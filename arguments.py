@@ -13,9 +13,10 @@ import difflib
 import math
 import os
 import platform
+import re
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import mlx.core as mx
 
@@ -97,6 +98,16 @@ FLAGS = {  # by groups: name, what it is, and how it is read
             'seconds over which a section, as of the prompt "0: calm | 12: drums", comes '
             "in (default: at once)",
             dict(type=float),
+        ),
+        "regenerate": (
+            "make a part again: its seconds, and the take (codes of --save-codes, or any "
+            "sound, or that of --audio-prompt). All else stays; several --takes are the "
+            "best ones",
+            dict(nargs="+", metavar=("8:12", "FILE")),
+        ),
+        "candidates": (
+            "how many parts --regenerate makes, 1 to 64, to choose from (default: 8)",
+            dict(type=int),
         ),
     },
     "the model": {
@@ -340,6 +351,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         args.output = f"{args.prompts.stem}.wav"
     try:
         set_adapters(args)
+        set_edit(args)
         if args.prompt and "-" in args.prompt:
             args.prompt = [read_input() if p == "-" else p for p in args.prompt]
         check_arguments(args)
@@ -364,6 +376,71 @@ def set_adapters(args: argparse.Namespace) -> None:
         args.adapter, args.adapter_scale = adapters, scales
     else:
         args.adapter, args.adapter_scale = next(iter(adapters), None), scales[0]
+
+
+class Edit(NamedTuple):
+    """A part to be made again, and which take's: codes, or some of a sound file."""
+
+    part: tuple[float, float]  # first second, end
+    path: Path
+    start: float = 0.0  # seconds
+    length: float | None = None  # seconds; None: to the end
+
+    @property
+    def name(self) -> str:
+        """Of the part."""
+        return f"{self.part[0]:g}:{self.part[1]:g}"
+
+
+def set_edit(args: argparse.Namespace) -> None:
+    """What --regenerate asks for. Raises ValueError for what does not go with it."""
+    if not args.regenerate:
+        if args.candidates is not None:
+            raise ValueError("--candidates needs --regenerate")
+        return
+    part, *files = args.regenerate
+    found = re.fullmatch(r"(\d+(?:\.\d*)?):(\d+(?:\.\d*)?)s?", part)
+    if not found:
+        raise ValueError(
+            "--regenerate needs the part first, such as 8:12 for the seconds 8 to 12, "
+            f"got {part!r:.40}"
+        )
+    if len(files) + bool(args.audio_prompt) != 1:
+        raise ValueError(
+            "--regenerate needs one take: a file after the part, or --audio-prompt; the "
+            "prompt goes to --prompt"
+        )
+    if args.prompt is None and args.text is None:
+        raise ValueError(
+            f"{files[0] if files else args.audio_prompt} names no prompt: give --prompt, "
+            'which may be ""'
+        )
+    count = 8 if args.candidates is None else args.candidates
+    if not 1 <= count <= MOST_CANDIDATES:
+        raise ValueError(f"--candidates must be 1 to {MOST_CANDIDATES}, got {count}")
+    if args.takes > count:
+        raise ValueError(f"--takes must be at most the {count} --candidates")
+    check_edit(args)
+    if files:
+        args.audio_prompt = files[0]
+    sound = (args.prompt_start or 0.0, args.prompt_length)
+    place = Path(os.path.expanduser(args.audio_prompt))
+    args.regenerate = Edit(tuple(map(float, found.groups())), place, *sound)
+    args.audio_prompt = args.prompt_start = args.prompt_length = None
+    args.candidates = count
+
+
+def check_edit(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags that do not go with --regenerate."""
+    for name in (*BESIDE_EDIT, "drop_prompt", "stream", "tensor_parallel"):
+        if getattr(args, name):
+            raise ValueError(f"--regenerate goes without --{name.replace('_', '-')}")
+    if args.duration is not None:
+        raise ValueError("--regenerate keeps the take's length: leave out --duration")
+    if len(args.prompt or []) + (args.text is not None) > 1:
+        raise ValueError("--regenerate takes one prompt; --takes gives the best of it")
+    if args.save_codes and args.takes > 1:
+        raise ValueError("--save-codes goes with one take")
 
 
 def read_input() -> str:
@@ -444,10 +521,13 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_level(args.loudness, args.peak)
 
 
+MOST_CANDIDATES = 64
+BESIDE_EDIT = ("prompts", "again", "resume", "redecode")  # other ways to begin
 QUANTIZATION = ("q_bits", "q_group_size", "q_mode")
 OF_MODEL = ("model", "dtype", *QUANTIZATION, "adapter", "adapter_scale")
 RECALLED = {*ALL_KEYS, *OF_MODEL} - {"output", "mp3_bitrate"}
 KEPT = {"output", *LEVELS, "subtype", "mp3_bitrate"}  # flags beside --redecode
+NEW_IN_EDIT = {"seed", "duration", *AUDIO_KEYS}  # a take's, which its part has not
 REPLACES = {  # flags, and the settings of a file that they put out of force
     **dict.fromkeys(("prompt", "text", "prompts"), {"prompt", "section_fade"}),
     "audio_prompt": {*AUDIO_KEYS},
@@ -471,25 +551,33 @@ def recalled(parser: Parser, argv: list[str]) -> list[str]:
     that are given."""
     args, _ = parser.parse_known_args(argv)
     sources = [p for p in (args.again, args.resume, args.redecode) if p is not None]
+    edited = [Path(os.path.expanduser(p)) for p in (args.regenerate or [])[1:2]]
+    sources += edited
     if not sources:
         return []
     given = {k for k, v in vars(args).items() if v != parser.get_default(k)}
     if len(sources) > 1:
-        parser.error("--again, --resume and --redecode must not come together")
+        parser.error(
+            "--again, --resume, --redecode and --regenerate must not come together"
+        )
     shaping = given & ({"prompts", "takes", *ALL_KEYS} - KEPT)
     if args.redecode and shaping:
         name = min(shaping).replace("_", "-")
         parser.error(f"--redecode takes codes as they are: leave out --{name}")
     if args.resume and args.audio_prompt:
         parser.error("--resume goes on from codes: leave out --audio-prompt")
-    if args.again is None and sources[0].suffix != ".safetensors":
+    codes_only = args.resume or args.redecode
+    if codes_only and sources[0].suffix != ".safetensors":
         flag = "--resume" if args.resume else "--redecode"
         parser.error(f"{flag} needs a .safetensors of --save-codes, got {sources[0]}")
     try:
-        record = settings.read_settings(sources[0])
+        record = read_record(sources[0], args)
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: error: {one_line(error)}\n")
     replaced = set().union(*(REPLACES.get(name, ()) for name in given))
+    if edited:
+        replaced |= NEW_IN_EDIT
+        replaced |= set() if sources[0].suffix == ".safetensors" else {*LEVELS}
     wanted = {k: record[k] for k in (RECALLED - replaced) & record.keys()}
     flags = {f"--{k.replace('_', '-')}": v for k, v in wanted.items()}
     chosen = [
@@ -503,6 +591,24 @@ def recalled(parser: Parser, argv: list[str]) -> list[str]:
     parser.parse_known_args(found)
     parser.source = ""
     return found
+
+
+def read_record(source: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a take; none of a sound to be edited that has none. Raises OSError
+    or ValueError, also for --again of what settings alone do not make."""
+    try:
+        record = settings.read_settings(source)
+    except ValueError:
+        if args.regenerate and source.suffix != ".safetensors":
+            return {}
+        raise
+    if args.again and "regenerated" in record:
+        raise ValueError(
+            f"{source} was made by --regenerate {record.get('part')} of "
+            f"{record['regenerated']!s:.150}: give that again, with --seed "
+            f"{record.get('seed')}."
+        )
+    return record
 
 
 def check_melody(args: argparse.Namespace) -> None:
@@ -525,6 +631,7 @@ def check_files(args: argparse.Namespace) -> None:
         raise ValueError(f"--prompts must be a text file, got {args.prompts}")
     inputs = {f"--{name}": getattr(args, name) for name in ("again", "resume")}
     inputs["--redecode"] = args.redecode
+    inputs["--regenerate"] = args.regenerate and args.regenerate.path
     adapters = args.adapter if isinstance(args.adapter, list) else [args.adapter]
     for i, adapter in enumerate(adapters):
         inputs[f"--adapter {i + 1}" if i else "--adapter"] = adapter

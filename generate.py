@@ -17,7 +17,8 @@
 `python generate.py --help` explains every flag. Needs arguments.py, which has the flags,
 job.py, jobs.py, lines.py and stream.py, which plan and write takes, progress.py, together.py,
 musicgen.py, encodec_stream.py, quantize.py and all that these need beside it;
-adapters.py for an adapter, melody.py to follow a melody, play.py to play.
+adapters.py for an adapter, melody.py to follow a melody, regenerate.py to make a part
+again, play.py to play.
 """
 
 import signal
@@ -26,6 +27,7 @@ if __name__ == "__main__":  # Ctrl-C while the rest is imported is no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import math
 import secrets
 import shlex
 import sys
@@ -47,7 +49,7 @@ from arguments import NO_PROMPT, OF_MODEL, QUANTIZATION, parse_arguments
 from audio import check_writable, save_audio
 from encodec_stream import play as play_take
 from hub import local, same_model
-from job import BATCH_OF_FILE, Job, plan
+from job import BATCH_OF_FILE, AudioPrompt, Job, plan
 from jobs import Result, Sounds, Start
 from messages import Forgiving, one_line
 from musicgen import MusicGen, Take
@@ -178,6 +180,8 @@ def check(
     """Results of what cannot be made: now, not after the minutes of loading."""
     source = args.resume or args.redecode
     failed = jobs.check(wanted, group, args.output != "-", source is None)
+    if args.regenerate and not args.regenerate.path.is_file():
+        raise FileNotFoundError(f"There is no file {args.regenerate.path}.")
     for path in filter(None, (args.save_codes, args.save_melody)):
         check_writable(path)
         if not args.force:
@@ -213,6 +217,8 @@ def make_all(
     start = read_start(args, model)
     if not (args.prompts or group):
         stop.arm()
+    if args.regenerate:
+        return remake(model, good, sounds, stop, args, progress)
     if args.redecode:
         return redecode(model, good[0], sounds, start, args, progress)
     if args.stream:
@@ -311,6 +317,70 @@ def redecode(
     result = Result(job, None, seconds, time.perf_counter() - began)
     tell(describe(result), args)
     return [result]
+
+
+def read_take(args: argparse.Namespace, model: MusicGen) -> tuple[mx.array, mx.array]:
+    """Codes (1, T, K) and samples (N, C) of the take that --regenerate edits."""
+    from prompt import check_codes, encode_prompt
+
+    path, start, length = args.regenerate[1:]
+    if path.suffix == ".safetensors":
+        codes, record = settings.load_codes(path)
+        check_source(path, record, model)
+        check_codes(model, codes)
+        return codes, model.decode(codes)[0]
+    part = AudioPrompt(str(path), start, length)
+    audio = jobs.read_part(model, part)
+    hop = model.config.audio_encoder.hop_length
+    return encode_prompt(model, audio, math.ceil(len(audio) / hop) + 1), audio
+
+
+def remake(
+    model: MusicGen,
+    wanted: list[Job],
+    sounds: Sounds,
+    stop: Stop,
+    args: argparse.Namespace,
+    progress: Progress,
+) -> list[Result]:
+    """Make a part of a take again, and write the best of several such."""
+    from regenerate import Candidates, check_part, join
+
+    began, edit = time.perf_counter(), args.regenerate
+    progress.stage("reading the take")
+    codes, old = read_take(args, model)
+    frames = check_part(model, edit.part, codes.shape[1], edit.path)
+    options = replace(wanted[0].options, duration=codes.shape[1] / model.frame_rate)
+    wanted = [replace(job, options=options) for job in wanted]
+    how = dict(seed=wanted[0].seed, batch_size=args.batch_size)
+    how |= jobs.options_of(wanted[:1], sounds)
+    candidates = Candidates(
+        model, codes, wanted[0].text, edit.part, args.candidates, **how
+    )
+    seconds = frames[1] / model.frame_rate
+    for _ in until(watch(candidates, "generating", seconds, model, progress), stop):
+        pass
+    if stop.heeded:
+        return []
+    progress.stage("ranking")
+    made = candidates.ranked()
+    tell(made.describe(), args)
+    best = made.codes[: len(wanted)]
+    audio = join(old, model.decode(best), frames, model.config.audio_encoder.hop_length)
+    results = []
+    for i, job in enumerate(wanted):
+        record = dict(regenerated=str(edit.path), part=edit.name)
+        record |= dict(candidates=args.candidates, score=made.scores[i])
+        job = jobs.chosen(job, made.seeds[i], named=args.output is not None)
+        record |= jobs.take_settings(model, job, sounds) | dict(scores=made.scores)
+        job = jobs.save(model, job, audio[i], record)
+        if args.save_codes:
+            settings.save_codes(args.save_codes, best, record, args.force)
+        seconds = len(audio[i]) / model.sampling_rate
+        elapsed = time.perf_counter() - began
+        results.append(Result(job, None, seconds, elapsed))
+        tell(describe(results[-1]), args)
+    return results
 
 
 def make_batches(

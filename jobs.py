@@ -25,9 +25,9 @@ import mlx.core as mx
 
 import settings
 from audio import count_samples, load_audio, save_audio
-from job import Job, MelodyFile
+from job import AudioPrompt, Job, MelodyFile
 from musicgen import MusicGen, Take
-from outputs import free
+from outputs import default_name, free
 from prompt import check_length, prompt_frames
 
 
@@ -114,6 +114,15 @@ class Sounds:
         excerpt = (job.options.style_start, job.options.style_length)
         request = StyleRequest(job.style, *excerpt)
         return self._model.conditioner.excerpt(request, job.seed)[0]
+
+
+def read_part(model: MusicGen, part: AudioPrompt) -> mx.array:
+    """Samples (N, C) of a part of a sound file. Raises ValueError or OSError."""
+    path, start, length, _ = part
+    rate = model.sampling_rate
+    first = find_start("prompt_start", path, start, rate)
+    count = None if length is None else int(length * rate)
+    return load_audio(path, rate, model.channels, first, count)
 
 
 def find_start(name: str, path: str, start: float, sampling_rate: int) -> int:
@@ -289,11 +298,17 @@ def make_take(
         seed=[job.seed for job in jobs],
         audio_prompt=audio,
         codes_prompt=start and start.codes,
+        batch_size=len(jobs),
+        **options_of(jobs, sounds),
+    )
+
+
+def options_of(jobs: list[Job], sounds: Sounds) -> dict[str, Any]:
+    """Options of the take of such jobs, with the sounds that they follow."""
+    return asdict(jobs[0].options) | dict(
         melody=sounds_or_none(jobs, sounds.melody),
         separate=False,  # done already
         style=sounds_or_none(jobs, lambda job: job.style),
-        batch_size=len(jobs),
-        **asdict(jobs[0].options),
     )
 
 
@@ -335,6 +350,13 @@ def shape(
     first, score = best_cut(model, job.text, codes, frames)
     samples = decode_round(model, codes[:, first : first + frames], count)
     return samples, dict(loop_start=first / model.frame_rate, loop_score=score)
+
+
+def chosen(job: Job, seed: int, named: bool = True) -> Job:
+    """The job with the seed of what was chosen, and unless it is `named` by somebody
+    called after it."""
+    job = replace(job, seed=seed)
+    return job if named else replace(job, output=free(default_name(job.prompt, seed)))
 
 
 def save(model: MusicGen, job: Job, samples: mx.array, record: dict[str, Any]) -> Job:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 VERSION = 1  # of the settings' format
 LONGEST = 2**20  # bytes of a comment that are read
 KINDS = {"model": str, "prompt": str, "revision": str | None, "prompt_frames": int}
-LISTS = {"adapter": str, "adapter_scale": int | float}  # where there are several
+LISTS = {"adapter": str, "adapter_scale": int | float, "scores": int | float}
 
 
 def to_comment(settings: dict[str, Any]) -> str:
