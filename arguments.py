@@ -3,7 +3,7 @@
     args = parse_arguments(["happy rock", "--duration", "12"])
     args.prompt, args.duration  # ["happy rock"], 12.0
 
-All that can be known before a model is loaded is checked here. Needs job.py, hub.py,
+All that can be known before a model is loaded is checked here. Needs job.py, edit.py, hub.py,
 models.py, settings.py, audio.py, outputs.py, messages.py, options.py, quantize.py and
 what these need beside it; where a folder is given without a prompt, published.py, too.
 """
@@ -13,15 +13,15 @@ import difflib
 import math
 import os
 import platform
-import re
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import mlx.core as mx
 
 import settings
 from audio import SUBTYPES, check_bitrate, choose_subtype
+from edit import edited_file, set_edit
 from hub import MODELS, check_name, follows, local
 from job import (
     ALL_KEYS,
@@ -99,6 +99,12 @@ FLAGS = {  # by groups: name, what it is, and how it is read
             "in (default: at once)",
             dict(type=float),
         ),
+        "best_of": (
+            "make so many takes, 2 to 64, seeds counted up, and keep the one that "
+            "follows its prompt best",
+            dict(type=int),
+        ),
+        "keep_all": ("keep the others of --best-of, too, numbered by rank", SWITCH),
         "regenerate": (
             "make a part again: its seconds, and the take (codes of --save-codes, or any "
             "sound, or that of --audio-prompt). All else stays; several --takes are the "
@@ -378,71 +384,6 @@ def set_adapters(args: argparse.Namespace) -> None:
         args.adapter, args.adapter_scale = next(iter(adapters), None), scales[0]
 
 
-class Edit(NamedTuple):
-    """A part to be made again, and which take's: codes, or some of a sound file."""
-
-    part: tuple[float, float]  # first second, end
-    path: Path
-    start: float = 0.0  # seconds
-    length: float | None = None  # seconds; None: to the end
-
-    @property
-    def name(self) -> str:
-        """Of the part."""
-        return f"{self.part[0]:g}:{self.part[1]:g}"
-
-
-def set_edit(args: argparse.Namespace) -> None:
-    """What --regenerate asks for. Raises ValueError for what does not go with it."""
-    if not args.regenerate:
-        if args.candidates is not None:
-            raise ValueError("--candidates needs --regenerate")
-        return
-    part, *files = args.regenerate
-    found = re.fullmatch(r"(\d+(?:\.\d*)?):(\d+(?:\.\d*)?)s?", part)
-    if not found:
-        raise ValueError(
-            "--regenerate needs the part first, such as 8:12 for the seconds 8 to 12, "
-            f"got {part!r:.40}"
-        )
-    if len(files) + bool(args.audio_prompt) != 1:
-        raise ValueError(
-            "--regenerate needs one take: a file after the part, or --audio-prompt; the "
-            "prompt goes to --prompt"
-        )
-    if args.prompt is None and args.text is None:
-        raise ValueError(
-            f"{files[0] if files else args.audio_prompt} names no prompt: give --prompt, "
-            'which may be ""'
-        )
-    count = 8 if args.candidates is None else args.candidates
-    if not 1 <= count <= MOST_CANDIDATES:
-        raise ValueError(f"--candidates must be 1 to {MOST_CANDIDATES}, got {count}")
-    if args.takes > count:
-        raise ValueError(f"--takes must be at most the {count} --candidates")
-    check_edit(args)
-    if files:
-        args.audio_prompt = files[0]
-    sound = (args.prompt_start or 0.0, args.prompt_length)
-    place = Path(os.path.expanduser(args.audio_prompt))
-    args.regenerate = Edit(tuple(map(float, found.groups())), place, *sound)
-    args.audio_prompt = args.prompt_start = args.prompt_length = None
-    args.candidates = count
-
-
-def check_edit(args: argparse.Namespace) -> None:
-    """Raise ValueError for flags that do not go with --regenerate."""
-    for name in (*BESIDE_EDIT, "drop_prompt", "stream", "tensor_parallel"):
-        if getattr(args, name):
-            raise ValueError(f"--regenerate goes without --{name.replace('_', '-')}")
-    if args.duration is not None:
-        raise ValueError("--regenerate keeps the take's length: leave out --duration")
-    if len(args.prompt or []) + (args.text is not None) > 1:
-        raise ValueError("--regenerate takes one prompt; --takes gives the best of it")
-    if args.save_codes and args.takes > 1:
-        raise ValueError("--save-codes goes with one take")
-
-
 def read_input() -> str:
     """The text on standard input. Raises ValueError where there is none."""
     try:
@@ -522,10 +463,16 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 MOST_CANDIDATES = 64
-BESIDE_EDIT = ("prompts", "again", "resume", "redecode")  # other ways to begin
+BESIDE_EDIT = (
+    "prompts",
+    "again",
+    "resume",
+    "redecode",
+    "best_of",
+)  # other ways to begin
 QUANTIZATION = ("q_bits", "q_group_size", "q_mode")
 OF_MODEL = ("model", "dtype", *QUANTIZATION, "adapter", "adapter_scale")
-RECALLED = {*ALL_KEYS, *OF_MODEL} - {"output", "mp3_bitrate"}
+RECALLED = {*ALL_KEYS, *OF_MODEL} - {"output", "mp3_bitrate", "best_of", "keep_all"}
 KEPT = {"output", *LEVELS, "subtype", "mp3_bitrate"}  # flags beside --redecode
 NEW_IN_EDIT = {"seed", "duration", *AUDIO_KEYS}  # a take's, which its part has not
 REPLACES = {  # flags, and the settings of a file that they put out of force
@@ -551,8 +498,7 @@ def recalled(parser: Parser, argv: list[str]) -> list[str]:
     that are given."""
     args, _ = parser.parse_known_args(argv)
     sources = [p for p in (args.again, args.resume, args.redecode) if p is not None]
-    edited = [Path(os.path.expanduser(p)) for p in (args.regenerate or [])[1:2]]
-    sources += edited
+    sources += (edited := edited_file(args.regenerate))
     if not sources:
         return []
     given = {k for k, v in vars(args).items() if v != parser.get_default(k)}
@@ -606,7 +552,7 @@ def read_record(source: Path, args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             f"{source} was made by --regenerate {record.get('part')} of "
             f"{record['regenerated']!s:.150}: give that again, with --seed "
-            f"{record.get('seed')}."
+            f"{record.get('seed')} --candidates 1."
         )
     return record
 
@@ -670,6 +616,8 @@ def check_stream(args: argparse.Namespace) -> None:
         raise ValueError("--stream does not go with --tensor-parallel")
     if args.loop:
         raise ValueError("--loop needs the whole take: leave out --stream")
+    if args.best_of:
+        raise ValueError("--best-of needs whole takes: leave out --stream")
     output = args.output or "x.wav"
     if output != "-" and Path(output).suffix.lower() != ".wav":
         raise ValueError(f"--stream writes .wav or -, got --output {args.output}")

@@ -49,7 +49,7 @@ from arguments import NO_PROMPT, OF_MODEL, QUANTIZATION, parse_arguments
 from audio import check_writable, save_audio
 from encodec_stream import play as play_take
 from hub import local, same_model
-from job import BATCH_OF_FILE, AudioPrompt, Job, plan
+from job import BATCH_OF_FILE, Job, make_audio_prompt, plan
 from jobs import Result, Sounds, Start
 from messages import Forgiving, one_line
 from musicgen import MusicGen, Take
@@ -329,8 +329,7 @@ def read_take(args: argparse.Namespace, model: MusicGen) -> tuple[mx.array, mx.a
         check_source(path, record, model)
         check_codes(model, codes)
         return codes, model.decode(codes)[0]
-    part = AudioPrompt(str(path), start, length)
-    audio = jobs.read_part(model, part)
+    audio = jobs.read_part(model, make_audio_prompt(path, start, length, False))
     hop = model.config.audio_encoder.hop_length
     return encode_prompt(model, audio, math.ceil(len(audio) / hop) + 1), audio
 
@@ -394,7 +393,8 @@ def make_batches(
 ) -> list[Result]:
     """Run the jobs in batches, showing how far they are."""
     results = []
-    size = args.batch_size or (BATCH_OF_FILE if args.prompts else len(wanted))
+    rows = sum(job.best_of or 1 for job in wanted)
+    size = args.batch_size or (BATCH_OF_FILE if args.prompts else rows)
     planned = list(jobs.run(model, wanted, size, sounds, start))
     for i, batch in enumerate(planned, 1):
         if stop():
@@ -405,6 +405,9 @@ def make_batches(
             pass
         progress.stage(f"{name}: decoding")
         for result in batch.save(args.save_codes):
+            if batch.scores and not result.error and result.job.line is None:
+                tell(tell_scores(batch.scores), args)
+                batch.scores = []
             results.append(result)
             if not result.error:
                 tell(describe(result), args)
@@ -499,6 +502,14 @@ def keep_codes(
         settings.save_codes(path, take.codes, record, force)
         force = True  # the file is ours now
         yield piece
+
+
+def tell_scores(scores: list[float]) -> str:
+    others = ", ".join(f"{score:.3f}" for score in scores[1:])
+    return (
+        f"the best of {len(scores)} follows its prompt with {scores[0]:.3f} a code; the "
+        f"others {others}"
+    )
 
 
 def tell_failures(results: list[Result], args: argparse.Namespace) -> None:

@@ -70,6 +70,8 @@ class Job:
     peak: float | None = None  # dB of full scale
     subtype: str | None = None  # of the file's samples; None: the format's own
     mp3_bitrate: int | None = None  # kbit/s
+    best_of: int | None = None  # takes, of which the best is kept
+    keep_all: bool = False  # the others, too
     line: int | None = None  # in the file of prompts
     fault: str | None = None  # of that line, which then cannot be made
     overwrite: bool = False  # what is there
@@ -103,10 +105,27 @@ class Job:
         for path in self.inputs().values():
             if reads and not Path(path).is_file():
                 raise FileNotFoundError(f"There is no sound file {path}.")
-        if writes:
-            check_apart(self.output, self.inputs())
-        if writes and not self.overwrite:
-            check_new(self.output)
+        for output in self.outputs() if writes else ():
+            check_apart(output, self.inputs())
+            if not self.overwrite:
+                check_new(output)
+
+    def outputs(self) -> list[Path]:
+        """The files that it writes."""
+        return [job.output for job in self.contenders() if job.keep_all or job is self]
+
+    def contenders(self) -> list["Job"]:
+        """The takes of which the best is kept, the seeds counted up: the job itself and
+        others, whose files are numbered."""
+        others = [
+            replace(
+                self,
+                seed=self.seed + i,
+                output=self.output.with_stem(f"{self.output.stem}-{i + 1}"),
+            )
+            for i in range(1, self.best_of or 1)
+        ]
+        return [self, *others]
 
     def timed(self, model: "MusicGen") -> "Job":
         """The same, as long as the model's own takes where no duration is given."""
@@ -134,6 +153,8 @@ class Job:
 
     def runs_with(self, other: "Job") -> bool:
         """Whether both can be rows of one batch."""
+        if self.best_of or other.best_of:
+            return False
         mine, theirs = [
             (job.options, job.audio_prompt, times(job.prompt)) for job in (self, other)
         ]
@@ -171,6 +192,8 @@ class Job:
         if self.melody:
             path, start, separate = self.melody
             record |= dict(melody=path, melody_start=start, no_separate=not separate)
+        if self.best_of:
+            record |= dict(best_of=self.best_of)
         return record | ({"style": self.style} if self.style else {})
 
 
@@ -194,6 +217,8 @@ AUDIO_KEYS = ("audio_prompt", "prompt_start", "prompt_length", "drop_prompt")
 MELODY_KEYS = ("melody", "melody_start", "no_separate")
 STYLE_KEYS = ("style", *STYLE_OPTIONS)
 SCORE_KEYS = ("bpm", "beats_per_bar", "section_fade", "loop", "bars")
+SCORE_KEYS += ("best_of", "keep_all")
+MOST_TAKES = 64  # of which the best is kept
 ALL_KEYS = (
     *dict.fromkeys((*KEYS, *AUDIO_KEYS, *MELODY_KEYS, *STYLE_KEYS, *SCORE_KEYS)),
 )
@@ -286,6 +311,18 @@ def make_prompt(values: dict[str, Any], beat: Beat | None, overrides: set[str]) 
     return prompt
 
 
+def make_best_of(count: Any, keep_all: Any, overrides: set[str]) -> tuple:
+    """How many takes, and whether all are kept. Raises ValueError naming a bad one, or
+    `keep_all` without a number, as `make_melody`."""
+    if count is not None and not (type(count) is int and 2 <= count <= MOST_TAKES):
+        raise ValueError(f"best_of must be from 2 to {MOST_TAKES}, got {count!r:.40}.")
+    if keep_all not in (None, False, True):
+        raise ValueError(f"keep_all must be true or false, got {keep_all!r:.40}.")
+    if keep_all and count is None and "keep_all" in overrides:
+        raise ValueError("keep_all needs a best_of.")
+    return count, bool(keep_all and count)
+
+
 @in_a_line
 def make_job(
     values: dict[str, Any], line: int | None = None, overrides: set[str] | None = None
@@ -310,7 +347,9 @@ def make_job(
     first = (prompt, values["seed"], Path(output))
     subtype = values.get("subtype") and str(values["subtype"]).upper()
     written = (subtype, values.get("mp3_bitrate"))
-    job = Job(*first, options, sound, melody, style, beat, loop, *levels, *written, line)
+    best = make_best_of(values.get("best_of"), values.get("keep_all"), overrides)
+    job = Job(*first, options, sound, melody, style, beat, loop, *levels, *written)
+    job = replace(job, best_of=best[0], keep_all=best[1], line=line)
     return replace(job, overwrite=bool(values.get("force")))
 
 
@@ -321,12 +360,13 @@ def numbered(output: str, index: int, count: int) -> str:
 
 
 def plan(prompts: list[str], values: dict[str, Any], takes: int = 1) -> list[Job]:
-    """Jobs for `takes` takes of each prompt: seeds counted up, files numbered. Without
-    an output they are called after prompt and seed."""
+    """Jobs for `takes` takes of each prompt: seeds counted up, past those of which one
+    is the best, files numbered. Without an output they are called after prompt and seed.
+    """
     count, output = len(prompts) * takes, values.get("output")
-    jobs = []
+    jobs, seeds = [], values.get("best_of") or 1  # of each
     for i in range(count):
-        prompt, seed = prompts[i // takes], values["seed"] + i
+        prompt, seed = prompts[i // takes], values["seed"] + i * seeds
         if output is None:
             path = free(default_name(prompt, seed))
         else:

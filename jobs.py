@@ -9,7 +9,7 @@
 Jobs that differ in prompt, seed and file only run in one batch. Under `mlx.launch` every
 process takes its share. Needs job.py, which has `plan`, musicgen.py and what these need,
 prompt.py and settings.py beside it. Jobs that follow a sound go with conditioning.py,
-and melody.py or style.py; those of a model without text need textless.py.
+and melody.py or style.py; those of a model without text need textless.py, and the best of many ranking.py.
 """
 
 import functools
@@ -165,8 +165,13 @@ class Batch:
         jobs: list[Job],
         sounds: Sounds,
         start: Start | None = None,
+        rows: int | None = None,
     ):
+        if jobs[0].best_of:  # which runs by itself
+            jobs = jobs[0].contenders()
         self._model, self._jobs, self._sounds = model, jobs, sounds
+        self._rows = rows or len(jobs)  # at once
+        self.scores: list[float] = []  # of many, the best first
         self._start, self._began = start, 0.0
         self.duration = jobs[0].options.duration  # seconds, of all of them
         self._takes: list[Take] = []
@@ -196,6 +201,10 @@ class Batch:
                     from textless import without_text
 
                     without_text(self._model.name, [job.prompt], job.options)
+                if job.best_of:
+                    from ranking import check_best_of
+
+                    check_best_of(self._model, job.best_of)
                 self._sounds.melody(job), self._sounds.style_start(job)
             except (OSError, ValueError) as error:
                 self._failed.append(Result(job, error))
@@ -203,7 +212,8 @@ class Batch:
 
     def _make(self, jobs: list[Job], audio: mx.array | None) -> Iterator[Take]:
         """The steps of some jobs; in halves, where memory cannot hold all after all."""
-        take = make_take(self._model, jobs, self._sounds, audio, self._start)
+        size = min(len(jobs), self._rows)
+        take = make_take(self._model, jobs, self._sounds, audio, self._start, size)
         self._takes.append(take)
         try:
             yield from take
@@ -225,6 +235,27 @@ class Batch:
         whole = itertools.takewhile(lambda part: part.shape[1] == longest, parts)
         return mx.concatenate(list(whole))
 
+    def _best(self, codes: mx.array) -> tuple[mx.array, dict[int, dict[str, Any]]]:
+        """Of many takes the best, or all in order, with what their files say of it, by
+        seed; of others, what there is."""
+        first, sounds = self._jobs[0], self._sounds
+        before = self._start.codes.shape[1] if self._start else self._prompt_frames
+        if not first.best_of or codes.shape[1] <= before:
+            return codes, {}
+        from ranking import order, text_scores
+
+        jobs, texts = self._jobs[: len(codes)], [first.text] * len(codes)
+        how = dict(seed=[job.seed for job in jobs], batch_size=self._rows)
+        how |= options_of(jobs, sounds)
+        scores = text_scores(self._model, texts, codes, before, **how)
+        ranks = order(scores)[: None if first.keep_all else 1]
+        self.scores = sorted(scores.tolist(), reverse=True)
+        paths = [job.output for job in jobs]
+        self._jobs = [replace(jobs[i], output=path) for i, path in zip(ranks, paths)]
+        told = dict(first_seed=first.seed, scores=self.scores)
+        found = {jobs[i].seed: told | dict(score=scores[i].item()) for i in ranks}
+        return codes[mx.array(ranks)], found
+
     def save(self, save_codes: Path | None = None) -> Iterator[Result]:
         """Write the jobs' sound, and the codes of the only one where they are wanted.
 
@@ -233,12 +264,14 @@ class Batch:
         """
         yield from self._failed
         model, group = self._model, self._model.decoder.group
-        shared_by_another = group is not None and group.rank() > 0
-        if not self._jobs or not self._takes or shared_by_another:
+        if not self._jobs or not self._takes:
             return
         try:
             codes = self.codes()
             if codes.shape[1] == 0:  # stopped before anything was made
+                return
+            codes, scores = self._best(codes)
+            if group is not None and group.rank() > 0:
                 return
             audio = decode(model, self._jobs[0], codes, self._prompt_frames)
         except (RuntimeError, ValueError) as error:
@@ -247,12 +280,14 @@ class Batch:
         elapsed = time.perf_counter() - self._began
         for job, samples, own in zip(self._jobs, audio, codes):
             record = take_settings(model, job, self._sounds, self._prompt_frames)
+            record |= scores.get(job.seed, {})
             try:
                 samples, facts = shape(model, job, samples, own[None])
                 record |= facts
                 job = save(model, job, samples, record)
                 if save_codes:
-                    settings.save_codes(save_codes, codes, record, job.overwrite)
+                    settings.save_codes(save_codes, codes[:1], record, job.overwrite)
+                    save_codes = None  # of several the best one's
             except (OSError, ValueError) as error:
                 yield Result(job, error)
                 continue
@@ -282,7 +317,7 @@ def run(
         return fit
 
     for batch in batches(jobs, rows):
-        yield Batch(model, batch, sounds, start)
+        yield Batch(model, batch, sounds, start, rows(batch[0]))
 
 
 def make_take(
@@ -291,6 +326,7 @@ def make_take(
     sounds: Sounds,
     audio: mx.array | None,
     start: Start | None,
+    batch_size: int | None = None,
 ) -> Take:
     """The take of jobs that run together, which start with a sound, or with codes."""
     return model.steps(
@@ -298,7 +334,7 @@ def make_take(
         seed=[job.seed for job in jobs],
         audio_prompt=audio,
         codes_prompt=start and start.codes,
-        batch_size=len(jobs),
+        batch_size=batch_size or len(jobs),
         **options_of(jobs, sounds),
     )
 

@@ -36,7 +36,7 @@ def plan_file(path: Path, values: dict[str, Any]) -> list[Job]:
     has an unknown key, or the output of another line."""
     lines, jobs, outputs = list(read_lines(path)), [], {}
     for i, (number, overrides) in enumerate(lines):
-        default = dict(seed=values["seed"] + i)
+        default = dict(seed=values["seed"] + i * (values.get("best_of") or 1))
         default["output"] = numbered(values["output"], i, max(len(lines), 2))
         try:
             job = make_job(values | default | overrides, number, {*overrides})
@@ -48,13 +48,14 @@ def plan_file(path: Path, values: dict[str, Any]) -> list[Job]:
             if kind is not None:
                 fault = f"{name} needs a model that follows one; this does not."
                 job = replace(job, fault=fault)
-        place = identity(job.output)
-        if place in outputs:
-            raise ValueError(
-                f"{path}, line {number}: its output {job.output} is that of line "
-                f"{outputs[place]}, too."
-            )
-        outputs[place] = number
+        for output in job.outputs():
+            place = identity(output)
+            if place in outputs:
+                raise ValueError(
+                    f"{path}, line {number}: its output {output} is that of line "
+                    f"{outputs[place]}, too."
+                )
+            outputs[place] = number
         fixed = "seed" in overrides or values.get("seed_is_given", True)
         jobs.append(replace(job, seed_is_given=bool(fixed)))
     if not jobs:
@@ -194,6 +195,9 @@ def differences(
     """What is other in a sound file's record than the job asks for. `own` is what the
     model takes where nothing is given."""
     wanted = dict.fromkeys({*ALL_KEYS} - {"output"}) | job.record() | given
+    if job.best_of and "first_seed" in record:  # the file's own is the best one's
+        record = record | dict(seed=record["first_seed"])
+    wanted["keep_all"] = record.get("keep_all")  # of files beside this one
     if not job.seed_is_given:
         del wanted["seed"]
     for name, value in own.items():

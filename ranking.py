@@ -4,6 +4,7 @@
     log_p = log_likelihood(model, "happy rock", codes, first=600, last=850)
     scores = text_scores(model, "happy rock", codes)  # how well they follow the text
     best_first = order(scores)  # [2, 0, 1]
+    best = best_of(model, "happy rock", 8, duration=8.0, seed=0)  # codes, scores, seeds
 
 The codes are teacher-forced: the decoder is given them all at once, and asked for each
 how likely it was after those before it. All are means per code, in nats, so that parts
@@ -20,10 +21,11 @@ import mlx.core as mx
 
 from decoder import Condition, Decoder
 from musicgen import MusicGen, delay, delay_mask, encode_text
-from options import Options, check_batch_size, check_prompts, row_seeds
+from options import Options, check_batch_size, check_prompts, is_whole, row_seeds
 from prompt import check_codes
 
 PIECE = 100  # steps whose logits are in memory at once
+MOST = 64  # takes of which the best is chosen
 Texts = list[tuple[int, Condition]]  # the frame from which on, and the text
 
 
@@ -61,8 +63,9 @@ def log_likelihood(
             They are given what stands before them in the longest window that ends at
             `last`. What that does not reach is counted in windows before it.
         null: without text and sound, as in the rows that guidance moves away from.
-        seed, melody, separate, style, condition, options: as of `MusicGen.steps`. What
-            concerns drawing alone, such as temp or guidance_coef, changes nothing.
+        seed, melody, separate, style, condition, options: as of `MusicGen.steps`. The
+            duration, and what concerns drawing, such as temp or guidance_coef, change
+            nothing.
         batch_size: rows to run at once; None: as many as memory holds.
 
     Raises ValueError for codes that are not the model's, or frames that they have not.
@@ -78,7 +81,7 @@ def log_likelihood(
     if len(prompts) != B:
         raise ValueError(f"There must be {B} prompts, one for each row of codes.")
     check_batch_size(batch_size)
-    options = Options(T / model.frame_rate, **options)
+    options = Options(**options | dict(duration=T / model.frame_rate))
     if model.config.text_encoder is None:
         from textless import without_text
 
@@ -115,13 +118,63 @@ def text_scores(
     A sound that is followed counts as the text does. Options as of `log_likelihood`.
     Raises ValueError for a model without text.
     """
+    check_has_text(model)
+    given = log_likelihood(model, prompts, codes, first, **options)
+    return given - log_likelihood(model, prompts, codes, first, null=True, **options)
+
+
+class Ranked(NamedTuple):
+    """Takes of one prompt, the best first."""
+
+    codes: mx.array  # (N, T, K)
+    scores: list[float]  # as of `text_scores`
+    seeds: list[int]
+
+
+def best_of(
+    model: MusicGen,
+    prompt: str,
+    count: int,
+    duration: float | None = None,
+    *,
+    seed: int | list[int] | None = None,
+    audio_prompt: Any = None,
+    codes_prompt: mx.array | None = None,
+    **options,
+) -> Ranked:
+    """So many takes of a prompt, ranked by how well they follow it, less what they start
+    with. Options as of `MusicGen.steps`.
+
+    Raises ValueError for what cannot be made, and for a model without text.
+    """
+    check_best_of(model, count)
+    starts, seeds = dict(codes_prompt=codes_prompt), row_seeds(seed, count)
+    if audio_prompt is not None:
+        starts |= dict(audio_prompt=audio_prompt)
+    how = dict(seed=seeds, **options)
+    take = model.steps([prompt] * count, duration, **starts, **how)
+    first = take.frames
+    for _ in take:
+        pass
+    scores = text_scores(model, prompt, take.codes, first, **how)
+    best = order(scores)
+    codes, scores = take.codes[mx.array(best)], scores.tolist()
+    return Ranked(codes, [scores[i] for i in best], [seeds[i] for i in best])
+
+
+def check_best_of(model: MusicGen, count: int) -> None:
+    """Raise ValueError unless so many takes of the model can be ranked."""
+    if not (is_whole(count) and 1 <= count <= MOST):
+        raise ValueError(f"best_of must be from 1 to {MOST}, got {count!r:.40}.")
+    check_has_text(model)
+
+
+def check_has_text(model: MusicGen) -> None:
     if model.config.text_encoder is None:
         raise ValueError(
             f"{model.name or 'This model':.100} follows no text, so that its takes "
             "cannot be ranked by how well they do."
         )
-    given = log_likelihood(model, prompts, codes, first, **options)
-    return given - log_likelihood(model, prompts, codes, first, null=True, **options)
 
 
 def order(scores: mx.array | list[float]) -> list[int]:

@@ -160,7 +160,6 @@ def score(
     """
     first, end = frames
     last = min(end + after, codes.shape[1])
-    options = {k: v for k, v in options.items() if k != "duration"}
     if end == last and model.config.text_encoder is None:
         return log_likelihood(model, prompt, codes, first, **options), ALONE
     if end == last:

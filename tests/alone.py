@@ -120,6 +120,15 @@ def try_demucs(demucs):
     assert model.separate(mx.ones((400, 2))).shape == (4, 400, 2)
 
 
+def try_edit(edit):
+    flags = dict.fromkeys((*edit.OTHERS, "drop_prompt", "stream", "tensor_parallel"))
+    flags |= dict.fromkeys(("duration", "text", "save_codes", "audio_prompt"))
+    flags |= dict.fromkeys(("prompt_start", "prompt_length", "candidates"))
+    args = Namespace(regenerate=["8:12", "a.wav"], prompt=[""], takes=1, **flags)
+    edit.set_edit(args)
+    assert args.regenerate == ((8.0, 12.0), Path("a.wav"), 0.0, None)
+
+
 def try_encodec(encodec):
     import audio
 
@@ -332,6 +341,14 @@ def try_ranking(ranking):
     codes = model.generate_codes(["bell", "saw"], duration=0.2)
     assert ranking.log_likelihood(model, ["bell", "saw"], codes).shape == (2,)
     assert ranking.order([1.0, 2.0]) == [1, 0]
+
+
+def try_regenerate(regenerate):
+    model = regenerate.MusicGen.from_pretrained(TINY)
+    codes = model.generate_codes("bell", duration=0.5)
+    how = dict(part=(0.2, 0.3), candidates=2)
+    made = regenerate.regenerate(model, codes, "bell", **how)
+    assert made.codes.shape == (2, *codes.shape[1:])
 
 
 def try_resample(resample):

@@ -23,7 +23,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 # Every import points to an earlier layer, from people at the end to leaves.
 LAYERS = """
-    options outputs together limits hub resample decoder test strict parallel quantize beat
+    options outputs together limits hub resample decoder test strict parallel quantize beat edit
     messages torch_file settings audio decoder_names t5_files textless models sections
     progress lora loudness wav_stream synth demucs mert t5 audiocraft
     training play stream encodec_files melody peft_files
@@ -33,7 +33,7 @@ LAYERS = """
     checkpoints
     musicgen
     convert evaluate ranking
-    train loops
+    train loops regenerate
     job benchmark
     arguments jobs fidelity
     lines

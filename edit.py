@@ -1,0 +1,92 @@
+"""What part of which take is to be made again, as the flags of generate.py say it.
+
+    args = Namespace(regenerate=["8:12", "take.safetensors"], candidates=None, ...)
+    set_edit(args)  # raises ValueError
+    args.regenerate.part, args.candidates  # (8.0, 12.0), 8
+
+Stands alone.
+"""
+
+import argparse
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+PART = re.compile(r"(\d+(?:\.\d*)?):(\d+(?:\.\d*)?)s?")
+CANDIDATES, MOST_CANDIDATES = 8, 64
+OTHERS = ("prompts", "again", "resume", "redecode", "best_of")  # other ways to begin
+
+
+class Edit(NamedTuple):
+    """A part to be made again, and which take's: codes, or some of a sound file."""
+
+    part: tuple[float, float]  # first second, end
+    path: Path
+    start: float = 0.0  # seconds
+    length: float | None = None  # seconds; None: to the end
+
+    @property
+    def name(self) -> str:
+        """Of the part."""
+        return f"{self.part[0]:g}:{self.part[1]:g}"
+
+
+def edited_file(words: list[str] | None) -> list[Path]:
+    """The file that --regenerate names after a part, if it does."""
+    if not words or not PART.fullmatch(words[0]):
+        return []
+    return [Path(os.path.expanduser(word)) for word in words[1:2]]
+
+
+def set_edit(args: argparse.Namespace) -> None:
+    """What --regenerate asks for. Raises ValueError for what does not go with it."""
+    if not args.regenerate:
+        if args.candidates is not None:
+            raise ValueError("--candidates needs --regenerate")
+        return
+    part, *files = args.regenerate
+    found = PART.fullmatch(part)
+    if not found:
+        raise ValueError(
+            "--regenerate needs the part first, such as 8:12 for the seconds 8 to 12, "
+            f"got {part!r:.40}"
+        )
+    if len(files) + bool(args.audio_prompt) != 1:
+        raise ValueError(
+            "--regenerate needs one take: a file after the part, or --audio-prompt; the "
+            "prompt goes to --prompt"
+        )
+    if args.prompt is None and args.text is None:
+        raise ValueError(
+            f"{files[0] if files else args.audio_prompt} names no prompt: give --prompt, "
+            'which may be ""'
+        )
+    count = CANDIDATES if args.candidates is None else args.candidates
+    if not 1 <= count <= MOST_CANDIDATES:
+        raise ValueError(f"--candidates must be 1 to {MOST_CANDIDATES}, got {count}")
+    if args.takes > count:
+        raise ValueError(f"--takes must be at most the {count} --candidates")
+    check_edit(args)
+    if files:
+        args.audio_prompt = files[0]
+    sound = (args.prompt_start or 0.0, args.prompt_length)
+    place = Path(os.path.expanduser(args.audio_prompt))
+    if place.suffix == ".safetensors" and sound != (0.0, None):
+        raise ValueError("--prompt-start and --prompt-length need a sound, not codes")
+    args.regenerate = Edit(tuple(map(float, found.groups())), place, *sound)
+    args.audio_prompt = args.prompt_start = args.prompt_length = None
+    args.candidates = count
+
+
+def check_edit(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags that do not go with --regenerate."""
+    for name in (*OTHERS, "drop_prompt", "stream", "tensor_parallel"):
+        if getattr(args, name):
+            raise ValueError(f"--regenerate goes without --{name.replace('_', '-')}")
+    if args.duration is not None:
+        raise ValueError("--regenerate keeps the take's length: leave out --duration")
+    if len(args.prompt or []) + (args.text is not None) > 1:
+        raise ValueError("--regenerate takes one prompt; --takes gives the best of it")
+    if args.save_codes and args.takes > 1:
+        raise ValueError("--save-codes goes with one take")
