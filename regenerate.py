@@ -220,5 +220,4 @@ def join(
     falls = end + REACH - place
     falls = mx.where(end * hop_length >= count, 1, falls)  # nothing comes after
     weight = mx.clip(mx.minimum(rises, falls), 0, 1)[:, None]
-    mixed = old + (new - old) * weight
-    return mx.where(weight == 0, old, mx.where(weight == 1, new, mixed))
+    return mx.where(weight == 1, new, old + (new - old) * weight)
