@@ -5,6 +5,7 @@ import soundfile
 from common import ScriptTest, Test, exact
 
 from job import MOST_TAKES
+from musicgen import MusicGen
 from ranking import MOST, best_of, text_scores
 from settings import load_codes, read_settings
 
@@ -65,7 +66,11 @@ class TestCommand(ScriptTest):
         self.assertEqual(record["score"], max(record["scores"]))
         self.assertEqual(load_codes(codes)[1], record)
 
-        self.make(*common, "--keep-all", "--force", "--batch-size", 3)
+        kept = self.folder / "kept.safetensors"
+        flags = ["--keep-all", "--force", "--batch-size", 3, "--save-codes", kept]
+        self.make(*common, *flags)
+        self.assertSame(load_codes(kept)[0], load_codes(codes)[0])
+        self.assertEqual(load_codes(kept)[1], record)
         files = [output, *(self.folder / f"a-{i}.wav" for i in (2, 3, 4))]
         records = [read_settings(file) for file in files]
         self.assertEqual(records[0], record)
@@ -91,7 +96,11 @@ class TestCommand(ScriptTest):
         self.make(*FLAGS, "--seed", 3, "--save-codes", codes, *output)
         flags = ["--resume", codes, "--duration", 2, "--best-of", 3, *output, "--force"]
         self.make(*flags, "--save-codes", best)
-        self.assertSame(load_codes(best)[0][:, :48], load_codes(codes)[0][:, :48])
+        taken, record = load_codes(best)
+        self.assertSame(taken[:, :48], load_codes(codes)[0][:, :48])
+        model = MusicGen.from_pretrained("tiny", mx.float32)
+        score = text_scores(model, "bell", taken, 48).item()
+        self.assertAlmostEqual(record["score"], score, places=4)
 
     def test_in_a_file_of_prompts(self):
         prompts, output = self.folder / "a.jsonl", self.folder / "a.wav"

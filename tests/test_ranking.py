@@ -5,7 +5,7 @@ from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
-from common import REFERENCE, Test, exact
+from common import EXPECTED, REFERENCE, Test, exact, last
 
 import ranking
 from conditioning import Prefixes, make_requests
@@ -95,6 +95,18 @@ class TestRanking(Test):
     def test_each_code_by_itself(self):
         for name in ("mono-transformers", "stereo-audiocraft"):
             self.compare(exact(name), ["drums", "a slow piano, in the rain"], 9)
+
+    def test_as_audiocraft_computes_them(self):
+        want = mx.load(str(REFERENCE / "ranking.safetensors"))
+        for name in ("mono-audiocraft", "stereo-audiocraft"):
+            codes, model = last(want[f"{name}_codes"]), exact(name)
+            prompts = EXPECTED[name]["prompts"][: len(codes)]
+            for kind in ("text", "null"):
+                logs = last(want[f"{name}_{kind}"])
+                for first in range(codes.shape[1]):
+                    how = dict(first=first, null=kind == "null")
+                    got = log_likelihood(model, prompts, codes, **how)
+                    self.assertClose(got, logs[:, first:].mean(axis=(1, 2)), 1e-4)
 
     def test_pieces_change_nothing(self):
         model = exact("mono-transformers")
