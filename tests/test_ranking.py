@@ -35,7 +35,7 @@ class TestRanking(Test):
         codes: mx.array,
         first: int,
         last: int,
-        **how
+        **how,
     ) -> float:
         """The mean of codes (1, T, K), each by itself: all tokens up to it, one after the
         other, under the text of the frame at each, none after the code's own."""
