@@ -1,8 +1,9 @@
-"""Evaluate what edits a take as a score: parts made again, the best of many, sections.
+"""Evaluate what edits a take as a score: parts made again, the best, sections, loops.
 
     python evaluate_score.py seams --takes 100
     python evaluate_score.py best-of --prompts 200 --best-of 8
     python evaluate_score.py sections --pairs 100
+    python evaluate_score.py loops --takes 50
 
 All are of prompts that name a combination of traits which was not in the training of
 `tiny` (`synth.HELD_OUT`), and of the sound alone, as in evaluate.py.
@@ -13,9 +14,11 @@ before the part's end to 2 s after it, are from the take's; and how far 0.5 s th
 on with if they are let is from what comes in the take, by the spectrum. `best-of` tells
 how well the traits are followed by the best of several takes, and by all of them.
 `sections` tells the same of each of two sections of 4 s, and of single takes of 4 s.
+`loops` cuts a loop of two bars out of each take, and tells how it goes from its last
+sample to its first one, beside 20 cuts of as much of the take's sound at any place.
 
-Needs evaluate.py, regenerate.py, ranking.py, sections.py, beat.py, synth.py, musicgen.py
-and what these need beside it.
+Needs evaluate.py, regenerate.py, ranking.py, loops.py, sections.py, beat.py, synth.py,
+musicgen.py and what these need beside it.
 """
 
 import argparse
@@ -26,7 +29,9 @@ import mlx.core as mx
 import numpy as np
 
 import synth
+from beat import Beat
 from evaluate import Judge, frames_of, measured, onset_rate, prompts, share, show
+from loops import best_cut, decode_round, loop_frames, loop_samples, take_seconds
 from messages import one_line
 from musicgen import MusicGen
 from ranking import order, text_scores
@@ -170,6 +175,48 @@ def sections(model: MusicGen, pairs: int, seed: int = 0) -> Table:
     }
 
 
+def wrap_jumps(sound: np.ndarray, size: int = 640) -> tuple[float, float]:
+    """Of a sound (N,) that repeats, the jump of the level from its last sample to its
+    first, and of the spectrum: by how many dB there is more above 5 kHz in 20 ms across
+    the wrap than in those beside it."""
+    both = np.concatenate([sound[-2 * size :], sound[: 2 * size]])
+
+    def treble(middle: int) -> float:
+        part = both[middle - size // 2 : middle + size // 2] * np.hanning(size)
+        power = np.abs(np.fft.rfft(part)) ** 2
+        return 10 * np.log10(power[size * 5000 // synth.RATE :].sum() + 1e-6)
+
+    beside = max(treble(size), treble(3 * size))
+    return float(abs(sound[0] - sound[-1])), treble(2 * size) - beside
+
+
+def wraps(model: MusicGen, takes: int, cuts: int = 20, seed: int = 0) -> Table:
+    """The table of how loops wrap, and cuts of the same takes by lot."""
+    random, found = np.random.default_rng(seed), []
+    for i, text in enumerate(prompts(takes)[1]):
+        beat = Beat(float(random.integers(80, 161)))
+        codes = model.generate_codes(beat.named(text), take_seconds(beat, 2), seed=i)
+        frames = loop_frames(beat, 2, model.frame_rate)
+        count = loop_samples(beat, 2, model.sampling_rate)
+        first, _ = best_cut(model, beat.named(text), codes, frames)
+        loop = decode_round(model, codes[:, first : first + frames], count)
+        sound = np.array(model.decode(codes))[0, :, 0]
+        places = random.integers(0, len(sound) - count, cuts)
+        parts = [sound[place : place + count] for place in places]
+        found.append([wrap_jumps(part) for part in (np.array(loop)[:, 0], *parts)])
+    found = np.array(found)  # (takes, 1 + cuts, 2)
+    better = (found[:, :1] < found[:, 1:]).mean(axis=(0, 1))
+    names = ("level", "spectrum, dB")
+    means = {"the loop": found[:, 0], "a cut by lot": found[:, 1:]}
+    table = {
+        row: {n: f"{x:.3f}" for n, x in zip(names, part.reshape(-1, 2).mean(axis=0))}
+        for row, part in means.items()
+    }
+    return table | {
+        "the loop is better": {n: f"{x:.0%}" for n, x in zip(names, better)}
+    }
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that prints an error as one line."""
 
@@ -185,9 +232,9 @@ def main() -> None:
     warnings.showwarning = warn
     parser = Parser(description="Measure edited takes of the tiny model.")
     add = parser.add_argument
-    add("what", choices=["seams", "best-of", "sections"])
+    add("what", choices=["seams", "best-of", "sections", "loops"])
     add("--model", default="tiny", help="(default: %(default)s)")
-    add("--takes", type=int, default=100, help="of seams (default: %(default)s)")
+    add("--takes", type=int, default=100, help="of seams and loops (default: %(default)s)")
     add("--prompts", type=int, default=200, help="of best-of (default: %(default)s)")
     add("--pairs", type=int, default=100, help="of sections (default: %(default)s)")
     add("--best-of", type=int, default=8, help="takes of each (default: %(default)s)")
@@ -206,6 +253,8 @@ def main() -> None:
             show(seams(model, args.takes, args.best_of, args.seed))
         elif args.what == "best-of":
             show(best_of(model, args.prompts, args.best_of, args.seed))
+        elif args.what == "loops":
+            show(wraps(model, args.takes, seed=args.seed))
         else:
             show(sections(model, args.pairs, args.seed))
     except (OSError, RuntimeError, ValueError) as error:
