@@ -99,6 +99,11 @@ FLAGS = {  # by groups: name, what it is, and how it is read
             "in (default: at once)",
             dict(type=float),
         ),
+        "section_context": (
+            "seconds of the music before it that a section hears; the less, the more it "
+            "follows its text (default: all of its window)",
+            dict(type=float),
+        ),
         "best_of": (
             "make so many takes, 2 to 64, seeds counted up, and keep the one that "
             "follows its prompt best",
@@ -476,7 +481,9 @@ RECALLED = {*ALL_KEYS, *OF_MODEL} - {"output", "mp3_bitrate", "best_of", "keep_a
 KEPT = {"output", *LEVELS, "subtype", "mp3_bitrate"}  # flags beside --redecode
 NEW_IN_EDIT = {"seed", "duration", *AUDIO_KEYS}  # a take's, which its part has not
 REPLACES = {  # flags, and the settings of a file that they put out of force
-    **dict.fromkeys(("prompt", "text", "prompts"), {"prompt", "section_fade"}),
+    **dict.fromkeys(
+        ("prompt", "text", "prompts"), {"prompt", "section_fade", "section_context"}
+    ),
     "audio_prompt": {*AUDIO_KEYS},
     "melody": {*MELODY_KEYS},
     "style": {*STYLE_KEYS},

@@ -13,7 +13,8 @@ winner and another candidate, drawn by lot, go on: how far their onsets a second
 before the part's end to 2 s after it, are from the take's; and how far 0.5 s that they go
 on with if they are let is from what comes in the take, by the spectrum. `best-of` tells
 how well the traits are followed by the best of several takes, and by all of them.
-`sections` tells the same of each of two sections of 4 s, and of single takes of 4 s.
+`sections` tells the same of each of two sections of 4 s, and of single takes of 4 s; of
+the second one also where it hears nothing of the first.
 `loops` cuts a loop of two bars out of each take, and tells how it goes from its last
 sample to its first one, beside 20 cuts of as much of the take's sound at any place.
 
@@ -153,18 +154,23 @@ def sections(model: MusicGen, pairs: int, seed: int = 0) -> Table:
     clips, texts = prompts(2 * pairs)
     places = np.random.default_rng(seed).permutation(2 * pairs)
     firsts, seconds = places[:pairs], places[pairs:]
-    songs = [
-        Sections([(0.0, texts[a]), (SECTION, texts[b])])
-        for a, b in zip(firsts, seconds)
-    ]
     how = dict(seed=seed, batch_size=ROWS)
-    audio = np.array(model.generate(songs, 2 * SECTION, **how))[..., 0]
+
+    def songs(context: float | None) -> np.ndarray:
+        made = [
+            Sections([(0.0, texts[a]), (SECTION, texts[b])], context=context)
+            for a, b in zip(firsts, seconds)
+        ]
+        return np.array(model.generate(made, 2 * SECTION, **how))[..., 0]
+
+    audio, anew = songs(None), songs(0.0)
     single = np.array(model.generate(texts, SECTION, **how))[..., 0]
     judge, middle = Judge(), int(SECTION * model.sampling_rate)
     rows = {
         "the first section": (audio[:, :middle], firsts),
         "single takes of its text": (single[firsts], firsts),
         "the second section": (audio[:, middle:], seconds),
+        "... with a context of 0": (anew[:, middle:], seconds),
         "single takes of that text": (single[seconds], seconds),
     }
     return {
@@ -212,9 +218,13 @@ def wraps(model: MusicGen, takes: int, cuts: int = 20, seed: int = 0) -> Table:
         row: {n: f"{x:.3f}" for n, x in zip(names, part.reshape(-1, 2).mean(axis=0))}
         for row, part in means.items()
     }
-    return table | {
-        "the loop is better": {n: f"{x:.0%}" for n, x in zip(names, better)}
-    }
+    takes_better = (found[:, 0] < found[:, 1:].mean(axis=1)).mean(axis=0)
+    for row, part in (
+        ("the loop is better than a cut", better),
+        ("... than the mean of its take's cuts", takes_better),
+    ):
+        table[row] = {n: f"{x:.0%}" for n, x in zip(names, part)}
+    return table
 
 
 class Parser(argparse.ArgumentParser):
@@ -234,7 +244,12 @@ def main() -> None:
     add = parser.add_argument
     add("what", choices=["seams", "best-of", "sections", "loops"])
     add("--model", default="tiny", help="(default: %(default)s)")
-    add("--takes", type=int, default=100, help="of seams and loops (default: %(default)s)")
+    add(
+        "--takes",
+        type=int,
+        default=100,
+        help="of seams and loops (default: %(default)s)",
+    )
     add("--prompts", type=int, default=200, help="of best-of (default: %(default)s)")
     add("--pairs", type=int, default=100, help="of sections (default: %(default)s)")
     add("--best-of", type=int, default=8, help="takes of each (default: %(default)s)")

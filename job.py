@@ -187,6 +187,8 @@ class Job:
             record |= dict(loop=True, bars=self.loop)
         if isinstance(self.prompt, Sections) and self.prompt.fade:
             record |= dict(section_fade=self.prompt.fade)
+        if isinstance(self.prompt, Sections) and self.prompt.context is not None:
+            record |= dict(section_context=self.prompt.context)
         if self.audio_prompt:
             record |= dict(zip(AUDIO_KEYS, self.audio_prompt))
         if self.melody:
@@ -216,7 +218,7 @@ KEYS = ("prompt", "seed", "output", *OPTIONS, *LEVELS, "subtype", "mp3_bitrate")
 AUDIO_KEYS = ("audio_prompt", "prompt_start", "prompt_length", "drop_prompt")
 MELODY_KEYS = ("melody", "melody_start", "no_separate")
 STYLE_KEYS = ("style", *STYLE_OPTIONS)
-SCORE_KEYS = ("bpm", "beats_per_bar", "section_fade", "loop", "bars")
+SCORE_KEYS = ("bpm", "beats_per_bar", "section_fade", "section_context", "loop", "bars")
 SCORE_KEYS += ("best_of", "keep_all")
 MOST_TAKES = 64  # of which the best is kept
 ALL_KEYS = (
@@ -300,14 +302,16 @@ def make_loop(
 
 def make_prompt(values: dict[str, Any], beat: Beat | None, overrides: set[str]) -> str:
     """The prompt among the values, in sections where it has such. Raises ValueError
-    naming a bad section, or `section_fade` without any, as `make_melody`."""
+    naming a bad section, or what concerns sections without any, as `make_melody`."""
     prompt, fade = values["prompt"], values.get("section_fade")
+    context = values.get("section_context")
     if isinstance(prompt, str):
-        prompt = parse(prompt, beat, 0.0 if fade is None else fade)
-    if fade is not None and "section_fade" in overrides and type(prompt) is str:
-        raise ValueError(
-            'section_fade needs a prompt in sections, such as "0: calm | 12: loud".'
-        )
+        prompt = parse(prompt, beat, 0.0 if fade is None else fade, context)
+    for name, value in (("section_fade", fade), ("section_context", context)):
+        if value is not None and name in overrides and type(prompt) is str:
+            raise ValueError(
+                f'{name} needs a prompt in sections, such as "0: calm | 12: loud".'
+            )
     return prompt
 
 

@@ -5,7 +5,9 @@
     song = parse("0: calm pads | 8bars: drums come in", Beat(120))  # 8 bars are 16 s
 
 Every step attends the text of its frame, so that the frames before a section are those
-of a take without it. Where the text stands before the codes, in the melody and style
+of a take without it. A section hears all that comes before it in its window, and so may
+go on with that music rather than with its text; with a `context`, in seconds, it hears
+no more than that. Where the text stands before the codes, in the melody and style
 models, the whole window is computed under the text of the section at hand. Over `fade`
 seconds from a section's beginning on, its logits and those of the text before are
 blended. Needs beat.py beside it.
@@ -38,29 +40,32 @@ class Sections(str):
 
     sections: list[tuple[float, str]]  # in seconds; neighbours have other texts
     fade: float  # seconds
+    context: float | None  # seconds before it that a section hears; None: its window
 
     def __new__(
         cls,
         sections: Iterable[tuple[float, str]],
         fade: float = 0.0,
         text: str | None = None,
+        context: float | None = None,
     ):
         sections = [(seconds, words) for seconds, words in sections]
         check(sections, fade)
+        check_context(context)
         if text is None:
             text = " | ".join(f"{seconds:.15g}: {words}" for seconds, words in sections)
         prompt = super().__new__(cls, text)
         prompt.sections = merged(sections)
-        prompt.fade = float(fade)
+        prompt.fade, prompt.context = float(fade), context
         return prompt
 
     def __getnewargs__(self):
-        return self.sections, self.fade, str(self)
+        return self.sections, self.fade, str(self), self.context
 
     def each(self, change: Callable[[str], str]) -> "Sections":
         """The same with other texts."""
         sections = [(seconds, change(words)) for seconds, words in self.sections]
-        return Sections(sections, self.fade, str(self))
+        return Sections(sections, self.fade, str(self), self.context)
 
     @property
     def texts(self) -> list[str]:
@@ -101,6 +106,12 @@ def check(sections: list[tuple[float, str]], fade: float) -> None:
         )
 
 
+def check_context(context: float | None) -> None:
+    number = type(context) in (int, float) and 0 <= context < 1e6
+    if not (context is None or number):
+        raise ValueError(f"section_context must be 0 s or more, got {context!r:.40}.")
+
+
 def check_end(prompt: str, duration: float) -> None:
     """Raise ValueError for a section that begins when the take has ended."""
     if isinstance(prompt, Sections) and prompt.sections[-1][0] >= duration:
@@ -120,7 +131,12 @@ def merged(sections: list[tuple[float, str]]) -> list[tuple[float, str]]:
     return kept
 
 
-def parse(prompt: str, beat: Beat | None = None, fade: float = 0.0) -> str:
+def parse(
+    prompt: str,
+    beat: Beat | None = None,
+    fade: float = 0.0,
+    context: float | None = None,
+) -> str:
     """Sections of "0: calm pads | 12: drums come in"; what does not begin with "0:" is
     the plain text that it was. A time is in seconds, or in bars of a beat, "8bars".
 
@@ -138,7 +154,7 @@ def parse(prompt: str, beat: Beat | None = None, fade: float = 0.0) -> str:
             )
         number, unit, words = found.groups()
         sections.append((in_seconds(float(number), unit or "s", beat), words.strip()))
-    return Sections(sections, fade, prompt)
+    return Sections(sections, fade, prompt, context)
 
 
 def in_seconds(number: float, unit: str, beat: Beat | None) -> float:
@@ -150,11 +166,11 @@ def in_seconds(number: float, unit: str, beat: Beat | None) -> float:
 
 
 def times(prompt: str) -> tuple:
-    """What prompts that run together have in common: the times of their sections and
-    the fade; nothing in plain texts."""
+    """What prompts that run together have in common: the times of their sections, the
+    fade and the context; nothing in plain texts."""
     if not isinstance(prompt, Sections):
         return ()
-    return *(seconds for seconds, _ in prompt.sections), prompt.fade
+    return *(seconds for seconds, _ in prompt.sections), prompt.fade, prompt.context
 
 
 def group(prompts: list[str], size: int) -> tuple[list[list[int]], int]:
@@ -177,11 +193,37 @@ def cut(
     """
     check_end(prompt, duration)
     frames = sorted({model.frames_in(seconds) for seconds, _ in prompt.sections})
+    if prompt.context is not None and len(frames) > 1:
+        return cut_anew(plan, frames, model, prompt.context)
     passes, made = [], 0
     for start, _, end in plan:
         within = [frame for frame in frames if made < frame < end]
         passes += [(start, stop, end) for stop in (*within, end)]
         made = end
+    return passes
+
+
+def cut_anew(
+    plan: list["Window"], frames: list[int], model: "MusicGen", context: float
+) -> list["Window"]:
+    """Windows that begin so many seconds before each section, and slide on from there.
+
+    Raises ValueError for a model that follows a sound, which knows no such windows.
+    """
+    if model.conditioner is not None:
+        raise ValueError(
+            "section_context needs a model that follows the text alone: leave it out."
+        )
+    longest, last = model.longest_window, plan[-1][-1]
+    stride = plan[1][0] if len(plan) > 1 else longest
+    passes, start = [], 0
+    for first, stop in zip(frames, [*frames[1:], last]):
+        start = max(first - model.frames_in(context), start, first - longest + 1)
+        made = first
+        while made < stop:
+            end = min(start + longest, last)
+            passes.append((start, made := min(end, stop), end))
+            start += stride if made < stop else 0
     return passes
 
 

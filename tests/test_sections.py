@@ -76,7 +76,9 @@ class TestSections(Test):
                 model.plain = plain
                 codes = model.generate_codes(prompt, 15 * FRAME, temp=0)
                 self.assertSame(codes, want.astype(codes.dtype))
-        self.assertNotEqual(want.tolist(), naive_codes(model, prompt.each(str.upper), 15))
+        self.assertNotEqual(
+            want.tolist(), naive_codes(model, prompt.each(str.upper), 15)
+        )
 
     def test_equal_texts_are_the_plain_take(self):
         for name in ("mono-audiocraft", "stereo-transformers", "melody-audiocraft"):
@@ -128,6 +130,29 @@ class TestSections(Test):
             pieces = model.stream(prompts[0], seed=5, chunk=0.1, **options)
             streamed = mx.concatenate(list(pieces))
             self.assertClose(streamed, model.decode(batch[:1])[0], 1e-5)
+
+    def test_context(self):
+        """A section in a window of its own is a take that begins with what it hears."""
+        model = load("mono-audiocraft")
+        options = dict(duration=60 * FRAME, seed=3)
+        plain = model.generate_codes("drums", **options)
+        pairs = [(first * FRAME, text) for first, text in ((0, "drums"), (21, "piano"))]
+        for context in (0, 3, 8, 20):
+            prompt = Sections(pairs, context=context * FRAME)
+            codes = model.generate_codes(prompt, **options)
+            self.assertSame(codes[:, :21], plain[:, :21])
+            for T in (1, 20, 21, 22, 30, 45, 55):
+                again = model.generate_codes(
+                    prompt, codes_prompt=codes[:, :T], **options
+                )
+                self.assertSame(again, codes)
+        prompt = Sections([(0, "drums"), (4 * FRAME, "piano")], context=0)
+        options = dict(duration=15 * FRAME, temp=0)
+        codes = model.generate_codes(prompt, **options)
+        self.assertSame(codes[:, 4:], model.generate_codes("piano", 11 * FRAME, temp=0))
+        melody = load("melody-audiocraft")
+        with self.assertRaisesRegex(ValueError, "section_context needs a model that"):
+            melody.generate_codes(prompt, **options)
 
     def test_style_models(self):
         model = load("style-audiocraft")
@@ -229,12 +254,21 @@ class TestParse(Test):
             ([(1, "a")], 0, "must begin at 0, got 1 s"),
             ([(0, 5)], 0, "pairs of seconds and text"),
             ([(float("nan"), "a")], 0, "pairs of seconds and text"),
-            ([(0, "a"), (2, "b")], 2.5, "section_fade must be from 0 s to the shortest"),
+            (
+                [(0, "a"), (2, "b")],
+                2.5,
+                "section_fade must be from 0 s to the shortest",
+            ),
             ([(0, "a"), (2, "b")], -1, "section_fade must be"),
             ([(0, "a"), (2, "b")], "1", "section_fade must be"),
         ):
             with self.assertRaisesRegex(ValueError, told):
                 Sections(sections, fade)
+        for context in (-1, "1", float("nan")):
+            with self.assertRaisesRegex(
+                ValueError, "section_context must be 0 s or more"
+            ):
+                Sections([(0, "a")], context=context)
         model, late = exact("mono-audiocraft"), song((0, "a"), (10, "b"))
         with self.assertRaisesRegex(ValueError, "must begin before the take ends"):
             model.steps(late, 10 * FRAME)
