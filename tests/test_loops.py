@@ -78,11 +78,15 @@ class TestCut(Test):
 
         def known(model, prompt, rows, first):
             """1 for each code that follows as in the loop."""
-            told = {tuple(a): tuple(b) for a, b in zip(loop[0], np.roll(loop[0], -1, 0))}
+            told = {
+                tuple(a): tuple(b) for a, b in zip(loop[0], np.roll(loop[0], -1, 0))
+            }
             rows = np.array(rows)
             return mx.array(
                 [
-                    np.mean([told.get(tuple(a)) == tuple(b) for a, b in zip(row, row[1:])])
+                    np.mean(
+                        [told.get(tuple(a)) == tuple(b) for a, b in zip(row, row[1:])]
+                    )
                     for row in rows[:, first - 1 :]
                 ]
             )
@@ -181,7 +185,10 @@ class TestCommand(ScriptTest):
             (["a", "--loop", "--bars", "4"], "loop needs bpm and bars"),
             (["a", "--bpm", "120", "--bars", "4"], "bars needs a loop"),
             ([*loop, "--stream"], "--loop needs the whole take"),
-            ([*loop, "-d", "7"], "of 4 bars is 8 s long, more than the duration allows"),
+            (
+                [*loop, "-d", "7"],
+                "of 4 bars is 8 s long, more than the duration allows",
+            ),
             (loop[:4] + ["--bars", "0"], "bars must be from 0.25 to 1000, got 0"),
             (loop[:4] + ["--bars", "nan"], "bars must be from 0.25 to 1000, got nan"),
             ([*loop, "--bpm", "19"], "bpm must be from 20 to 400"),

@@ -76,7 +76,9 @@ class TestSections(Test):
                 model.plain = plain
                 codes = model.generate_codes(prompt, 15 * FRAME, temp=0)
                 self.assertSame(codes, want.astype(codes.dtype))
-        self.assertNotEqual(want.tolist(), naive_codes(model, prompt.each(str.upper), 15))
+        self.assertNotEqual(
+            want.tolist(), naive_codes(model, prompt.each(str.upper), 15)
+        )
 
     def test_equal_texts_are_the_plain_take(self):
         for name in ("mono-audiocraft", "stereo-transformers", "melody-audiocraft"):
@@ -229,7 +231,11 @@ class TestParse(Test):
             ([(1, "a")], 0, "must begin at 0, got 1 s"),
             ([(0, 5)], 0, "pairs of seconds and text"),
             ([(float("nan"), "a")], 0, "pairs of seconds and text"),
-            ([(0, "a"), (2, "b")], 2.5, "section_fade must be from 0 s to the shortest"),
+            (
+                [(0, "a"), (2, "b")],
+                2.5,
+                "section_fade must be from 0 s to the shortest",
+            ),
             ([(0, "a"), (2, "b")], -1, "section_fade must be"),
             ([(0, "a"), (2, "b")], "1", "section_fade must be"),
         ):
