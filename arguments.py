@@ -479,7 +479,13 @@ QUANTIZATION = ("q_bits", "q_group_size", "q_mode")
 OF_MODEL = ("model", "dtype", *QUANTIZATION, "adapter", "adapter_scale")
 RECALLED = {*ALL_KEYS, *OF_MODEL} - {"output", "mp3_bitrate", "best_of", "keep_all"}
 KEPT = {"output", *LEVELS, "subtype", "mp3_bitrate"}  # flags beside --redecode
-NEW_IN_EDIT = {"seed", "duration", *AUDIO_KEYS}  # a take's, which its part has not
+NEW_IN_EDIT = {
+    "seed",
+    "duration",
+    "loop",
+    "bars",
+    *AUDIO_KEYS,
+}  # a take's, which its part has not
 REPLACES = {  # flags, and the settings of a file that they put out of force
     **dict.fromkeys(
         ("prompt", "text", "prompts"), {"prompt", "section_fade", "section_context"}

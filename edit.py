@@ -15,7 +15,14 @@ from typing import NamedTuple
 
 PART = re.compile(r"(\d+(?:\.\d*)?):(\d+(?:\.\d*)?)s?")
 CANDIDATES, MOST_CANDIDATES = 8, 64
-OTHERS = ("prompts", "again", "resume", "redecode", "best_of")  # other ways to begin
+OTHERS = (
+    "prompts",
+    "again",
+    "resume",
+    "redecode",
+    "best_of",
+    "loop",
+)  # other ways to begin
 
 
 class Edit(NamedTuple):

@@ -42,6 +42,7 @@ from sections import Sections
 PART = (3.0, 5.0)  # seconds of a take of 8 that are made again
 AFTER = 0.5  # seconds that a candidate goes on for
 AROUND = 2.0  # seconds before the part's end and after it that tell the tempo
+EDGE = 4  # frames that the codec hears of what comes then
 SECTION = 4.0  # seconds
 ROWS = 16  # at once
 Table = dict[str, dict[str, str]]
@@ -67,9 +68,9 @@ def seam(model: MusicGen, prompt: str, seed: int, count: int) -> np.ndarray:
     how = dict(seed=seeds, codes_prompt=codes[:, :first], batch_size=count)
     take, last = model.steps([prompt] * count, 8.0, **how), model.frames_in(AFTER) + end
     for _ in take:
-        if take.frames >= last:
+        if take.frames >= last + EDGE:
             break
-    made = take.codes[:, :last]
+    made = take.codes
     rest = mx.repeat(codes[:, end:], count, axis=0)
     whole = mx.concatenate([made[:, :end], rest], axis=1)
     after = model.frames_in(FOLLOW)

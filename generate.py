@@ -131,6 +131,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(
                 "--tensor-parallel needs mlx.launch with 2 or more processes."
             )
+        if args.regenerate and group.size() > 1:
+            raise ValueError("--regenerate runs in one process: leave out mlx.launch.")
         if args.seed is None:
             args.seed = agreed_seed(group)
         peers = Peers(group)

@@ -71,7 +71,8 @@ class Candidates:
         seed: of the first; counted up, or a list. None: any.
         follow: seconds after the part that rank the candidates.
         batch_size: rows to run at once; None: as many as memory holds.
-        options: as of `MusicGen.steps`, but for what the take begins with.
+        options: as of `MusicGen.steps`, but for what the take begins with and its
+            duration, which stays.
 
     Raises ValueError for what cannot be made.
     """

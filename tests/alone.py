@@ -172,6 +172,12 @@ def try_evaluate(evaluate):
     assert evaluate.measure(sound) is not None
 
 
+def try_evaluate_score(evaluate_score):
+    sounds = NOISE[:16000, 0], NOISE[16000:, 0]
+    assert evaluate_score.spectral_distance(*sounds) > 1
+    assert evaluate_score.spectral_distance(sounds[0], sounds[0]) == 0
+
+
 def try_fidelity(fidelity):
     case = ["--model", TINY, "--duration", "0.1", "--q-mode", "mxfp4"]
     run("fidelity.py", *case)

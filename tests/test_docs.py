@@ -26,7 +26,7 @@ DOCUMENTS = ("README.md", "GUIDE.md", "TRAINING.md", "SPEED.md", "tiny/README.md
 FENCE = re.compile(r"^```(\w*) ?(.*)\n([\s\S]*?)^```$", re.MULTILINE)
 COMMAND = re.compile(r"\bpython (\w+\.py\b.*?)(?= \| (?!\d)|$)", re.MULTILINE)
 NOT_RUN = re.compile(
-    r"synth --(codec|lm)|tiny-new|--tensor-parallel|--random|evaluate\.py|test\.py"
+    r"synth --(codec|lm)|tiny-new|--tensor-parallel|--random|evaluate(_score)?\.py|test\.py"
 )
 READ = re.compile(r".+\.(wav|mp3|txt|jsonl|safetensors)")  # unless a flag says WRITTEN
 WRITTEN = re.compile(r"--(output|save-\w+)")
@@ -113,7 +113,12 @@ def shorten(text: str) -> str:
         number = float(match[2]) / SHORTER
         return f"{match[1]}{number if 'step' in match[1] else min(number, LONGEST):g}"
 
-    return re.sub(number, divide, text)
+    def divide_both(match: re.Match) -> str:
+        first, end = float(match[2]) / SHORTER, float(match[4]) / SHORTER
+        return f"{match[1]}{first:g}{match[3]}{end:g}"
+
+    part = r"(part=\(|--regenerate )([\d.]+)(, |:)([\d.]+)"
+    return re.sub(part, divide_both, re.sub(number, divide, text))
 
 
 def cheapen(command: str) -> list[str]:
@@ -125,10 +130,11 @@ def cheapen(command: str) -> list[str]:
         if flag == "--bars":
             words[i] = "0.25"
     if words[0] == "generate.py":
-        if not {"--duration", "--again", "--redecode", "--loop"} & {*words}:
+        kept = {"--again", "--redecode", "--regenerate"}
+        if not {"--duration", "--loop", *kept} & {*words}:
             whole = WHOLE & {*words} or " | " in command
             words += ["--duration", str((8 if whole else 4) / SHORTER)]
-        if not {"--model", "--again", "--resume", "--redecode"} & {*words}:
+        if not {"--model", "--resume", *kept} & {*words}:
             words += ["--model", "tiny"]
         words += ["--no-separate"] * ("--melody" in words)
         words += ["--takes", "2"] * ("--takes" in words)

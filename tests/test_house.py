@@ -34,14 +34,16 @@ LAYERS = """
     musicgen
     convert evaluate ranking
     train loops regenerate
-    job benchmark
+    job benchmark evaluate_score
     arguments jobs fidelity
     lines
     generate
 """
 
 # Those of many files, which say "and what these need".
-ON_TOP = "generate job jobs lines arguments train convert evaluate benchmark fidelity".split()
+ON_TOP = """
+    generate job jobs lines arguments train convert evaluate evaluate_score benchmark fidelity
+""".split()
 
 TEXT_TO_MUSIC = ("musicgen", "decoder", "t5", "encodec", "options", "checkpoints")
 LINES = 2000  # of these at most

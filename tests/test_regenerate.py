@@ -1,5 +1,7 @@
 """A part of a take made again: what stays, what is ranked, how it joins."""
 
+from unittest.mock import Mock, patch
+
 import mlx.core as mx
 import numpy as np
 import soundfile
@@ -237,6 +239,10 @@ class TestCommand(ScriptTest):
                 self.assertIn(status, (1, 2))
                 self.assertIn(message, err)
                 self.assertEqual(err.count("\n"), 1, err)
+        pair = Mock(size=lambda: 2, rank=lambda: 0)
+        with patch("generate.mx.distributed.init", return_value=pair):
+            _, _, err = self.run_script("--regenerate", "1:2", self.codes, *common)
+        self.assertIn("leave out mlx.launch", err)
         status, _, err = self.run_script("-p", "a", "--candidates", 3, *common)
         self.assertIn("--candidates needs --regenerate", err)
         self.assertFalse((self.folder / "e.wav").exists())

@@ -1,0 +1,90 @@
+"""The tables of evaluate_score.py: who is beside whom, and what is counted."""
+
+import io
+from contextlib import redirect_stderr, redirect_stdout
+from unittest.mock import patch
+
+import numpy as np
+from common import Test, slow
+
+import evaluate_score
+from evaluate import Judge
+from evaluate_score import seam, seams, spectral_distance
+from musicgen import MusicGen
+
+
+class TestTables(Test):
+    def test_spectral_distance(self):
+        noise = np.random.default_rng(0).normal(size=16000)
+        self.assertAlmostEqual(spectral_distance(noise, 2 * noise), 6.02, 1)
+        self.assertEqual(spectral_distance(noise, noise), 0)
+        rows = [spectral_distance(noise, noise + x * noise[::-1]) for x in (0.1, 1, 9)]
+        self.assertEqual(rows, sorted(rows))
+
+    def test_seams(self):
+        """The winner is the first row, and another is never the winner."""
+        fixed = np.array([[1.0, 5.0], [2.0, 4.0], [3.0, 4.0]])
+        with patch.object(evaluate_score, "seam", return_value=fixed):
+            table = seams(None, 50, 3)
+        tempo, spectrum = "onsets a second off", "spectrum off, dB"
+        self.assertEqual(table["the winner"], {tempo: "1.00", spectrum: "5.00"})
+        self.assertEqual(table["all candidates"], {tempo: "2.00", spectrum: "4.33"})
+        other = table["another, by lot"]
+        self.assertEqual(other[spectrum], "4.00")
+        self.assertTrue(2 < float(other[tempo]) < 3)
+        last = table["the winner is nearer (ties: half)"]
+        self.assertEqual(last, {tempo: "100%", spectrum: "0%"})
+
+    @slow(6)
+    def test_a_seam(self):
+        """Where all candidates are the take, all distances are none."""
+        model = MusicGen.from_pretrained("tiny")
+        plain = model.steps
+
+        def same(prompts, *arguments, **options):
+            count = 1 if isinstance(prompts, str) else len(prompts)
+            options["seed"] = [7] * count
+            return plain(prompts, *arguments, **options)
+
+        with patch.object(model, "steps", same):
+            found = seam(model, "slow bell", 3, 2)
+        self.assertEqual(found.tolist(), [[0, 0], [0, 0]])
+        found = seam(model, "slow bell", 3, 2)
+        self.assertGreater(found[:, 1].min(), 1)
+
+    @slow(8)
+    def test_traits_on_tiny(self):
+        model, judge = MusicGen.from_pretrained("tiny"), Judge(60)
+        with patch.object(evaluate_score, "Judge", return_value=judge):
+            best = evaluate_score.best_of(model, 1, takes=2)
+            parts = evaluate_score.sections(model, 1)
+        self.assertEqual([*best], ["the best of 2", "all of them", "the last"])
+        values = [float(row["mean"].rstrip("%")) for row in best.values()]
+        self.assertAlmostEqual(values[1], (values[0] + values[2]) / 2, 1)
+        self.assertEqual(len(parts), 4)
+        self.assertEqual({*parts["the first section"]}, {*judge.name(None), "mean"})
+
+    def test_command_lines(self):
+        table = {"a": {"b": "1"}}
+        for what, function in (
+            ("seams", "seams"),
+            ("best-of", "best_of"),
+            ("sections", "sections"),
+        ):
+            argv = ["evaluate_score.py", what]
+            with patch.object(evaluate_score, function, return_value=table) as called:
+                with patch("sys.argv", argv), redirect_stdout(io.StringIO()) as out:
+                    evaluate_score.main()
+            self.assertEqual(out.getvalue(), "| | b |\n|---|---|\n| a | 1 |\n")
+            self.assertIn(called.call_args.args[1], (100, 200))
+        for flags in (
+            "",
+            "seams --takes 0",
+            "best-of --best-of 1",
+            "seams --model x/y",
+        ):
+            argv = ["evaluate_score.py", *flags.split()]
+            with patch("sys.argv", argv), redirect_stderr(io.StringIO()) as err:
+                with self.assertRaises(SystemExit):
+                    evaluate_score.main()
+            self.assertRegex(err.getvalue(), "^evaluate_score.py: error: .*\n$")
