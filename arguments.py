@@ -22,11 +22,13 @@ import mlx.core as mx
 import settings
 from audio import SUBTYPES, check_bitrate, choose_subtype
 from edit import edited_file, set_edit
+from endings import FADE
 from hub import MODELS, check_name, follows, local
 from job import (
     ALL_KEYS,
     AUDIO_KEYS,
     BATCH_OF_FILE,
+    ENDING_KEYS,
     LEVELS,
     MELODY_KEYS,
     STYLE_KEYS,
@@ -119,6 +121,24 @@ FLAGS = {  # by groups: name, what it is, and how it is read
         "candidates": (
             "how many parts --regenerate makes, 1 to 64, to choose from (default: 8)",
             dict(type=int),
+        ),
+        "notes": (
+            'tune to follow, with --bpm and --model melody and the like, as "C E G:2 | A '
+            '- F#:3": notes with their beats, - for a rest',
+            dict(),
+        ),
+        "ending": (
+            "make a bar more (without --bpm 2 s), and end in it where the music rests",
+            SWITCH,
+        ),
+        "fade_in": (
+            "seconds over which the output rises (default: 0)",
+            dict(type=float),
+        ),
+        "fade_out": (
+            "seconds over which it falls; 0 ends it as it is (default: %(default)s, with "
+            "--ending 0.25; a --stream is not faded)",
+            dict(type=float, default=FADE),
         ),
     },
     "the model": {
@@ -363,6 +383,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     try:
         set_adapters(args)
         set_edit(args)
+        if args.regenerate and args.regenerate.path.suffix != ".safetensors":
+            args.fade_out = None if args.fade_out == FADE else args.fade_out
         if args.prompt and "-" in args.prompt:
             args.prompt = [read_input() if p == "-" else p for p in args.prompt]
         check_arguments(args)
@@ -419,10 +441,10 @@ def may_lack_text(model: str) -> bool:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for what does not go together or cannot be made."""
-    for name in ("melody", "style"):
-        if getattr(args, name) and follows(args.model) not in (name, None):
+    for name, kind in (("melody", "melody"), ("notes", "melody"), ("style", "style")):
+        if getattr(args, name) is not None and follows(args.model) not in (kind, None):
             raise ValueError(
-                f"--{name} needs a model that follows one, such as --model {name}; "
+                f"--{name} needs a model that follows one, such as --model {kind}; "
                 f"{args.model} does not"
             )
     if args.style and args.prompt is None and args.prompts is None:
@@ -478,20 +500,23 @@ BESIDE_EDIT = (
 QUANTIZATION = ("q_bits", "q_group_size", "q_mode")
 OF_MODEL = ("model", "dtype", *QUANTIZATION, "adapter", "adapter_scale")
 RECALLED = {*ALL_KEYS, *OF_MODEL} - {"output", "mp3_bitrate", "best_of", "keep_all"}
-KEPT = {"output", *LEVELS, "subtype", "mp3_bitrate"}  # flags beside --redecode
+FADES = ("fade_in", "fade_out")
+KEPT = {"output", *LEVELS, *FADES, "subtype", "mp3_bitrate"}  # flags beside --redecode
 NEW_IN_EDIT = {
     "seed",
     "duration",
     "loop",
     "bars",
     *AUDIO_KEYS,
+    *ENDING_KEYS,
 }  # a take's, which its part has not
 REPLACES = {  # flags, and the settings of a file that they put out of force
     **dict.fromkeys(
         ("prompt", "text", "prompts"), {"prompt", "section_fade", "section_context"}
     ),
     "audio_prompt": {*AUDIO_KEYS},
-    "melody": {*MELODY_KEYS},
+    "melody": {*MELODY_KEYS, "notes"},
+    "notes": {*MELODY_KEYS, "notes"},
     "style": {*STYLE_KEYS},
     "style_length": {"style_start"},
     "model": {"adapter", "adapter_scale"},
@@ -501,7 +526,7 @@ REPLACES = {  # flags, and the settings of a file that they put out of force
     "q_mode": {"q_bits", "q_group_size"},
     "loudness": {"peak"},
     "peak": {"loudness"},
-    "stream": {"loudness", "peak", "subtype", "drop_prompt"},
+    "stream": {"loudness", "peak", "subtype", "drop_prompt", *ENDING_KEYS},
     "output": {"subtype"},
 }
 
@@ -572,8 +597,10 @@ def read_record(source: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def check_melody(args: argparse.Namespace) -> None:
     """Raise ValueError for what does not go with --show-melody and --save-melody."""
-    if not args.melody:
-        raise ValueError("--show-melody and --save-melody need a --melody")
+    if not args.melody and (args.save_melody or args.notes is None):
+        raise ValueError(
+            "--show-melody and --save-melody need a --melody; --notes are shown, too"
+        )
     if args.prompts or args.redecode:
         raise ValueError("--show-melody and --save-melody go with --prompt alone")
     if args.save_melody:
@@ -638,6 +665,9 @@ def check_stream(args: argparse.Namespace) -> None:
         raise ValueError(
             "--loudness and --peak need the whole take: leave out --stream"
         )
+    if args.ending or args.fade_in or args.fade_out not in (0, FADE):
+        raise ValueError("--ending and fades need the whole take: leave out --stream")
+    args.fade_out = None
     if args.mp3_bitrate is not None:
         raise ValueError("--mp3-bitrate needs an .mp3: leave out --stream")
     if args.subtype not in (None, "PCM_16"):

@@ -88,7 +88,7 @@ def set_edit(args: argparse.Namespace) -> None:
 
 def check_edit(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that do not go with --regenerate."""
-    for name in (*OTHERS, "drop_prompt", "stream", "tensor_parallel"):
+    for name in (*OTHERS, "drop_prompt", "ending", "stream", "tensor_parallel"):
         if getattr(args, name):
             raise ValueError(f"--regenerate goes without --{name.replace('_', '-')}")
     if args.duration is not None:

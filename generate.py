@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import TextIO
 
 import mlx.core as mx
+import numpy as np
 from huggingface_hub.utils import logging
 
 import jobs
@@ -53,6 +54,7 @@ from job import BATCH_OF_FILE, Job, make_audio_prompt, plan
 from jobs import Result, Sounds, Start
 from messages import Forgiving, one_line
 from musicgen import MusicGen, Take
+from notes import Tune
 from outputs import check_new, in_words, leave_nothing
 from progress import Progress, say
 from quantize import asked
@@ -245,12 +247,19 @@ def load(
     return model
 
 
-def tell_melody(args: argparse.Namespace, model: MusicGen, melody: mx.array) -> None:
-    """Show and keep the sound (N, 1) that holds the melody, where that is wanted."""
+def tell_melody(
+    args: argparse.Namespace, model: MusicGen, melody: mx.array | Tune
+) -> None:
+    """Show the melody, a sound (N, 1) or a typed tune, and keep the sound, where that is
+    wanted."""
     if args.show_melody:
         from melody import draw, extract_chroma
 
-        drawn = draw(extract_chroma(melody, model.sampling_rate))
+        if isinstance(melody, Tune):
+            chroma = melody.chroma(seconds=model.conditioner.needed(args.duration))
+        else:
+            chroma = extract_chroma(melody, model.sampling_rate)
+        drawn = draw(chroma)
         say(drawn, sys.stderr if args.output == "-" else sys.stdout)
     if args.save_melody:
         save_audio(args.save_melody, melody, model.sampling_rate)
@@ -310,7 +319,7 @@ def redecode(
     progress.stage("decoding")
     codes, prompt_frames = start
     samples = jobs.decode(model, job, codes, prompt_frames)[0]
-    samples, facts = jobs.shape(model, job, samples, codes)
+    samples, facts = jobs.shape(model, job, samples, codes, prompt_frames)
     record = jobs.take_settings(model, job, sounds, prompt_frames) | facts
     job = jobs.save(model, job, samples, record)
     if args.save_codes:
@@ -374,7 +383,8 @@ def remake(
         record |= dict(candidates=args.candidates, score=made.scores[i])
         job = jobs.chosen(job, made.seeds[i], named=args.output is not None)
         record |= jobs.take_settings(model, job, sounds) | dict(scores=made.scores)
-        job = jobs.save(model, job, audio[i], record)
+        sound = job.ending.apply(np.array(audio[i]), model.sampling_rate, 0)
+        job = jobs.save(model, job, sound, record)
         if args.save_codes:
             settings.save_codes(args.save_codes, best, record, args.force)
         seconds = len(audio[i]) / model.sampling_rate

@@ -5,8 +5,9 @@
     job.check()  # raises ValueError or OSError
 
 The settings may be a stranger's: of a command line, a line of a file of prompts, or a
-sound file's comment. Needs audio.py, beat.py, loops.py, loudness.py, options.py, outputs.py, sections.py and
-strict.py beside it, with what these need; to time and level a take, the model's own config.
+sound file's comment. Needs audio.py, beat.py, endings.py, loops.py, loudness.py,
+notes.py, options.py, outputs.py, sections.py and strict.py beside it, with what these
+need; to time and level a take, the model's own config.
 """
 
 import math
@@ -21,8 +22,11 @@ import numpy as np
 
 from audio import check_audio_path
 from beat import Beat, make_beat
+from endings import FADE, Ending, make_ending
 from loops import check_loop, take_seconds
 from loudness import CEILING, to_loudness, to_peak
+from notes import Tune
+from notes import parse as parse_notes
 from options import STYLE_OPTIONS, Options, row_seeds
 from outputs import check_apart, check_new, default_name, free
 from sections import Sections, check_end, parse, times
@@ -76,6 +80,8 @@ class Job:
     fault: str | None = None  # of that line, which then cannot be made
     overwrite: bool = False  # what is there
     seed_is_given: bool = True  # not any
+    notes: str | None = None  # a typed tune, to the beat
+    ending: Ending = Ending()
 
     @in_a_line
     def check(self, writes: bool = True, reads: bool = True) -> None:
@@ -97,6 +103,7 @@ class Job:
         if duration is not None:
             check_end(self.prompt, duration)
             check_loop(self.beat, self.loop, duration)
+            self.ending.check(self.made.duration)
         if self.loudness is not None and duration and duration < SHORTEST:
             raise ValueError(
                 f"loudness needs a duration of {SHORTEST} s or more, got "
@@ -147,6 +154,18 @@ class Job:
         return audio if self.peak is None else to_peak(audio, self.peak)
 
     @property
+    def made(self) -> Options:
+        """The options of all that is made, of which an ending keeps a part."""
+        if not self.ending.tail or self.options.duration is None:
+            return self.options
+        return replace(self.options, duration=self.options.duration + self.ending.tail)
+
+    @property
+    def tune(self) -> Tune | None:
+        """Its notes, if any."""
+        return self.notes and parse_notes(self.notes, self.beat)
+
+    @property
     def ceiling(self) -> float:
         """dB of full scale that no true peak of its file exceeds."""
         return CEILING if self.loudness is not None else self.peak or 0.0
@@ -156,7 +175,8 @@ class Job:
         if self.best_of or other.best_of:
             return False
         mine, theirs = [
-            (job.options, job.audio_prompt, times(job.prompt)) for job in (self, other)
+            (job.made, job.ending.tail, job.audio_prompt, times(job.prompt))
+            for job in (self, other)
         ]
         return mine == theirs
 
@@ -176,6 +196,12 @@ class Job:
         paths |= {"melody": melody, "style": style}
         return {name: path for name, path in paths.items() if path}
 
+    @property
+    def follows(self) -> dict[str, str]:
+        """What it follows besides its text: settings, and the kind of their model."""
+        kinds = dict(melody="melody", notes="melody", style="style")
+        return {name: kind for name, kind in kinds.items() if getattr(self, name)}
+
     def record(self) -> dict[str, Any]:
         """Its settings, for the file's comment."""
         record = asdict(self.options) | dict(prompt=self.prompt, seed=self.seed)
@@ -191,6 +217,8 @@ class Job:
             record |= dict(section_context=self.prompt.context)
         if self.audio_prompt:
             record |= dict(zip(AUDIO_KEYS, self.audio_prompt))
+        record |= self.ending.record()
+        record |= {"notes": self.notes} if self.notes else {}
         if self.melody:
             path, start, separate = self.melody
             record |= dict(melody=path, melody_start=start, no_separate=not separate)
@@ -219,10 +247,13 @@ AUDIO_KEYS = ("audio_prompt", "prompt_start", "prompt_length", "drop_prompt")
 MELODY_KEYS = ("melody", "melody_start", "no_separate")
 STYLE_KEYS = ("style", *STYLE_OPTIONS)
 SCORE_KEYS = ("bpm", "beats_per_bar", "section_fade", "section_context", "loop", "bars")
-SCORE_KEYS += ("best_of", "keep_all")
+
+SCORE_KEYS += ("notes", "best_of", "keep_all")
 MOST_TAKES = 64  # of which the best is kept
+ENDING_KEYS = ("fade_in", "fade_out", "ending")
 ALL_KEYS = (
     *dict.fromkeys((*KEYS, *AUDIO_KEYS, *MELODY_KEYS, *STYLE_KEYS, *SCORE_KEYS)),
+    *ENDING_KEYS,
 )
 
 
@@ -300,6 +331,19 @@ def make_loop(
     return bars
 
 
+def choose_ending(
+    values: dict[str, Any], beat: Beat | None, loop: float | None
+) -> Ending:
+    """How it begins and ends. Raises ValueError naming a bad value, and for a loop that
+    is to fade; of its own a loop does not."""
+    fade_in, fade_out, seeks = (values.get(key) for key in ENDING_KEYS)
+    if loop is not None and (fade_in or seeks or fade_out not in (None, 0, FADE)):
+        raise ValueError("loop does not go with ending, fade_in or fade_out.")
+    if loop is not None:
+        return Ending()
+    return make_ending(fade_in, fade_out, seeks, beat and beat.bars(1))
+
+
 def make_prompt(values: dict[str, Any], beat: Beat | None, overrides: set[str]) -> str:
     """The prompt among the values, in sections where it has such. Raises ValueError
     naming a bad section, or what concerns sections without any, as `make_melody`."""
@@ -325,6 +369,19 @@ def make_best_of(count: Any, keep_all: Any, overrides: set[str]) -> tuple:
     if keep_all and count is None and "keep_all" in overrides:
         raise ValueError("keep_all needs a best_of.")
     return count, bool(keep_all and count)
+
+
+def check_notes(notes: Any, beat: Beat | None, melody: MelodyFile | None) -> str | None:
+    """The notes, if any. Raises ValueError for unknown ones, for notes without a beat
+    and for notes beside a melody."""
+    if notes is None:
+        return None
+    if melody:
+        raise ValueError("notes and melody must not be given together.")
+    if beat is None:
+        raise ValueError("notes need a bpm, such as 120.")
+    parse_notes(notes, beat)
+    return notes
 
 
 @in_a_line
@@ -354,6 +411,8 @@ def make_job(
     best = make_best_of(values.get("best_of"), values.get("keep_all"), overrides)
     job = Job(*first, options, sound, melody, style, beat, loop, *levels, *written)
     job = replace(job, best_of=best[0], keep_all=best[1], line=line)
+    notes = check_notes(values.get("notes"), beat, melody)
+    job = replace(job, notes=notes, ending=choose_ending(values, beat, loop))
     return replace(job, overwrite=bool(values.get("force")))
 
 

@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 import settings
 from audio import count_samples, load_audio, save_audio
 from job import AudioPrompt, Job, MelodyFile
 from musicgen import MusicGen, Take
+from notes import Tune
 from outputs import default_name, free
 from prompt import check_length, prompt_frames
 
@@ -75,18 +77,29 @@ class Sounds:
                 f"prompt_length must be {1 / rate:g} s or more, got {length}."
             )
         count = None if length is None else int(length * rate)
-        most = int(job.options.duration * rate) + 1
+        duration = job.made.duration
+        most = int(duration * rate) + 1
         audio = load_audio(path, rate, model.channels, first, min(count or most, most))
         if len(audio) == most:
-            frames = model.frames_in(job.options.duration)
+            frames = model.frames_in(duration)
             there = count_samples(path, rate) - first
             check_length(model, min(count or there, there), frames)
         return audio
 
-    def melody(self, job: Job) -> mx.array | None:
+    def melody(self, job: Job) -> mx.array | Tune | None:
         """Samples (N, 1) that hold the job's melody, without drums and bass if that is
-        wanted; None without a melody."""
-        return job.melody and self._melody(job.melody, job.options.duration)
+        wanted, or its typed tune; None without a melody."""
+        if job.notes:
+            return self._typed(job)
+        return job.melody and self._melody(job.melody, job.made.duration)
+
+    def _typed(self, job: Job) -> Tune:
+        from conditioning import check_follows
+        from melody import MelodyRequest
+
+        check_follows(self._model, "melody")
+        request = MelodyRequest(job.tune)
+        return self._model.conditioner.prepare(request, 0, job.made.duration)
 
     def _read_melody(self, melody: MelodyFile, duration: float) -> mx.array:
         from conditioning import check_follows
@@ -173,7 +186,7 @@ class Batch:
         self._rows = rows or len(jobs)  # at once
         self.scores: list[float] = []  # of many, the best first
         self._start, self._began = start, 0.0
-        self.duration = jobs[0].options.duration  # seconds, of all of them
+        self.duration = jobs[0].made.duration  # seconds, of all of them
         self._takes: list[Take] = []
         self._prompt_frames = 0  # of the takes, the ones of an audio prompt
         self._failed: list[Result] = []
@@ -282,7 +295,9 @@ class Batch:
             record = take_settings(model, job, self._sounds, self._prompt_frames)
             record |= scores.get(job.seed, {})
             try:
-                samples, facts = shape(model, job, samples, own[None])
+                samples, facts = shape(
+                    model, job, samples, own[None], self._prompt_frames
+                )
                 record |= facts
                 job = save(model, job, samples, record)
                 if save_codes:
@@ -311,7 +326,7 @@ def run(
     jobs = [job.timed(model) for job in jobs]
 
     def rows(job: Job) -> int:
-        fit = min(size, model.rows_that_fit(job.options))
+        fit = min(size, model.rows_that_fit(job.made))
         if group is not None:
             fit = mx.distributed.all_min(mx.array(fit), group=group).item()
         return fit
@@ -341,7 +356,7 @@ def make_take(
 
 def options_of(jobs: list[Job], sounds: Sounds) -> dict[str, Any]:
     """Options of the take of such jobs, with the sounds that they follow."""
-    return asdict(jobs[0].options) | dict(
+    return asdict(jobs[0].made) | dict(
         melody=sounds_or_none(jobs, sounds.melody),
         separate=False,  # done already
         style=sounds_or_none(jobs, lambda job: job.style),
@@ -373,12 +388,12 @@ def decode(model: MusicGen, job: Job, codes: mx.array, prompt_frames: int) -> mx
 
 
 def shape(
-    model: MusicGen, job: Job, samples: mx.array, codes: mx.array
-) -> tuple[mx.array, dict[str, Any]]:
-    """The samples (N, C) of a take as the job wants them, and what was found for that,
-    for the file's comment."""
+    model: MusicGen, job: Job, samples: mx.array, codes: mx.array, prompt_frames: int
+) -> tuple[mx.array | np.ndarray, dict[str, Any]]:
+    """The samples (N, C) of a take as the job wants them, less what `decode` drops, and
+    what was found for that, for the file's comment."""
     if job.loop is None:
-        return samples, {}
+        return ended(model, job, samples, prompt_frames), {}
     from loops import best_cut, decode_round, loop_frames, loop_samples
 
     frames = loop_frames(job.beat, job.loop, model.frame_rate)
@@ -395,7 +410,20 @@ def chosen(job: Job, seed: int, named: bool = True) -> Job:
     return job if named else replace(job, output=free(default_name(job.prompt, seed)))
 
 
-def save(model: MusicGen, job: Job, samples: mx.array, record: dict[str, Any]) -> Job:
+def ended(
+    model: MusicGen, job: Job, samples: mx.array, prompt_frames: int
+) -> np.ndarray:
+    """The samples with the fades and the end that the job asks for."""
+    frames = model.frames_in(job.options.duration)
+    if job.audio_prompt and job.audio_prompt.drop:
+        frames -= prompt_frames
+    first = frames * model.config.audio_encoder.hop_length
+    return job.ending.apply(np.array(samples), model.sampling_rate, first)
+
+
+def save(
+    model: MusicGen, job: Job, samples: mx.array | np.ndarray, record: dict[str, Any]
+) -> Job:
     """Write the job's sound, with its settings in the comment. Returns the job, under
     another name where somebody else wrote its file meanwhile."""
     rate, comment = model.sampling_rate, settings.to_comment(record)

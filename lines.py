@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from endings import FADE
 from hub import MODELS, follows, local, same_model
 from job import ALL_KEYS, Job, make_job, numbered
 from jobs import agree
@@ -44,8 +45,8 @@ def plan_file(path: Path, values: dict[str, Any]) -> list[Job]:
             jobs.append(faulty(default, number, error))
             continue
         kind = follows(str(values.get("model", "")))
-        for name in job.inputs().keys() & {"melody", "style"} - {kind or "any"}:
-            if kind is not None:
+        for name, followed in job.follows.items():
+            if kind is not None and followed != kind:
                 fault = f"{name} needs a model that follows one; this does not."
                 job = replace(job, fault=fault)
         for output in job.outputs():
@@ -208,6 +209,8 @@ def differences(
         del wanted["duration"]  # only the model's files tell which
     if job.options.style_start is None:  # drawn by the seed
         del wanted["style_start"]
+    if "fade_out" not in record and wanted["fade_out"] == FADE:
+        del wanted["fade_out"]  # older files have none
     if "q_bits" in record:
         record = {"q_mode": "affine"} | record  # older files do not say so
     changed = []

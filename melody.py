@@ -77,9 +77,9 @@ class MelodyConfig:
 class MelodyRequest(NamedTuple):
     """A melody to follow."""
 
-    audio: mx.array | str | Path  # (N, C) at the model's sampling rate, or a file;
+    audio: Any  # (N, C) at the model's sampling rate, a file, or a `Tune` of notes.py;
     # repeated where it is too short
-    separate: bool = True  # take drums and bass away first, with Demucs
+    separate: bool = True  # take drums and bass of a sound away first, with Demucs
 
 
 class MelodyConditioner(nn.Module):
@@ -108,8 +108,9 @@ class MelodyConditioner(nn.Module):
 
     def prepare(
         self, request: MelodyRequest | None, seed: int, duration: float
-    ) -> mx.array | None:
-        """The samples (N, 1) that hold the melody for a take of `duration` seconds.
+    ) -> Any | None:
+        """The samples (N, 1) that hold the melody for a take of `duration` seconds, or
+        the typed tune.
 
         Raises ValueError for samples without a melody: see `check_melody`.
         """
@@ -118,6 +119,9 @@ class MelodyConditioner(nn.Module):
         if not isinstance(request, MelodyRequest):
             raise ValueError(f"condition must be a MelodyRequest, got {request!r:.80}.")
         rate, shortest = self.sampling_rate, self.config.n_fft / RATE
+        if hasattr(request.audio, "chroma"):
+            request.audio.check(self.config, shortest)
+            return request.audio
         needed = int(self.needed(duration) * rate)
         audio = check_samples("melody", request.audio, rate, count=needed)
         audio = check_melody(audio, rate, shortest).mean(axis=1, keepdims=True)
@@ -125,12 +129,12 @@ class MelodyConditioner(nn.Module):
             return isolate_melody(audio, rate, published_demucs())
         return audio
 
-    def frames(self, prepared: mx.array | None) -> int:
+    def frames(self, prepared: Any | None) -> int:
         """Prefix frames of a take."""
         return self.longest
 
     def states(
-        self, prepared: list[mx.array | None], start: int | None
+        self, prepared: list[Any | None], start: int | None
     ) -> tuple[mx.array, mx.array]:
         """Chroma (B, T, width), and a mask (B, T) in which every frame counts.
 
@@ -145,9 +149,14 @@ class MelodyConditioner(nn.Module):
         """What silence gives, (B, T, width), and a mask (B, T) in which it counts."""
         return mx.broadcast_to(self._silence(), shape), mx.ones(shape[:2], mx.bool_)
 
-    def _chroma(self, audio: mx.array | None, start: int | None) -> mx.array:
+    def _chroma(self, audio: Any | None, start: int | None) -> mx.array:
         if audio is None:
             return self._silence()
+        if hasattr(audio, "chroma"):
+            if start is None:
+                return audio.chroma(self.config, None, self.max_duration + MARGIN)
+            first = start / self.sampling_rate
+            return audio.chroma(self.config, first, self.max_duration)
         if start is not None:
             samples = int(self.max_duration * self.sampling_rate)
             audio = audio[(start + mx.arange(samples)) % len(audio)]

@@ -154,6 +154,12 @@ def try_encodec_stream(encodec_stream):
     assert mx.concatenate(pieces, axis=1).shape == (1, 9 * 640, 1)
 
 
+def try_endings(endings):
+    assert endings.fade(NOISE, 32000, fade_out=0.5)[-1, 0] == 0
+    cut = endings.Ending(tail=0.5).apply(NOISE, 32000, first=16000)
+    assert 16000 <= len(cut) <= 32000
+
+
 def try_engine(engine):
     import decoder
 
@@ -276,6 +282,11 @@ def try_musicgen(musicgen):
     model = musicgen.MusicGen.from_pretrained(TINY)
     assert model.plain
     assert model.generate(["bell", "saw"], duration=0.1).shape == (2, 3200, 1)
+
+
+def try_notes(notes):
+    tune = notes.parse("C E G:2 | A - F#:3", notes.Beat(110))
+    assert tune.chroma().shape == (39, 12)
 
 
 def try_options(options):

@@ -24,7 +24,7 @@ from audio import save_audio
 
 DOCUMENTS = ("README.md", "GUIDE.md", "TRAINING.md", "SPEED.md", "tiny/README.md")
 FENCE = re.compile(r"^```(\w*) ?(.*)\n([\s\S]*?)^```$", re.MULTILINE)
-COMMAND = re.compile(r"\bpython (\w+\.py\b.*?)(?= \| (?!\d)|$)", re.MULTILINE)
+COMMAND = re.compile(r"\bpython (\w+\.py\b.*?)(?= \| (?![\dA-G])|$)", re.MULTILINE)
 NOT_RUN = re.compile(
     r"synth --(codec|lm)|tiny-new|--tensor-parallel|--random|evaluate(_score)?\.py|test\.py"
 )
@@ -105,7 +105,7 @@ def stand_in(model: str) -> str:
 
 def shorten(text: str) -> str:
     """A command, Python or JSON with seconds, and steps of a take, divided."""
-    seconds = r'(?:duration|length|start|stride|fade)(?:"?[=:] ?| )'
+    seconds = r'(?:duration|length|start|stride|fade(?:[-_](?:in|out))?)(?:"?[=:] ?| )'
     section = r'\| (?=[\d.]+\w*: )|\((?=[\d.]+, ")'
     number = rf"({seconds}|{section}|int\(|take\.step [=>]+ )([\d.]+)"
 
