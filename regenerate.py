@@ -131,7 +131,7 @@ class Candidates:
     def ranked(self) -> Regenerated:
         """The candidates, once all are made."""
         made = mx.concatenate(self._made)
-        (first, end), (N, _, K) = self.frames, made.shape
+        (_, end), (N, _, K) = self.frames, made.shape
         rest = mx.broadcast_to(self._codes[:, end:], (N, self._codes.shape[1] - end, K))
         whole = mx.concatenate([made, rest.astype(made.dtype)], axis=1)
         options = self._options | dict(seed=self.seeds)
