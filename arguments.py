@@ -26,15 +26,10 @@ from hub import MODELS, check_name, follows, local
 from messages import one_line
 from models import ListModels
 from options import row_seeds
-from outputs import check_apart, same_file
+from outputs import check_apart
+from outputs import named_path as path
+from outputs import same_file
 from quantize import BITS, GROUP_SIZES, MODES, asked
-
-
-def path(text: str) -> Path:
-    """A path, in which ~ is the home folder. An empty one would be this folder."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f"must name a file or a folder, got {text!r}")
-    return Path(os.path.expanduser(text))
 
 
 def name_of_file(text: str) -> str:
@@ -420,6 +415,7 @@ QUANTIZATION = ("q_bits", "q_group_size", "q_mode")
 OF_MODEL = ("model", "dtype", *QUANTIZATION, "adapter", "adapter_scale")
 RECALLED = {*jobs.ALL_KEYS, *OF_MODEL} - {"output", "mp3_bitrate"}
 KEPT = {"output", *jobs.LEVELS, "subtype", "mp3_bitrate"}  # flags beside --redecode
+UNDECODED = {"dtype", *QUANTIZATION, "adapter", "adapter_scale", "batch_size"}
 REPLACES = {  # flags, and the settings of a file that they put out of force
     "prompt": {"prompt"},
     "text": {"prompt"},
@@ -450,7 +446,7 @@ def recalled(parser: Parser, argv: list[str]) -> list[str]:
     given = {k for k, v in vars(args).items() if v != parser.get_default(k)}
     if len(sources) > 1:
         parser.error("--again, --resume and --redecode must not come together")
-    shaping = given & ({"prompts", "takes", *jobs.ALL_KEYS} - KEPT)
+    shaping = given & ({"prompts", "takes", *jobs.ALL_KEYS, *UNDECODED} - KEPT)
     if args.redecode and shaping:
         name = min(shaping).replace("_", "-")
         parser.error(f"--redecode takes codes as they are: leave out --{name}")

@@ -594,6 +594,8 @@ def take_settings(
     if model.config.quantization:
         told = {"mode": "affine"} | model.config.quantization  # older ones have none
         record |= {f"q_{name}": value for name, value in told.items()}
+    if checksum := getattr(model, "_adapter_hash", None):
+        record |= dict(adapter_hash=checksum)
     dtype = str(model.decoder.dtype).removeprefix("mlx.core.")
     return record | model.adapter | dict(dtype=dtype, mlx=mx.__version__)
 

@@ -21,7 +21,7 @@ from jobs import ALL_KEYS, Job, agree, make_job, numbered
 from options import Options
 from outputs import identity, in_words, is_there
 from settings import read_settings
-from strict import in_a_line
+from strict import in_a_line, small_text
 
 ALIASES = {"guidance": "guidance_coef", "negative": "negative_prompt"}
 DURATIONS = (8.0, 5.0)  # seconds that models take where none are given
@@ -180,7 +180,7 @@ def own_settings(model: str) -> dict[str, Any]:
         return {"duration": sounds if "audiogen" in model else music, "q_bits": None}
     folder = local(model)
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads(small_text(folder / "config.json"))
         stored = config.get("quantization") or {}
         duration = config.get("default_duration", DURATIONS[0])
         return {"duration": duration, "q_bits": stored.get("bits")}
@@ -209,7 +209,9 @@ def differences(
     changed = []
     for name, value in sorted(wanted.items()):
         before = record.get(name, DEFAULTS.get(name))
-        if name == "model":
+        if name == "adapter_hash":  # older files do not tell it
+            same = None in (before, value) or before == value
+        elif name == "model":
             same = isinstance(before, str) and same_model(before, value)
         else:
             unset = all(x is None or x is False for x in (before, value))

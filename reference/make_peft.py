@@ -101,11 +101,6 @@ CASES = {  # folder: the model, what PEFT is told
         ),
     ),
 }
-NAMES = {  # that an adapter of the released model has
-    MONO: "facebook/musicgen-small",
-    STEREO: "facebook/musicgen-stereo-small",
-    MELODY: "facebook/musicgen-melody",
-}
 
 
 def load(name: str) -> nn.Module:
@@ -235,7 +230,7 @@ def make(case: str, number: int) -> dict:
         generator = torch.Generator().manual_seed(1000 * number + seed)
         model = peft.get_peft_model(load(name), peft.LoraConfig(**options))
         draw(model, generator)
-        model.peft_config["default"].base_model_name_or_path = NAMES[name]
+        model.peft_config["default"].base_model_name_or_path = name
         model.save_pretrained(folder)
         (folder / "README.md").unlink()
         path = folder / "adapter_config.json"

@@ -259,6 +259,14 @@ def try_parallel(parallel):
     assert x == 3
 
 
+def try_peft_config(peft_config):
+    config = peft_config.read_config(REFERENCE / "peft/mono" / peft_config.CONFIG)
+    assert config["r"] == 2
+    module = "decoder.model.decoder.layers.0.fc1"
+    assert peft_config.left_out_by(config, module) is None
+    assert peft_config.left_out_by(config, module + "9") == "target_modules"
+
+
 def try_peft_files(peft_files):
     adapter = peft_files.read(REFERENCE / "peft" / "mono")
     assert len(peft_files.changes(adapter, codebooks=4)) == 17
