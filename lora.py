@@ -251,7 +251,7 @@ def check_finite(path: Path, arrays: dict[str, mx.array]) -> None:
 def check_scale(scale: float) -> float:
     """The scale as Python's number, which settings of a take can hold. Raises ValueError
     for one beyond 100, and for what is no number."""
-    if isinstance(scale, mx.array) and scale.ndim == 0:
+    if getattr(scale, "ndim", None) == 0:  # of MLX or NumPy
         scale = scale.item()
     is_real = isinstance(scale, Real) and type(scale) is not bool
     if not (is_real and abs(scale) <= 100):

@@ -79,6 +79,19 @@ class TestAgainstPeft(Test):
                     model = adapted(name, ADAPTERS / case, scale)
                     self.assertIsAs(model, name, values, f"scale_{scale:g}_")
 
+    def test_a_saved_table_that_t5_does_not_read(self):
+        """PEFT replaces `shared`, and T5's encoder goes on with its own table."""
+        case, name = "mono-shared", "mono-transformers"
+        values = mx.load(str(ADAPTERS / case / "expected.safetensors"))
+        saved = mx.load(str(ADAPTERS / case / peft_files.WEIGHTS))
+        plain = exact(name).text_encoder.shared.weight
+        table = saved["base_model.model.text_encoder.shared.weight"]
+        self.assertTrue((table != plain).any())
+        for scale in (0.5, 1.0):
+            with self.assertWarnsRegex(UserWarning, "text_encoder.shared is left out"):
+                model = adapted(name, ADAPTERS / case, scale)
+            self.assertIsAs(model, name, values, f"scale_{scale:g}_")
+
     def test_several(self):
         values = mx.load(str(ADAPTERS / "two" / "expected.safetensors"))
         paths = [ADAPTERS / case for case in ABOUT["two"]["adapters"]]
