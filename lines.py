@@ -204,6 +204,8 @@ def differences(
         del wanted["duration"]  # only the model's files tell which
     if job.options.style_start is None:  # drawn by the seed
         del wanted["style_start"]
+    if wanted.get("adapter") != record.get("adapter"):  # that alone is told
+        wanted.pop("adapter_hash", None)
     if "q_bits" in record:
         record = {"q_mode": "affine"} | record  # older files do not say so
     changed = []

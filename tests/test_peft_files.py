@@ -429,6 +429,40 @@ class TestWriting(Test):
             self.run_script("none", target / "x")[0], "There is no adapter"
         )
 
+    def test_what_is_pefts_already(self):
+        target = self.folder / "out"
+        for source in (ADAPTERS / "mono", ADAPTERS / "mono" / peft_files.WEIGHTS):
+            status, _ = self.run_script(source, target)
+            self.assertRegex(status, f"error: {source} is PEFT's already: it is named")
+        status, _ = self.run_script(ADAPTERS / "ours-mono.safetensors", "")
+        self.assertRegex(status, "The folder to write must have a name, got ''")
+
+    def test_two_at_once(self):
+        """The first one's folder stays as it is."""
+        source, target = ADAPTERS / "ours-mono.safetensors", self.folder / "out"
+        write = peft_files.write
+
+        def written_meanwhile(folder, arrays, metadata):
+            write(folder, arrays, metadata)
+            if not target.exists():
+                target.mkdir()
+                (target / peft_files.CONFIG).write_text("theirs")
+
+        with patch.object(peft_files, "write", written_meanwhile):
+            status, _ = self.run_script(source, target)
+        self.assertRegex(status, "out was written by another program meanwhile: choose")
+        self.assertEqual([*target.iterdir()], [target / peft_files.CONFIG])
+        self.assertEqual((target / peft_files.CONFIG).read_text(), "theirs")
+        self.assertEqual([*self.folder.iterdir()], [target])
+
+    def test_a_damaged_pickle(self):
+        path = Path(shutil.copytree(ADAPTERS / "pickled", self.folder / "p"))
+        (path / peft_files.PICKLE).write_bytes(b"noise" * 99)
+        with self.assertRaisesRegex(
+            ValueError, "adapter_model.bin is damaged, fetch it"
+        ):
+            peft_files.read(path)
+
     def test_a_folder_in_none(self):
         source = ADAPTERS / "ours-mono.safetensors"
         (self.folder / "file").touch()
