@@ -197,6 +197,7 @@ def changes(adapter: Adapter, codebooks: int) -> dict[str, list[Change]]:
         elif (match := WHOLE.fullmatch(own)) and own != name:
             where = place(adapter, name, match[1], match[2], codebooks)
             again = is_again(adapter, replaced.get(where), name)
+            check_target(adapter, match[1], name)
             if not again and not is_unheard(adapter, match[1]):
                 replaced[where], value = name, (floats(adapter, name),)
                 change = Change(name, *where[1:], value, 1.0)
@@ -205,13 +206,28 @@ def changes(adapter: Adapter, codebooks: int) -> dict[str, list[Change]]:
             no_place(adapter, name)
     for (module, embeds), names in pairs.items():
         name = names.get("B") or names["A"]
-        where = place(adapter, name, module, "weight", codebooks)
+        where, bias = (
+            place(adapter, name, module, kind, codebooks) for kind in ("weight", "bias")
+        )
         check_target(adapter, module, name)
         if (other := added.setdefault(where, name)) != name:
             given_twice(adapter, other, name)
+        check_beside(adapter, name, [replaced.get(at) for at in (where, bias)])
         change = Change(name, *where[1:], *low_rank(adapter, module, embeds, names))
         found.setdefault(where[0], []).append(change)
     return found
+
+
+def check_beside(adapter: Adapter, name: str, others: list[str | None]) -> None:
+    """Raise ValueError where a module that has a low-rank change is replaced, too, by a
+    tensor of another name than PEFT has for that, which it would not load."""
+    for other in others:
+        if other and ".base_layer." not in other:
+            raise ValueError(
+                f"{adapter.path}: {one_line(other):.110} is of a module with "
+                f"{name.rpartition('.lora_')[2]:.30}, where PEFT would not load it: it has "
+                "base_layer in its name there."
+            )
 
 
 def is_again(adapter: Adapter, other: str | None, name: str) -> bool:
@@ -234,13 +250,10 @@ def given_twice(adapter: Adapter, *names: str) -> None:
 
 def is_unheard(adapter: Adapter, module: str) -> bool:
     """Whether PEFT puts a module where nothing reads it: it saves `shared` of T5, and
-    T5's encoder goes on with its own `embed_tokens`. Warns of it."""
+    T5's encoder goes on with its own `embed_tokens`, also where `ensure_weight_tying` is
+    asked for. Warns of it."""
     saved = adapter.config.get("modules_to_save") or []
-    unheard = (
-        module == SHARED
-        and any(SHARED.endswith(str(name)) for name in saved)
-        and not adapter.config.get("ensure_weight_tying")
-    )
+    unheard = module == SHARED and any(SHARED.endswith(str(name)) for name in saved)
     if unheard:
         warnings.warn(
             f"{adapter.path}: {module} is left out, as it is by PEFT, where T5 reads "
@@ -252,10 +265,17 @@ def is_unheard(adapter: Adapter, module: str) -> bool:
 def check_target(adapter: Adapter, module: str, name: str) -> None:
     """Raise ValueError for a tensor that PEFT would leave out, since the settings do not
     ask for its module."""
-    if key := left_out_by(adapter.config, module, "lora_embedding_" in name):
+    saved = adapter.config.get("modules_to_save") or []
+    if "lora_" in name:
+        key = left_out_by(adapter.config, module, "lora_embedding_" in name)
+    else:
+        is_saved = any(module.endswith(str(one)) for one in saved)
+        spelled = ".modules_to_save." in name
+        key = "modules_to_save" if spelled and not is_saved else None
+    if key:
         raise ValueError(
             f"{adapter.path}: {one_line(name):.110} is of a module that {key} in {CONFIG} "
-            f"leaves out, {one_line(adapter.config[key]):.60}: PEFT would not load it."
+            f"leaves out, {one_line(adapter.config.get(key)):.60}: PEFT would not load it."
         )
 
 
@@ -444,8 +464,8 @@ def check_sizes(adapter: Adapter, model: nn.Module) -> None:
     for name, size in (shape_of(adapter.base) or {}).items():
         if here[name] != size:
             raise ValueError(
-                f"{adapter.path} belongs to another model, {adapter.base}: its {name} is "
-                f"{size!r}, here it is {here[name]!r}."
+                f"{adapter.path} belongs to another model, {adapter.base}: {name} {size!r} "
+                f"there, {here[name]!r} here."
             )
 
 

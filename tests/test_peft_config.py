@@ -126,7 +126,7 @@ class TestSettings(TestAdapter):
         here |= dict(codebooks=4, channels=1, sampling_rate=32000, follows="")
         self.set_config(base_model_name_or_path="facebook/musicgen-small")
         self.assertRefused(
-            "another model, facebook/musicgen-small: its layers is 24, h"
+            "another model, facebook/musicgen-small: layers 24 there, 2 here"
         )
         for name, other in (
             ("layers", 48),
@@ -137,9 +137,7 @@ class TestSettings(TestAdapter):
             ("follows", "melody"),
         ):
             with patch.object(hub, "shape_of", return_value=here | {name: other}):
-                self.assertRefused(
-                    f"belongs to another model, .*its {name} is '?{other}"
-                )
+                self.assertRefused(f"belongs to another model, .*: {name} '?{other}")
         with patch.object(hub, "shape_of", return_value=here):
             adapted("mono-transformers", self.adapter)
 
@@ -163,23 +161,51 @@ class TestSettings(TestAdapter):
 class TestTensors(TestAdapter):
     def test_given_twice(self):
         key = f"{LAYER}fc1.lora_A.weight"
-        a, head = self.tensors[key], mx.ones((64, 32))
+        a, row = self.tensors[key], mx.ones(32)
+        norm = "base_model.model.decoder.model.decoder.layer_norm"
+        self.set_config(modules_to_save=["decoder.layer_norm"])
         short = key.removeprefix("base_model.model.")
         bare = key.removeprefix("base_model.model.decoder.")
         other = bare.replace("lora_A", "lora_B")
         b = self.tensors[key.replace("lora_A", "lora_B")]
-        spelled = f"{HEADS}0.modules_to_save.weight"
+        spelled = f"{norm}.modules_to_save.weight"
         for tensors, one, two in (
             ({key.replace("A.w", "A.default.w"): a * 0}, "A.default.w", "A.weight"),
             ({short: a * 0}, "base_model.model.", "and decoder.model"),
             ({bare: a, other: b}, "fc1.lora_B.weight", "and model.decoder"),
-            ({f"{HEADS}0.weight": head, spelled: head * 0}, "to_save", "0.weight"),
+            ({f"{norm}.weight": row, spelled: row * 0}, "to_save", "norm.weight"),
         ):
             with self.subTest(two):
                 self.set_tensors(tensors)
                 self.assertRefused(f"bad/.* gives one tensor twice: .*{one}.*{two}")
         self.set_tensors({key.replace("A.w", "A.default.w"): a})  # the same
         adapted("mono-transformers", self.adapter)
+
+    def test_what_peft_does_not_replace(self):
+        """It names a whole module beside a low-rank change otherwise."""
+        head, norm = (
+            mx.ones((64, 32)),
+            "base_model.model.decoder.model.decoder.layer_norm",
+        )
+        for name, tensor, pattern in (
+            (
+                f"{HEADS}0.weight",
+                head,
+                "0.weight is of a module with B.weight, where PEFT",
+            ),
+            (
+                f"{norm}.modules_to_save.weight",
+                mx.ones(32),
+                "modules_to_save in .* None",
+            ),
+        ):
+            self.set_tensors({name: tensor})
+            self.assertRefused(f"bad/.*{pattern}.* would not load it")
+        self.set_tensors({f"{HEADS}0.base_layer.weight": head})
+        change = adapted("mono-transformers", ADAPTERS / "mono").decoder.linears.weight
+        change = change - exact("mono-transformers").decoder.linears.weight
+        found = adapted("mono-transformers", self.adapter).decoder.linears.weight
+        self.assertClose(found[:64], head + change[:64])
 
     def test_numbers_that_no_module_has(self):
         pair = {"lora_A": mx.ones((2, 32)), "lora_B": mx.ones((64, 2))}
