@@ -15,10 +15,13 @@ from test_peft_files import ADAPTERS, LAYER, adapted
 
 import adapters
 import hub
+import lines
 import lora
+import mert
 import peft_config
 import peft_files
 import strict
+import t5_files
 from musicgen import MusicGen
 
 MONO = REFERENCE / "mono-transformers"
@@ -114,6 +117,17 @@ class TestSettings(TestAdapter):
         self.assertRefused(
             "adapter_config.json does not load: it must be at most 64 MB"
         )
+        zeros = self.folder / "config.json"
+        zeros.touch()
+        os.truncate(zeros, 3 * 2**30)
+        for read in (t5_files.read_config, mert.read_config, hub.read_small):
+            with self.assertRaisesRegex(ValueError, "config.json .*must be at most 64"):
+                read(zeros)
+        self.assertEqual(lines.own_settings(str(self.folder)), {})
+        spiece, tokenizer = MONO / "spiece.model", self.folder / "tokenizer.json"
+        zeros.rename(tokenizer)
+        with self.assertRaisesRegex(ValueError, "tokenizer.json is no tokenizer of T5"):
+            t5_files.check_pieces(spiece, tokenizer)
         (self.folder / "a.json").write_text("{}")
         self.assertEqual(strict.small_text(self.folder / "a.json", 2), "{}")
         with self.assertRaisesRegex(ValueError, "must be at most"):
