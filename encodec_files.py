@@ -1,8 +1,8 @@
 """EnCodec's published files -> settings, and weights by our names and layouts.
 
 transformers' form is `config.json` and `model.safetensors`, audiocraft's one
-`compression_state_dict.bin`, for which audiocraft.py, decoder_names.py and torch_file.py
-are needed. To see at once that there is no network hub.py is needed. Needs strict.py
+`compression_state_dict.bin`, for which audiocraft.py, ported.py, decoder_names.py and
+torch_file.py are needed. To see at once that there is no network hub.py is needed. Needs strict.py
 beside it. What `python encodec.py` does is here, too, for which audio.py, resample.py
 and outputs.py are needed.
 

@@ -3,7 +3,7 @@ names.
 
 audiocraft's layout is two `.bin` files beside T5 and, where the codec is only named,
 the codec; or `checkpoint.th` in place of the first; transformers' a `config.json` with
-all weights. Needs audiocraft.py, torch_file.py, decoder_names.py, strict.py,
+all weights. Needs audiocraft.py, ported.py, torch_file.py, decoder_names.py, strict.py,
 encodec_files.py, t5.py and t5_files.py beside it. The files of what a model follows are
 needed beside it, too: melody.py, or style.py and mert.py, and what these need.
 
@@ -37,6 +37,7 @@ T5_REPO = "google-t5/t5-base"
 T5_NAME = r"(\w[\w.-]{,95}/)?\w[\w.-]{,95}"  # as long as the Hub lets names be
 # A codec of the Hub, in the settings of a training.
 NAMED_CODEC = r"//pretrained/([\w-][\w.-]{,95}/[\w-][\w.-]{,95})"
+WINDOW = "dataset.segment_duration"  # of audiocraft's settings
 WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -112,12 +113,13 @@ def read_audiocraft(folder: Path) -> Published:
         text = read_text(path, package.cfg)
     codec_path, codec, codec_weights = read_codec(path, package.cfg)
     try:
+        check_rate(package.cfg, codec, codec_path)
         settings = {
             "model_type": "musicgen",
             "decoder": package.config,
             "text_encoder": text.settings,
             "audio_encoder": codec,
-            "max_duration": float(package.cfg.get("dataset.segment_duration", 30)),
+            "max_duration": audiocraft.number(WINDOW, package.cfg.get(WINDOW, "30")),
         }
         settings |= own_defaults(package.cfg, codec, settings["max_duration"])
         weights = under("decoder", package.decoder)
@@ -190,6 +192,19 @@ def read_codec(path: Path, cfg: dict[str, Any]) -> tuple[Path, dict, Weights]:
         if isinstance(place, str):  # one of the Hub
             raise encodec_files.needed(path.parent, place, error) from error
         raise
+
+
+def check_rate(cfg: dict[str, Any], codec: dict[str, Any], path: Path) -> None:
+    """Raise ValueError unless the codec has the rate with which the decoder was trained,
+    where that is known."""
+    rate, found = cfg.get("sample_rate"), codec["sampling_rate"]
+    if rate in audiocraft.SILENT:
+        return
+    if audiocraft.number("sample_rate", rate) != found:
+        raise ValueError(
+            f"its codec must be one of {rate:.20} Hz, but {path!s:.120} is one of {found} "
+            "Hz: put the decoder's own beside it"
+        )
 
 
 def codec_folder(path: Path, cfg: dict[str, Any]) -> Path | str:
