@@ -302,6 +302,7 @@ def read_transformers(folder: Path) -> Published:
         if settings.get("model_type") == "musicgen_melody":
             settings |= read_extractor(folder, settings)
         weights = sanitize(read_weights(folder))
+        weights |= identities(settings, weights)
         settings["decoder_dtype"] = decoder_dtype(weights)
     except strict.Misfit as error:
         raise ValueError(misfit(error)) from error
@@ -318,6 +319,21 @@ def read_transformers(folder: Path) -> Published:
         return t5_files.sanitize(weights)
 
     return Published(path, settings, weights, tokenizer, read_text_encoder, misfit)
+
+
+def identities(settings: dict[str, Any], weights: Weights) -> Weights:
+    """Projections that change nothing, in place of those that transformers does not make
+    where what a decoder follows is as wide as the decoder."""
+    D, made = settings["decoder"].get("hidden_size"), {}
+    widths = {"output_proj": settings["text_encoder"].get("d_model")}
+    if settings.get("model_type") == "musicgen_melody":
+        widths["sound_proj"] = settings.get("num_chroma", 12)
+    for name, width in widths.items():
+        own = [f"decoder.{name}.{part}" for part in ("weight", "bias")]
+        if type(D) is int and D == width and D <= 2**14 and not weights.keys() & {*own}:
+            dtype = weights["decoder.out_norm.weight"].dtype
+            made |= dict(zip(own, (mx.eye(D, dtype=dtype), mx.zeros(D, dtype))))
+    return made
 
 
 def spell_transformers(folder: Path, name: str) -> str:
