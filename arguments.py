@@ -382,6 +382,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(NO_PROMPT)
     if args.any_music:  # of a model without text, perhaps: generate.py sees to it
         args.prompt = [""]
+    args.may_lack_text = args.prompts is not None and may_lack_text(args.model)
     if args.prompt is not None and args.prompts is not None:
         raise ValueError("a prompt and --prompts must not be given together")
     for name in ("takes", "batch_size"):

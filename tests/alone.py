@@ -368,7 +368,7 @@ def try_strict(strict):
 
 
 def try_textless(textless):
-    options = textless.without_text("m", [""], textless.Options(guidance_coef=3.0))
+    prompts, options = textless.without_text("m", None, textless.Options())
     assert options.copies == 1
 
 
