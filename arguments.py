@@ -24,9 +24,9 @@ import settings
 from audio import SUBTYPES, check_bitrate, choose_subtype
 from hub import MODELS, check_name, follows, local
 from messages import one_line
-from models import ListModels
+from models import table
 from options import row_seeds
-from outputs import check_apart, same_file
+from outputs import check_apart, print_result, same_file
 from quantize import BITS, GROUP_SIZES, MODES, asked
 
 
@@ -289,7 +289,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=versions)
     parser.add_argument(
-        "--list-models", action=ListModels, help="show all models, with their sizes"
+        "--list-models", help="show all models, with their sizes", **SWITCH
     )
     parser.add_argument(
         "text", nargs="?", metavar="PROMPT", help="what to play, as of --prompt"
@@ -307,6 +307,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The flags, checked. Ends the process with a line where they cannot be."""
     parser = make_parser()
     args = parser.parse_args([*recalled(parser, argv), *argv])
+    if args.list_models:
+        show_models(parser, argv)
     if args.text is not None:
         args.prompt = [*(args.prompt or []), args.text]
     if args.output is None and args.prompts:
@@ -319,6 +321,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def show_models(parser: Parser, argv: list[str]) -> None:
+    """Print the released models, and end the process. Nothing else can be asked then."""
+    if len(argv) > 1:
+        parser.error("--list-models makes nothing: leave out what is beside it")
+    print_result(table())
+    parser.exit()
 
 
 def set_adapters(args: argparse.Namespace) -> None:
