@@ -324,14 +324,17 @@ def read_transformers(folder: Path) -> Published:
 def identities(settings: dict[str, Any], weights: Weights) -> Weights:
     """Projections that change nothing, in place of those that transformers does not make
     where what a decoder follows is as wide as the decoder."""
-    D, made = settings["decoder"].get("hidden_size"), {}
-    widths = {"output_proj": settings["text_encoder"].get("d_model")}
+    parts = [settings.get(part) for part in ("decoder", "text_encoder")]
+    if not all(isinstance(part, dict) for part in parts):  # which is told later
+        return {}
+    D, made = parts[0].get("hidden_size"), {}
+    widths = {"output_proj": parts[1].get("d_model")}
     if settings.get("model_type") == "musicgen_melody":
         widths["sound_proj"] = settings.get("num_chroma", 12)
     for name, width in widths.items():
         own = [f"decoder.{name}.{part}" for part in ("weight", "bias")]
         if type(D) is int and D == width and D <= 2**14 and not weights.keys() & {*own}:
-            dtype = weights["decoder.out_norm.weight"].dtype
+            dtype = getattr(mx, decoder_dtype(weights))
             made |= dict(zip(own, (mx.eye(D, dtype=dtype), mx.zeros(D, dtype))))
     return made
 
