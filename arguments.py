@@ -24,11 +24,11 @@ import settings
 from audio import SUBTYPES, check_bitrate, choose_subtype
 from hub import MODELS, check_name, follows, local
 from messages import one_line
-from models import ListModels
+from models import table
 from options import row_seeds
 from outputs import check_apart
 from outputs import named_path as path
-from outputs import same_file
+from outputs import print_result, same_file
 from quantize import BITS, GROUP_SIZES, MODES, asked
 
 
@@ -284,7 +284,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=versions)
     parser.add_argument(
-        "--list-models", action=ListModels, help="show all models, with their sizes"
+        "--list-models", help="show all models, with their sizes", **SWITCH
     )
     parser.add_argument(
         "text", nargs="?", metavar="PROMPT", help="what to play, as of --prompt"
@@ -302,6 +302,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The flags, checked. Ends the process with a line where they cannot be."""
     parser = make_parser()
     args = parser.parse_args([*recalled(parser, argv), *argv])
+    if args.list_models:
+        show_models(parser, argv)
     if args.text is not None:
         args.prompt = [*(args.prompt or []), args.text]
     if args.output is None and args.prompts:
@@ -314,6 +316,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def show_models(parser: Parser, argv: list[str]) -> None:
+    """Print the released models, and end the process. Nothing else can be asked then."""
+    if len(argv) > 1:
+        parser.error("--list-models makes nothing: leave out what is beside it")
+    print_result(table())
+    parser.exit()
 
 
 def set_adapters(args: argparse.Namespace) -> None:
@@ -377,6 +387,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(NO_PROMPT)
     if args.any_music:  # of a model without text, perhaps: generate.py sees to it
         args.prompt = [""]
+    args.may_lack_text = args.prompts is not None and may_lack_text(args.model)
     if args.prompt is not None and args.prompts is not None:
         raise ValueError("a prompt and --prompts must not be given together")
     for name in ("takes", "batch_size"):

@@ -77,6 +77,7 @@ class Job:
     fault: str | None = None  # of that line, which then cannot be made
     overwrite: bool = False  # what is there
     seed_is_given: bool = True  # not any
+    prompt_is_given: bool = True  # false: for a model without text
 
     @in_a_line
     def check(self, writes: bool = True, reads: bool = True) -> None:
@@ -431,6 +432,8 @@ class Batch:
                     from textless import without_text
 
                     without_text(self._model.name, [job.prompt], job.options)
+                elif not job.prompt_is_given:
+                    raise ValueError("there must be a prompt, for the model has text.")
                 self._sounds.melody(job), self._sounds.style_start(job)
             except (OSError, ValueError) as error:
                 self._failed.append(Result(job, error))

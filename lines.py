@@ -32,12 +32,19 @@ DEFAULTS = asdict(Options()) | {"model": None, "adapter_scale": 1.0}  # of a rec
 def plan_file(path: Path, values: dict[str, Any]) -> list[Job]:
     """Jobs for the lines of a file: a prompt each, or a JSON object with any of the
     settings; `values` are those that a line does not give. A line with a value that
-    cannot be is a job with a fault. Raises ValueError naming the line that is neither,
-    has an unknown key, or the output of another line."""
+    cannot be is a job with a fault; one without a prompt goes with a model that
+    `may_lack_text`. Raises ValueError naming the line that is neither, has an unknown
+    key, or the output of another line."""
     lines, jobs, outputs = list(read_lines(path)), [], {}
     for i, (number, overrides) in enumerate(lines):
         default = dict(seed=values["seed"] + i)
         default["output"] = numbered(values["output"], i, max(len(lines), 2))
+        if may_lack := values.get("may_lack_text", False):  # null is none, too
+            overrides = {k: v for k, v in overrides.items() if v is not None}
+        if not (prompted := "prompt" in overrides):
+            default["prompt"] = ""
+        if not (prompted or may_lack):
+            raise ValueError(f"{path}, line {number} must have a prompt.")
         try:
             job = make_job(values | default | overrides, number, {*overrides})
         except (TypeError, ValueError) as error:
@@ -56,7 +63,7 @@ def plan_file(path: Path, values: dict[str, Any]) -> list[Job]:
             )
         outputs[place] = number
         fixed = "seed" in overrides or values.get("seed_is_given", True)
-        jobs.append(replace(job, seed_is_given=bool(fixed)))
+        jobs.append(replace(job, seed_is_given=bool(fixed), prompt_is_given=prompted))
     if not jobs:
         raise ValueError(f"{path} must hold a prompt in a line, but holds none.")
     return jobs
@@ -107,8 +114,6 @@ def parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
             f"{path}, line {number} has the unknown key '{min(unknown)}'; known are "
             f"{', '.join(sorted(ALL_KEYS))}."
         )
-    if "prompt" not in overrides:
-        raise ValueError(f"{path}, line {number} must have a prompt.")
     return overrides
 
 

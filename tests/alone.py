@@ -289,6 +289,13 @@ def try_progress(progress):
         shows.to(1.0)
 
 
+def try_ported(ported):
+    try:
+        ported.check_decoder({"transformer_lm.past_context": "5"})
+    except ValueError as error:
+        assert str(error) == "transformer_lm.past_context must be null, got 5"
+
+
 def try_prompt(prompt):
     sizes = dict(decoder=Namespace(num_codebooks=4, vocab_size=8))
     sizes |= dict(audio_encoder=Namespace(hop_length=640))
@@ -369,7 +376,7 @@ def try_strict(strict):
 
 
 def try_textless(textless):
-    options = textless.without_text("m", [""], textless.Options(guidance_coef=3.0))
+    prompts, options = textless.without_text("m", None, textless.Options())
     assert options.copies == 1
 
 

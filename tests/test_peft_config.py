@@ -14,12 +14,15 @@ from mlx.utils import tree_flatten
 from test_peft_files import ADAPTERS, LAYER, adapted
 
 import adapters
+import checkpoints
+import encodec_files
 import hub
 import lines
 import lora
 import mert
 import peft_config
 import peft_files
+import published
 import strict
 import t5_files
 from musicgen import MusicGen
@@ -120,7 +123,9 @@ class TestSettings(TestAdapter):
         zeros = self.folder / "config.json"
         zeros.touch()
         os.truncate(zeros, 3 * 2**30)
-        for read in (t5_files.read_config, mert.read_config, hub.read_small):
+        readers = (t5_files, mert, encodec_files)
+        reads = [module.read_config for module in readers] + [hub.read_small]
+        for read in (*reads, checkpoints.read_json, published.read_json):
             with self.assertRaisesRegex(ValueError, "config.json .*must be at most 64"):
                 read(zeros)
         self.assertEqual(lines.own_settings(str(self.folder)), {})
