@@ -1,19 +1,24 @@
 """Adapters of a model, one or several: which kind each is, and in which order they come.
 
-    beside = work_in(model, weighted(["owner/name", "brass.safetensors"], [0.5, 1.0]))
-    model.decoder.set_dtype(mx.float16)
+    adapters = weighted(["owner/name", "brass.safetensors"], [0.5, 1.0])
+    beside = work_in(model, adapters, mx.float16)
     load_adapters(model, beside)  # of lora.py
 
 PEFT's are worked into the weights before the decoder is cast and quantized, those of
 `train.py lora` after it, since they lie beside quantized layers. Needs lora.py,
-settings.py and strict.py beside it; peft_files.py is needed for one of PEFT, hub.py for
-one on the Hub, torch_file.py for one in a `.bin`, and outputs.py to save one.
+settings.py and strict.py beside it; peft_files.py and peft_config.py are needed for one
+of PEFT, hub.py for one on the Hub, torch_file.py for one in a `.bin`, and outputs.py to
+save one.
 """
 
+import hashlib
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
 
 from lora import check_scale, read_adapter
 
@@ -65,6 +70,28 @@ def check_files(adapters: Adapters) -> None:
             read(path)
 
 
+def checksum(adapters: Adapters | None) -> str | None:
+    """What tells the files of adapters from others of their names: 16 hexadecimal digits
+    of each, of its SHA-256. None where there is no adapter, or one lies elsewhere."""
+    digests = []
+    for path in [] if adapters is None else listed(adapters):
+        try:
+            files = [Path(os.path.expanduser(path))]
+            if not is_own(path):
+                from peft_files import locate
+
+                files = locate(path) if files[0].exists() else ()
+            digest = hashlib.sha256()
+            for file in files:
+                digest.update(file.read_bytes())
+        except OSError:
+            return None
+        digests += [digest.hexdigest()[:16]] if files else []
+    return (
+        " ".join(digests) if len(digests) == len(listed(adapters or [])) > 0 else None
+    )
+
+
 def weighted(adapters: Adapters, scales: float | list[float]) -> list[Weighted]:
     """Each adapter with its scale: one for all, or each its own.
 
@@ -76,6 +103,8 @@ def weighted(adapters: Adapters, scales: float | list[float]) -> list[Weighted]:
         raise ValueError(
             f"adapter_scale must come with an adapter, got {scales!r:.80}."
         )
+    if isinstance(scales, mx.array | np.ndarray):
+        scales = scales.tolist()
     if not isinstance(scales, list | tuple):
         scales = [scales] * len(adapters)
     elif len(scales) == 1:
@@ -85,22 +114,31 @@ def weighted(adapters: Adapters, scales: float | list[float]) -> list[Weighted]:
             "adapter_scale must be one number, or one for each adapter in turn, got "
             f"{len(scales)} for {len(adapters)}."
         )
-    for scale in scales:
-        check_scale(scale)
-    return [*zip(adapters, scales)]
+    return [*zip(adapters, map(check_scale, scales))]
 
 
-def work_in(model: "MusicGen", adapters: list[Weighted]) -> list[Weighted]:
-    """Work PEFT's adapters into a model's weights. Returns the others."""
+def work_in(
+    model: "MusicGen", adapters: list[Weighted], dtype: mx.Dtype | None = None
+) -> list[Weighted]:
+    """Work PEFT's adapters into a model's weights, and cast the decoder. Returns the
+    others. Raises ValueError, too, for what is beyond that dtype."""
+    changed = {}
     for path, scale in adapters:
         if not is_own(path):
-            from peft_files import merge
+            from peft_files import merge_unread
 
-            merge(model, path, scale)
+            changed |= merge_unread(model, path, scale)
+    if dtype is not None:
+        model.decoder.set_dtype(dtype)
+    if changed:
+        from peft_files import check_sums
+
+        check_sums(model, changed)
     if adapters:
         names, scales = ([*column] for column in zip(*adapters))
         names = [*map(str, names)]
         one = len(adapters) == 1
         model._adapter = dict(adapter=names[0] if one else names)
         model._adapter["adapter_scale"] = scales[0] if one else scales
+        model._adapter_hash = checksum(names)
     return [(path, scale) for path, scale in adapters if is_own(path)]

@@ -36,17 +36,12 @@ from job import (
     make_job,
 )
 from messages import one_line
-from models import ListModels
+from models import table
 from options import row_seeds
-from outputs import check_apart, same_file
+from outputs import check_apart
+from outputs import named_path as path
+from outputs import print_result, same_file
 from quantize import BITS, GROUP_SIZES, MODES, asked
-
-
-def path(text: str) -> Path:
-    """A path, in which ~ is the home folder. An empty one would be this folder."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f"must name a file or a folder, got {text!r}")
-    return Path(os.path.expanduser(text))
 
 
 def name_of_file(text: str) -> str:
@@ -358,7 +353,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=versions)
     parser.add_argument(
-        "--list-models", action=ListModels, help="show all models, with their sizes"
+        "--list-models", help="show all models, with their sizes", **SWITCH
     )
     parser.add_argument(
         "text", nargs="?", metavar="PROMPT", help="what to play, as of --prompt"
@@ -376,6 +371,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The flags, checked. Ends the process with a line where they cannot be."""
     parser = make_parser()
     args = parser.parse_args([*recalled(parser, argv), *argv])
+    if args.list_models:
+        show_models(parser, argv)
     if args.text is not None:
         args.prompt = [*(args.prompt or []), args.text]
     if args.output is None and args.prompts:
@@ -391,6 +388,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def show_models(parser: Parser, argv: list[str]) -> None:
+    """Print the released models, and end the process. Nothing else can be asked then."""
+    if len(argv) > 1:
+        parser.error("--list-models makes nothing: leave out what is beside it")
+    print_result(table())
+    parser.exit()
 
 
 def set_adapters(args: argparse.Namespace) -> None:
@@ -454,6 +459,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(NO_PROMPT)
     if args.any_music:  # of a model without text, perhaps: generate.py sees to it
         args.prompt = [""]
+    args.may_lack_text = args.prompts is not None and may_lack_text(args.model)
     if args.prompt is not None and args.prompts is not None:
         raise ValueError("a prompt and --prompts must not be given together")
     for name in ("takes", "batch_size"):
@@ -510,6 +516,7 @@ NEW_IN_EDIT = {
     *AUDIO_KEYS,
     *ENDING_KEYS,
 }  # a take's, which its part has not
+UNDECODED = {"dtype", *QUANTIZATION, "adapter", "adapter_scale", "batch_size"}
 REPLACES = {  # flags, and the settings of a file that they put out of force
     **dict.fromkeys(
         ("prompt", "text", "prompts"), {"prompt", "section_fade", "section_context"}
@@ -544,7 +551,7 @@ def recalled(parser: Parser, argv: list[str]) -> list[str]:
         parser.error(
             "--again, --resume, --redecode and --regenerate must not come together"
         )
-    shaping = given & ({"prompts", "takes", *ALL_KEYS} - KEPT)
+    shaping = given & ({"prompts", "takes", *ALL_KEYS, *UNDECODED} - KEPT)
     if args.redecode and shaping:
         name = min(shaping).replace("_", "-")
         parser.error(f"--redecode takes codes as they are: leave out --{name}")

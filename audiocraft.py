@@ -4,7 +4,7 @@
 `compression_state_dict.bin` the codec, or the name of one. Both are pickles of torch,
 with their settings as a text of YAML. `checkpoint.th`, which the training saves, holds
 the decoder, too, and the settings as objects of omegaconf. Needs torch_file.py,
-decoder_names.py and strict.py beside it. No model is built.
+decoder_names.py, ported.py and strict.py beside it. No model is built.
 
     package = read_decoder(Path("musicgen/state_dict.bin"))
     package.config, package.decoder, package.conditioner
@@ -18,6 +18,17 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from decoder_names import COMPUTED, name_decoder, spell
+from ported import (
+    DELAY,
+    SILENT,
+    check_codec,
+    check_coders,
+    check_decoder,
+    check_sizes,
+    codec_sizes,
+    decoder_sizes,
+    number,
+)
 from strict import Misfit, in_a_line, misfit
 from torch_file import check_state, load_torch
 
@@ -85,8 +96,7 @@ def flatten(settings: dict[Any, Any]) -> dict[str, Any]:
             stem = f"{name}." if name else ""
             todo += [(f"{stem}{key}", item) for key, item in value.items()]
         elif isinstance(value, list):
-            if items := [in_yaml(item) for item in value if is_scalar(item)]:
-                values[name] = items
+            values[name] = [in_yaml(item) for item in value if is_scalar(item)]
         elif is_scalar(value) or value == {}:
             values[name] = in_yaml(value)
         if len(todo) > MOST_SETTINGS or len(name) > 1000:
@@ -133,7 +143,7 @@ def read_yaml(text: str) -> dict[str, Any]:
             elif value.startswith("["):
                 items = value.strip("[]").split(",")
                 value = [scalar(item) for item in items if item]
-            if value:
+            if value or value == []:
                 values[".".join(name for _, name in path)] = value
     return {name: resolve(value, values) for name, value in values.items()}
 
@@ -178,8 +188,12 @@ def read_codec(
 ) -> tuple[dict[str, Any], dict[str, mx.array]]:
     """Settings as in transformers' `config.json`, and tensors by audiocraft's names."""
     try:
-        weights = package["best_state"]
-        return codec_settings(weights, read_settings(package)), weights
+        weights, cfg = package["best_state"], read_settings(package)
+        check_codec(cfg)
+        settings = codec_settings(weights, cfg)
+        check_sizes(cfg, codec_sizes(weights, settings, cfg))
+        check_coders(cfg, settings)
+        return settings, weights
     except KeyError as error:
         raise ValueError(f"{path} lacks {error!s:.200}.") from error
     except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -209,15 +223,17 @@ def codec_settings(weights: dict[str, mx.array], cfg: dict) -> dict[str, Any]:
         name = name.replace("parametrizations.weight.original1", "weight_v")
         if match := re.fullmatch(CONV, name):
             shapes[match.group(1, 2)] = weight.shape
-    places = sorted(int(n) for part, n in shapes if part == "decoder" and n.isdigit())
-    _, *upsampling, last = places
     filters, channels, kernel_size = shapes["encoder", "0"]
+    places = sorted(int(n) for part, n in shapes if part == "decoder" and n.isdigit())
+    if len(places) < 3:  # first, one that upsamples, last
+        raise KeyError("kernels of decoder.model")
+    _, *upsampling, last = places
     hidden, _, residual_kernel_size = shapes["encoder", "1.block.1"]
     entries, width = weights["quantizer.vq.layers.0._codebook.embed"].shape
     embeds = [re.search(r"\.(\d+)\._codebook\.embed$", name) for name in weights]
     codebooks = 1 + max(int(match[1]) for match in embeds if match)
     codebooks = max(codebooks, int(cfg.get("rvq.n_q", 0)))
-    rate = int(cfg.get("sample_rate", 32000))
+    rate = int(cfg.get("encodec.sample_rate") or cfg.get("sample_rate", 32000))
     ratios = [shapes["decoder", str(n)][2] // 2 for n in upsampling]
     bits = codebooks * math.ceil(math.log2(entries))
     return dict(
@@ -229,7 +245,7 @@ def codec_settings(weights: dict[str, mx.array], cfg: dict) -> dict[str, Any]:
         overlap=None,
         hidden_size=width,
         num_filters=filters,
-        num_residual_layers=upsampling[1] - upsampling[0] - 2,
+        num_residual_layers=places[2] - places[1] - 2,
         upsampling_ratios=ratios,
         norm_type="weight_norm",
         kernel_size=kernel_size,
@@ -248,13 +264,6 @@ def codec_settings(weights: dict[str, mx.array], cfg: dict) -> dict[str, Any]:
 
 # The decoder
 
-SETTINGS = {  # what the decoder here is; other values need other code
-    "transformer_lm.activation": "gelu",
-    "transformer_lm.norm_first": "true",
-    "transformer_lm.positional_embedding": "sin",
-    "transformer_lm.norm": "layer_norm",
-    "codebooks_pattern.modeling": "delay",
-}
 SELF_WAV = "condition_provider.conditioners.self_wav."  # the conditioner of a sound
 WINDOW = f"{SELF_WAV}chroma.spec.window"
 
@@ -276,11 +285,10 @@ def read_decoder(path: Path) -> Package:
     package = load_package(path)
     try:
         cfg = read_settings(package)
-        for name, value in SETTINGS.items():
-            if cfg.get(name, value) != value:
-                raise ValueError(f"{name} must be {value}, got {cfg[name]}")
+        check_decoder(cfg)
         decoder, conditioner = split_conditioner(package["best_state"])
         config = decoder_settings(decoder, cfg)
+        check_sizes(cfg, decoder_sizes(config, cfg))
         window = package["best_state"].get(WINDOW)
         size = None if window is None else window.size
         return Package(cfg, config, name_decoder(decoder), conditioner, size)
@@ -330,8 +338,10 @@ def decoder_settings(weights: dict[str, mx.array], cfg: dict) -> dict[str, Any]:
         audio_channels=2 if stereo == "true" else 1,
         prefix_width=0 if prefix is None else prefix.shape[1],
     )
-    if delays := cfg.get("codebooks_pattern.delay.delays"):
+    if (delays := cfg.get(f"{DELAY}delays")) not in SILENT:
         config["delays"] = [int(delay) for delay in delays]
+    elif "codebooks_pattern.modeling" in cfg:  # as audiocraft has it, in stereo, too
+        config["delays"] = list(range(K))
     return config
 
 
@@ -340,8 +350,6 @@ def decoder_settings(weights: dict[str, mx.array], cfg: dict) -> dict[str, Any]:
 # A setting that shapes a condition is followed, or refused by its name; those of the
 # training alone are passed over; a name that audiocraft does not know is refused, as
 # audiocraft does.
-
-SILENT = (None, "", "null")  # a setting that says nothing
 
 CHROMA = "conditioners.self_wav.chroma_stem."
 CHROMA_RATE = 32000  # samples per second of which chroma is made
@@ -538,17 +546,6 @@ def check_fixed(
         text = str(value).lower() if str(value) in ("True", "False") else str(value)
         if fixed[name] and text not in fixed[name]:
             raise ValueError(f"{name} must be {' or '.join(fixed[name])}, got {value}")
-
-
-def number(name: str, text: str, kind: type = float) -> int | float:
-    """A finite number that `xp.cfg` gives as text."""
-    try:
-        value = kind(text)
-        if math.isfinite(value):
-            return value
-    except (OverflowError, TypeError, ValueError):
-        pass
-    raise ValueError(f"{name} must be a number, got {text}")
 
 
 def flag(name: str, text: str) -> bool:

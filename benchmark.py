@@ -25,7 +25,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from checkpoints import MusicGenConfig
-from decoder import DELAYS, Condition, Decoder, DecoderConfig
+from decoder import Condition, Decoder, DecoderConfig
 from engine import Lane
 from messages import one_line
 from musicgen import MusicGen, PlainStep, encode_text
@@ -65,7 +65,7 @@ def published_config(name: str) -> MusicGenConfig:
         ffn_dim=4 * hidden,
         num_codebooks=8 if stereo else 4,
         audio_channels=2 if stereo else 1,
-        delays=DELAYS[8, 2] if stereo else DELAYS[4, 1],
+        delays=(0, 0, 1, 1, 2, 2, 3, 3) if stereo else (0, 1, 2, 3),
     )
     return MusicGenConfig(config)
 

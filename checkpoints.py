@@ -107,6 +107,8 @@ def say(path: Path | str, why: str) -> str:
 def read_json(path: Path) -> dict:
     """The object in a file. Raises ValueError when it holds none."""
     try:
+        if path.stat().st_size > 2**26:  # memory might not hold it
+            raise ValueError("it must be at most 64 MB")
         settings = json.loads(path.read_text())
     except (RecursionError, ValueError) as error:
         raise ValueError(say(path, f"does not load: {error}")) from error

@@ -5,8 +5,8 @@
 The folder holds `config.json`, `model.safetensors` and `spiece.model`: decoder, T5
 encoder and codec together, in our names and layouts, ready to be loaded by
 `MusicGen.from_pretrained(DIR)` or uploaded. Needs musicgen.py and what that needs,
-published.py and what that needs, hub.py, outputs.py, messages.py, quantize.py, and
-engine.py to quantize, adapters.py for adapters.
+published.py and what that needs, hub.py, outputs.py, messages.py, quantize.py,
+strict.py, and engine.py to quantize, adapters.py for adapters.
 """
 
 import signal
@@ -30,8 +30,9 @@ from mlx.utils import tree_flatten
 from hub import MODELS, check_name
 from messages import Forgiving, one_line
 from musicgen import MusicGen
-from outputs import is_there, leave_nothing, reason_in, whole_folder
+from outputs import is_there, leave_nothing, named_path, reason_in, whole_folder
 from quantize import add_flags, complete, quantize_model
+from strict import small_text
 
 FILES = ("config.json", "model.safetensors", "spiece.model")
 CARD = """---
@@ -115,7 +116,7 @@ def is_converted(folder: Path) -> bool:
     """Whether `folder` is one that `convert` wrote."""
     try:
         folder = Path(os.path.expanduser(folder))
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads(small_text(folder / "config.json"))
     except (OSError, RecursionError, ValueError):
         return False
     return isinstance(config, dict) and "decoder_dtype" in config
@@ -177,7 +178,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description="Convert MusicGen to MLX.")
     add = parser.add_argument
     add("--hf-path", required=True, help="Hub id, short name or folder to convert")
-    add("--mlx-path", required=True, type=Path, help="folder to write; must not exist")
+    folder = "folder to write; must not exist"
+    add("--mlx-path", required=True, type=named_path, help=folder)
     add(
         "--dtype",
         default="float16",
@@ -187,7 +189,7 @@ def parse_arguments() -> argparse.Namespace:
     add("-q", "--quantize", action="store_true", help="quantize the decoder's layers")
     add_flags(add)
     adapter = "file of train.py lora, PEFT's folder or Hub id to work in, or several"
-    add("--adapter", type=Path, action="append", help=adapter)
+    add("--adapter", type=named_path, action="append", help=adapter)
     scale = "how much (default: 1); of several once, or for each in turn"
     add("--adapter-scale", type=float, action="append", help=scale)
     add(
@@ -238,7 +240,8 @@ def main() -> None:
     try:
         run(args)
     except (OSError, ValueError) as error:
-        sys.exit(f"convert.py: error: {one_line(error)}")
+        told = str(error).replace("as --model,", "as --hf-path,")  # of the loader
+        sys.exit(f"convert.py: error: {one_line(told)}")
     except KeyboardInterrupt:
         sys.exit(130)
 

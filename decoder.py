@@ -265,10 +265,6 @@ class Decoder(nn.Module):
         return [KVCache(*sizes, self.dtype) for _ in self.layers]
 
 
-DELAYS = {  # (codebooks, audio channels): steps by which each codebook lags
-    (4, 1): (0, 1, 2, 3),
-    (8, 2): (0, 0, 1, 1, 2, 2, 3, 3),  # left, right, left, right, ...
-}
 FIXED = {"activation_function": "gelu", "scale_embedding": False}
 
 
@@ -286,9 +282,9 @@ def read_config(settings: dict, prefix_width: int) -> DecoderConfig:
     if missing := names - sizes.keys():
         listed = ", ".join(sorted(missing))
         raise ValueError(f"The decoder's config must have {listed}.")
-    if sizes["delays"] is None:
-        size = sizes["num_codebooks"], sizes["audio_channels"]
-        sizes["delays"] = next((d for key, d in DELAYS.items() if key == size), None)
+    K, C = sizes["num_codebooks"], sizes["audio_channels"]
+    if sizes["delays"] is None and K in range(65) and C in (1, 2):  # see limits.py
+        sizes["delays"] = tuple(k // C for k in range(K))  # left, right share a step
     if isinstance(sizes["delays"], list):
         sizes["delays"] = tuple(sizes["delays"])
     return DecoderConfig(**sizes, prefix_width=prefix_width)

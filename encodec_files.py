@@ -1,9 +1,10 @@
 """EnCodec's published files -> settings, and weights by our names and layouts.
 
 transformers' form is `config.json` and `model.safetensors`, audiocraft's one
-`compression_state_dict.bin`, for which audiocraft.py, decoder_names.py and torch_file.py
-are needed. To see at once that there is no network hub.py is needed, to `load`
-limits.py. Needs strict.py beside it. What `python encodec.py` does is here, too, for which audio.py, resample.py
+`compression_state_dict.bin`, for which audiocraft.py, ported.py, decoder_names.py and
+torch_file.py are needed. To see at once that there is no network hub.py is needed, to
+`load` limits.py. Needs strict.py beside it. What `python encodec.py` does is here, too,
+for which audio.py, resample.py
 and outputs.py are needed.
 
     path, settings, weights = read("32khz")  # or a Hub id, or a folder
@@ -23,7 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 import strict
-from strict import Misfit, in_a_line, one_line
+from strict import Misfit, in_a_line, one_line, small_text
 
 REPOS = {size: f"facebook/encodec_{size}" for size in ("24khz", "32khz", "48khz")}
 FILES = ("config.json", "model.safetensors")
@@ -174,7 +175,7 @@ def read_files(config: Path, weights: Path) -> tuple[Path, dict, Weights]:
 def read_config(path: Path) -> dict:
     """The settings in a `config.json`. Raises ValueError when it holds none."""
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(small_text(path))
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{path.name} is no JSON: {error}") from error
     if not isinstance(settings, dict):

@@ -71,6 +71,20 @@ class DecodingStream:
         return mx.concatenate(rows)
 
 
+def play_prompt(
+    model: "MusicGen",
+    prompt: str | None,
+    duration: float | None,
+    chunk: float,
+    **options,
+) -> Iterator[mx.array]:
+    """What `MusicGen.stream` yields. Raises ValueError unless the prompt is one text, or
+    None for a model that knows none, and as `play`."""
+    if not isinstance(prompt, str | None):
+        raise ValueError(f"prompt must be one text, got {prompt!r:.80}.")
+    return play(model, model.steps(prompt, duration, **options), chunk)
+
+
 def play(
     model: "MusicGen",
     take: "Take",

@@ -344,7 +344,7 @@ def adjust(
     if adapters:
         from adapters import work_in
 
-        beside = work_in(model, adapters)
+        beside = work_in(model, adapters, dtype)
     model.decoder.set_dtype(dtype)
     if any(value is not None for value in quantization):
         from quantize import quantize_model

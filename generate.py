@@ -109,6 +109,10 @@ def choose_jobs(args: argparse.Namespace, group: mx.distributed.Group) -> list[J
         given["adapter"] = [*map(str, args.adapter)]
     else:
         given["adapter"] = args.adapter and str(args.adapter)
+    if args.adapter is not None:
+        from adapters import checksum
+
+        given["adapter_hash"] = checksum(args.adapter)
     quantization = asked(*(getattr(args, name) for name in QUANTIZATION))
     given |= {f"q_{name}": value for name, value in quantization.items()}
     wanted, messages = lines.left(planned, given, args.force, every)
@@ -218,6 +222,8 @@ def make_all(
         if good[0].melody:
             progress.stage("separating the melody")
         tell_melody(args, model, sounds.melody(good[0]))
+    if args.again:
+        check_adapter(args.again, settings.read_settings(args.again), model)
     start = read_start(args, model)
     if not (args.prompts or group):
         stop.arm()
@@ -289,6 +295,15 @@ def check_source(source: Path, record: dict, model: MusicGen) -> None:
         raise ValueError(f"{source} holds codes of {name}, not of {model.name}.")
     if record.get("revision") != model.revision:
         warn(f"{source} is of revision {record.get('revision')}, not {model.revision}.")
+    check_adapter(source, record, model)
+
+
+def check_adapter(source: Path, record: dict, model: MusicGen) -> None:
+    """Warn where the adapter is named as in a file's settings, but is not the same."""
+    before, now = record.get("adapter_hash"), getattr(model, "_adapter_hash", None)
+    name = model.adapter.get("adapter")
+    if None not in (before, now) and record.get("adapter") == name and before != now:
+        warn(f"{source} was made with another adapter {name} than is there now.")
 
 
 def sure_codes(

@@ -57,6 +57,7 @@ MODELS = {
 }
 MODELS |= {"audiogen-medium": "facebook/audiogen-medium"}
 MODELS |= {"tiny": str(Path(__file__).with_name("tiny"))}
+SIZES = {"small": (24, 1024), "medium": (48, 1536), "large": (48, 2048)}
 LOOK = 2.5  # seconds that the Hub's server has to answer
 
 
@@ -98,6 +99,24 @@ def follows(name: str) -> str | None:
     if not names or local(name) and name != "tiny":
         return None
     return next((kind for kind in ("melody", "style") if kind in names[0]), "")
+
+
+def shape_of(name: str) -> dict[str, int | str] | None:
+    """Sizes of a released model, and what it follows; None of another one."""
+    names = [n for n, repo in MODELS.items() if name in (n, repo) and n != "tiny"]
+    if not names:
+        return None
+    stereo = "stereo" in names[0]
+    size = next((word for word in SIZES if word in names[0]), "medium")
+    layers, width = SIZES[size]
+    return {
+        "layers": layers,
+        "width": width,
+        "codebooks": 8 if stereo else 4,
+        "channels": 2 if stereo else 1,
+        "sampling_rate": 16000 if "audiogen" in names[0] else 32000,
+        "follows": follows(names[0]),
+    }
 
 
 def same_model(name: str, other: str) -> bool:
@@ -173,6 +192,13 @@ def fetch_transformers(repo: str, **options) -> Path:
     return folder
 
 
+def read_small(path: Path, most: int = 2**26) -> str:
+    """The text of a file. Raises ValueError for one that memory might not hold."""
+    if path.stat().st_size > most:
+        raise ValueError(f"{path} must be at most {most >> 20} MB.")
+    return path.read_text()
+
+
 def absent(folder: Path) -> list[str]:
     """What a folder of the cache lacks of transformers' layout. Half a download looks
     whole to huggingface_hub, which does not know what was wanted."""
@@ -183,7 +209,7 @@ def absent(folder: Path) -> list[str]:
     weights = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
     if not (folder / "model.safetensors").is_file() and indices:
         try:
-            names |= {*json.loads(indices[-1].read_text())["weight_map"].values()}
+            names |= {*json.loads(read_small(indices[-1]))["weight_map"].values()}
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
             pass  # whoever reads it says so
     elif not weights:

@@ -80,6 +80,7 @@ class Job:
     fault: str | None = None  # of that line, which then cannot be made
     overwrite: bool = False  # what is there
     seed_is_given: bool = True  # not any
+    prompt_is_given: bool = True  # false: for a model without text
     notes: str | None = None  # a typed tune, to the beat
     ending: Ending = Ending()
 

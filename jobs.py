@@ -214,6 +214,8 @@ class Batch:
                     from textless import without_text
 
                     without_text(self._model.name, [job.prompt], job.options)
+                elif not job.prompt_is_given:
+                    raise ValueError("there must be a prompt, for the model has text.")
                 if job.best_of:
                     from ranking import check_best_of
 
@@ -458,6 +460,8 @@ def take_settings(
     if model.config.quantization:
         told = {"mode": "affine"} | model.config.quantization  # older ones have none
         record |= {f"q_{name}": value for name, value in told.items()}
+    if checksum := getattr(model, "_adapter_hash", None):
+        record |= dict(adapter_hash=checksum)
     dtype = str(model.decoder.dtype).removeprefix("mlx.core.")
     return record | model.adapter | dict(dtype=dtype, mlx=mx.__version__)
 

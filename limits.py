@@ -144,6 +144,10 @@ def check_decoder(config: Any) -> None:
             f"{heads} for {width}."
         )
     K, delays = config.num_codebooks, config.delays
+    if K % config.audio_channels:
+        raise ValueError(
+            f"num_codebooks must be even where audio_channels are 2, got {K}."
+        )
     numbers = isinstance(delays, list | tuple) and all(
         type(delay) is int and 0 <= delay <= 100 for delay in delays
     )

@@ -24,21 +24,30 @@ from jobs import agree
 from options import Options
 from outputs import identity, in_words, is_there
 from settings import read_settings
+from strict import in_a_line, small_text
 
 ALIASES = {"guidance": "guidance_coef", "negative": "negative_prompt"}
 DURATIONS = (8.0, 5.0)  # seconds that models take where none are given
 DEFAULTS = asdict(Options()) | {"model": None, "adapter_scale": 1.0}  # of a record
 
 
+@in_a_line
 def plan_file(path: Path, values: dict[str, Any]) -> list[Job]:
     """Jobs for the lines of a file: a prompt each, or a JSON object with any of the
     settings; `values` are those that a line does not give. A line with a value that
-    cannot be is a job with a fault. Raises ValueError naming the line that is neither,
-    has an unknown key, or the output of another line."""
+    cannot be is a job with a fault; one without a prompt goes with a model that
+    `may_lack_text`. Raises ValueError naming the line that is neither, has an unknown
+    key, or the output of another line."""
     lines, jobs, outputs = list(read_lines(path)), [], {}
     for i, (number, overrides) in enumerate(lines):
         default = dict(seed=values["seed"] + i * (values.get("best_of") or 1))
         default["output"] = numbered(values["output"], i, max(len(lines), 2))
+        if may_lack := values.get("may_lack_text", False):  # null is none, too
+            overrides = {k: v for k, v in overrides.items() if v is not None}
+        if not (prompted := "prompt" in overrides):
+            default["prompt"] = ""
+        if not (prompted or may_lack):
+            raise ValueError(f"{path}, line {number} must have a prompt.")
         try:
             job = make_job(values | default | overrides, number, {*overrides})
         except (TypeError, ValueError) as error:
@@ -58,7 +67,7 @@ def plan_file(path: Path, values: dict[str, Any]) -> list[Job]:
                 )
             outputs[place] = number
         fixed = "seed" in overrides or values.get("seed_is_given", True)
-        jobs.append(replace(job, seed_is_given=bool(fixed)))
+        jobs.append(replace(job, seed_is_given=bool(fixed), prompt_is_given=prompted))
     if not jobs:
         raise ValueError(f"{path} must hold a prompt in a line, but holds none.")
     return jobs
@@ -109,8 +118,6 @@ def parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
             f"{path}, line {number} has the unknown key '{min(unknown)}'; known are "
             f"{', '.join(sorted(ALL_KEYS))}."
         )
-    if "prompt" not in overrides:
-        raise ValueError(f"{path}, line {number} must have a prompt.")
     return overrides
 
 
@@ -182,7 +189,7 @@ def own_settings(model: str) -> dict[str, Any]:
         return {"duration": sounds if "audiogen" in model else music, "q_bits": None}
     folder = local(model)
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads(small_text(folder / "config.json"))
         stored = config.get("quantization") or {}
         duration = config.get("default_duration", DURATIONS[0])
         return {"duration": duration, "q_bits": stored.get("bits")}
@@ -211,12 +218,16 @@ def differences(
         del wanted["style_start"]
     if "fade_out" not in record and wanted["fade_out"] == FADE:
         del wanted["fade_out"]  # older files have none
+    if wanted.get("adapter") != record.get("adapter"):  # that alone is told
+        wanted.pop("adapter_hash", None)
     if "q_bits" in record:
         record = {"q_mode": "affine"} | record  # older files do not say so
     changed = []
     for name, value in sorted(wanted.items()):
         before = record.get(name, DEFAULTS.get(name))
-        if name == "model":
+        if name == "adapter_hash":  # older files do not tell it
+            same = None in (before, value) or before == value
+        elif name == "model":
             same = isinstance(before, str) and same_model(before, value)
         else:
             unset = all(x is None or x is False for x in (before, value))

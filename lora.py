@@ -15,6 +15,7 @@ outputs.py is needed to save one.
 import json
 import math
 import os
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -247,9 +248,18 @@ def check_finite(path: Path, arrays: dict[str, mx.array]) -> None:
             )
 
 
-def check_scale(scale: float) -> None:
-    if not (isinstance(scale, int | float) and abs(scale) <= 100):
-        raise ValueError(f"adapter_scale must be from -100 to 100, got {scale!r:.80}.")
+def check_scale(scale: float) -> float:
+    """The scale as Python's number, which settings of a take can hold. Raises ValueError
+    for one beyond 100, and for what is no number."""
+    if getattr(scale, "ndim", None) == 0:  # of MLX or NumPy
+        scale = scale.item()
+    is_real = isinstance(scale, Real) and type(scale) is not bool
+    if not (is_real and abs(scale) <= 100):
+        kind = "" if is_real else "a number "
+        raise ValueError(
+            f"adapter_scale must be {kind}from -100 to 100, got {scale!r:.80}."
+        )
+    return scale if type(scale) in (int, float) else float(scale)
 
 
 def load_adapter(
@@ -273,22 +283,42 @@ def load_adapters(
     """The same of several, each a file and its scale."""
     decoder, parts = model.decoder, []
     for path, scale in adapters:
-        check_scale(scale)
+        scale = check_scale(scale)
         arrays, metadata = read_adapter(path)
         check_adapter(decoder, arrays, metadata, path)
-        parts.append((arrays, scale))
+        parts.append((arrays, scale, path))
     if has_adapters(decoder):
         raise ValueError(
             "The model has an adapter already. Load the model again for another one."
         )
-    for arrays, scale in parts:
+    for arrays, scale, path in parts:
         lay_beside(decoder, arrays, scale)
         fuse(decoder)
+        check_sums(decoder, arrays, path)
     if shared and has_adapters(decoder):
         raise ValueError(
             "An adapter on a quantized model cannot be shared by processes. Take the "
             "model that is not quantized."
         )
+
+
+def check_sums(
+    decoder: nn.Module, arrays: dict[str, mx.array], path: str | Path
+) -> None:
+    """Raise ValueError where an adapter makes weights, or beside quantized layers its own
+    product, NaN or infinite in the decoder's dtype."""
+    for name in sorted(name[:-2] for name in arrays if name.endswith(".a")):
+        module = at(decoder, name)
+        if isinstance(module, Adapted):
+            change = (module._scale * (module.a @ module.b)).astype(decoder.dtype)
+        else:
+            change = module.weight
+        if not mx.isfinite(change).all():
+            kind = str(decoder.dtype).removeprefix("mlx.core.")
+            raise ValueError(
+                f"{path} makes the weights of {name} NaN or infinite in {kind}: take a "
+                "smaller scale, or float32."
+            )
 
 
 def check_adapter(

@@ -340,6 +340,8 @@ def no_network(repo: str) -> str:
 
 def read_config(path: Path) -> dict:
     """The settings in a `config.json`. Raises ValueError where there are none."""
+    if path.stat().st_size > 2**26:  # memory might not hold it
+        raise ValueError(f"{path.name} must be at most 64 MB.")
     try:
         config = json.loads(path.read_text())
     except (RecursionError, ValueError) as error:

@@ -8,7 +8,7 @@ is loaded. Needs hub.py and outputs.py beside it.
 
 import argparse
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from huggingface_hub import constants, try_to_load_from_cache
 
@@ -108,17 +108,6 @@ def table() -> str:
     widths = [max(map(len, column)) for column in zip(*lines)]
     padded = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
     return "\n".join(padded) + f"\n{FOOT} {constants.HF_HUB_CACHE}."
-
-
-class ListModels(argparse.Action):
-    """A flag that prints the table, and ends the program."""
-
-    def __init__(self, *names: Any, **options: Any):
-        super().__init__(*names, nargs=0, **options)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        print_result(table())
-        parser.exit()
 
 
 def main() -> None:

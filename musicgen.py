@@ -34,6 +34,7 @@ from t5 import T5, Tokenizer
 TWINS = ("engine.py", "encodec_stream.py", "parallel.py")  # what makes it faster
 Seconds = float | None  # None: the model's own, 8, and AudioGen's 5
 Window = tuple[int, int, int]  # first frame, where the loop stops, end
+Texts = str | list[str] | None  # None: the model knows no text
 
 
 class MusicGen(nn.Module):
@@ -97,7 +98,7 @@ class MusicGen(nn.Module):
 
     def generate(
         self,
-        prompts: str | list[str],
+        prompts: Texts = None,
         duration: Seconds = None,
         *,
         drop_prompt: bool = False,
@@ -119,7 +120,7 @@ class MusicGen(nn.Module):
         return audio
 
     def generate_codes(
-        self, prompts: str | list[str], duration: Seconds = None, **options
+        self, prompts: Texts = None, duration: Seconds = None, **options
     ) -> mx.array:
         """Codes (B, T, K), T = frames_in(duration); options as of `steps`."""
         take = self.steps(prompts, duration, **options)
@@ -128,23 +129,26 @@ class MusicGen(nn.Module):
         return take.codes
 
     def stream(
-        self, prompt: str, duration: Seconds = None, *, chunk: float = 0.5, **options
+        self,
+        prompt: str | None = None,
+        duration: Seconds = None,
+        *,
+        chunk: float = 0.5,
+        **options,
     ) -> Iterator[mx.array]:
         """The samples that `generate` gives for one prompt, while they are made.
 
-        Yields arrays (N, C) of about `chunk` seconds; a sample waits for the delay
-        pattern and the codec's look-ahead, together 0.135 s in the 32 kHz codec. Takes
-        the options of `steps`. `encodec_stream.play` does so with a take of yours.
+        Yields arrays (N, C) of about `chunk` seconds; a sample waits for delay pattern
+        and look-ahead of the codec, together 0.135 s at 32 kHz. Takes the options of
+        `steps`. `encodec_stream.play` does so with a take of yours.
         """
-        from encodec_stream import play
+        from encodec_stream import play_prompt
 
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt must be one text, got {prompt!r}.")
-        return play(self, self.steps(prompt, duration, **options), chunk)
+        return play_prompt(self, prompt, duration, chunk, **options)
 
     def steps(
         self,
-        prompts: str | list[str],
+        prompts: Texts = None,
         duration: Seconds = None,
         *,
         seed: int | list[int] | None = None,
@@ -160,7 +164,8 @@ class MusicGen(nn.Module):
         """Codes while they are made, to be iterated over: under all that generates.
 
         Args:
-            prompts: one text or several, or `sections.Sections`; "" is unconditional.
+            prompts: one text or several, or `sections.Sections`; "" is unconditional. None:
+                the model knows no text.
             duration: seconds. Beyond the longest window, one slides. None: the model's.
             seed: row i draws from seed + i, or from the i-th of a list; a row's
                 codes depend on its own prompt and seed only. None: any.
@@ -171,22 +176,20 @@ class MusicGen(nn.Module):
                 None for each prompt. Repeated where it is too short.
             separate: take drums and bass away from it first, with Demucs.
             style: likewise, in whose manner a style model plays.
-            condition: a request to the model's conditioner in place of `melody` and
-                `style`, or one or None for each prompt.
+            condition: such a request to the conditioner, in place of either.
             batch_size: rows to run at once; None: as many as memory holds.
-            options: the fields of `options.Options`, such as temp, top_k, top_p,
-                guidance_coef and negative_prompt.
+            options: the fields of `options.Options`, such as temp and top_k.
 
         Raises ValueError for what cannot be made.
         """
         duration = self.config.default_duration if duration is None else duration
         options = Options(duration, **options)
         options.check(self.config.max_duration, self.frame_rate)
-        prompts = check_prompts(prompts)
         if self.config.text_encoder is None:
             from textless import without_text
 
-            options = without_text(self.name, prompts, options)
+            prompts, options = without_text(self.name, prompts, options)
+        prompts = check_prompts(prompts)
         seeds = row_seeds(seed, len(prompts))
         check_batch_size(batch_size)
         prompt_codes = mx.zeros((1, 0, self.config.decoder.num_codebooks), mx.uint32)
@@ -261,7 +264,7 @@ class MusicGen(nn.Module):
         check_dtype(dtype)
         changes = (q_bits, q_group_size, q_mode, group, adapter)
         adjust = lambda model, dtype: model.decoder.set_dtype(dtype)  # noqa: E731
-        if adapter_scale != 1 or any(x is not None for x in changes):
+        if any(x is not None for x in changes) or adapter_scale != 1:
             from engine import adjustment
 
             adjust = adjustment(*changes, adapter_scale)

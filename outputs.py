@@ -8,6 +8,7 @@
 Stands alone.
 """
 
+import argparse
 import contextlib
 import errno
 import fcntl
@@ -28,6 +29,14 @@ from typing import BinaryIO, TextIO
 
 LONGEST = 40  # characters of a prompt in a name
 WEIGHTS = (".safetensors", ".bin", ".json", ".model")
+
+
+def named_path(text: str) -> Path:
+    """A path of a command line, in which ~ is the home folder. An empty one would be
+    this folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must name a file or a folder, got {text!r}")
+    return Path(os.path.expanduser(text))
 
 
 def default_name(prompt: str, seed: int, suffix: str = ".wav") -> str:
@@ -162,7 +171,7 @@ def open_hidden(target: Path) -> tuple[Path, BinaryIO]:
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A hidden folder beside `path`, which takes its name at the end, or is gone.
-    Raises OSError, too, where somebody else took the name meanwhile."""
+    Raises FileExistsError where another program took the name meanwhile."""
     target = Path(os.path.abspath(os.path.expanduser(path)))
     while True:
         part = hidden_path(target)
@@ -173,10 +182,21 @@ def whole_folder(path: Path) -> Iterator[Path]:
         os.close(lock)
     try:
         yield part
-        part.rename(target)
+        take_name(part, target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
         os.close(lock)
+
+
+def take_name(part: Path, target: Path) -> None:
+    try:
+        part.rename(target)
+    except OSError as error:
+        if not is_there(target):
+            raise
+        raise FileExistsError(
+            f"{target} was written by another program meanwhile: choose another folder."
+        ) from error
 
 
 def hidden_path(target: Path) -> Path:

@@ -5,9 +5,10 @@
 
 or `python peft_files.py brass.safetensors brass-peft`. An adapter of the library PEFT
 (https://github.com/huggingface/peft) is `adapter_config.json` beside
-`adapter_model.safetensors` or `.bin`, made for transformers' MusicGen. Needs strict.py
-beside it; hub.py is needed to fetch one and to compare models, torch_file.py to read a
-`.bin`. To write one, settings.py and outputs.py are needed, and lora.py for the command.
+`adapter_model.safetensors` or `.bin`, made for transformers' MusicGen. Needs
+peft_config.py and strict.py beside it; hub.py is needed to fetch one and to compare
+models, torch_file.py to read a `.bin`. To write one, settings.py and outputs.py are
+needed, and lora.py for the command.
 """
 
 import argparse
@@ -16,7 +17,8 @@ import math
 import os
 import re
 import sys
-from functools import lru_cache
+import warnings
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +27,15 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
+from peft_config import CONFIG, by_pattern, left_out_by, read_config
 from strict import in_a_line, one_line
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PICKLE = "adapter_model.bin"
+FILES = WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 MELODY = 12  # features of a melody's frame
-LAYER = r"(?:decoder\.)?model\.decoder\.(layers\.\d+)\."
+NUMBER = r"(0|[1-9]\d*)"
+LAYER = r"(?:decoder\.)?model\.decoder\.(layers\.(?:0|[1-9]\d*))\."
+SHARED = "text_encoder.shared"
 PLACES = (  # modules of transformers -> ours, and which part of it the last group is
     (LAYER + r"self_attn\.([qkv])_proj", r"decoder.\1.self_attn.in_proj", "qkv"),
     (LAYER + r"encoder_attn\.([kv])_proj", r"decoder.\1.cross_attention.kv_proj", "kv"),
@@ -42,31 +46,13 @@ PLACES = (  # modules of transformers -> ours, and which part of it the last gro
     (LAYER + r"encoder_attn_layer_norm", r"decoder.\1.norm_cross", ""),
     (LAYER + r"final_layer_norm", r"decoder.\1.norm2", ""),
     (r"(?:decoder\.)?model\.decoder\.layer_norm", "decoder.out_norm", ""),
-    (r"(?:decoder\.)?model\.decoder\.embed_tokens\.(\d+)", "decoder.emb", None),
-    (r"(?:decoder\.)?lm_heads\.(\d+)", "decoder.linears", None),
+    (rf"(?:decoder\.)?model\.decoder\.embed_tokens\.{NUMBER}", "decoder.emb", None),
+    (rf"(?:decoder\.)?lm_heads\.{NUMBER}", "decoder.linears", None),
     (r"enc_to_dec_proj", "decoder.output_proj", ""),
     (r"audio_enc_to_dec_proj", "decoder.sound_proj", ""),
     (r"text_encoder\.(?:shared|encoder\.embed_tokens)", "text_encoder.shared", ""),
     (r"((?:text|audio)_encoder\..+)", r"\1", ""),
 )
-REFUSED = (  # settings that ask for another computation
-    *("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora"),
-    *("trainable_token_indices", "target_parameters", "layer_replication"),
-    *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
-)
-KINDS = {  # of settings; where one is null, PEFT's default holds
-    "use_rslora use_dora fan_in_fan_out lora_bias use_qalora inference_mode": bool,
-    "bias base_model_name_or_path revision task_type peft_version": str,
-    "target_modules exclude_modules layers_pattern": (list, str),
-    "layers_to_transform": (list, int),
-    "modules_to_save": list,
-    "rank_pattern alpha_pattern auto_mapping loftq_config": dict,
-    "init_lora_weights": (bool, str),
-}
-WORDS = {bool: "true or false", str: "a text", list: "a list", dict: "an object"}
-WORDS |= {int: "a whole number"}
-STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # that spare the weights
-MERGED = "In PEFT merge_and_unload() and save_pretrained() make a model that loads here"
 
 
 class Adapter(NamedTuple):
@@ -107,7 +93,12 @@ def read(path_or_repo: str | Path) -> Adapter:
     if path.suffix == ".bin":
         from torch_file import load_state
 
-        tensors = load_state(path)
+        try:
+            tensors = load_state(path)
+        except ValueError as error:
+            if path.read_bytes()[:2] in (b"PK", b"\x80\x02"):
+                raise
+            raise ValueError(f"{path} is damaged, fetch it again.") from error
         check_tensors(path, tensors)
         return Adapter(path, settings, tensors)
     try:
@@ -131,7 +122,7 @@ def locate(path_or_repo: str | Path) -> tuple[Path, Path]:
             f"{folder} must hold {CONFIG} beside {WEIGHTS}, but lacks it: PEFT writes "
             "both. An adapter of train.py is named by its file."
         )
-    for name in (WEIGHTS, PICKLE):
+    for name in FILES:
         if (folder / name).is_file():
             return folder / CONFIG, folder / name
     raise FileNotFoundError(f"{folder} must hold {WEIGHTS}, but lacks it.")
@@ -158,84 +149,6 @@ def fetch(repo: str) -> tuple[Path, Path]:
             f"The Hub did not give the adapter {repo:.80}, and there is no such folder: "
             f"{why:.220}. To work offline, name its folder."
         ) from error
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The settings of an adapter, checked. Raises ValueError naming what cannot be."""
-    try:
-        config = json.loads(path.read_text())
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{path} does not load: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold an object, got {config!r:.40}.")
-    if (kind := config.get("peft_type")) != "LORA":
-        raise ValueError(
-            f"{path}: peft_type must be 'LORA', got {kind!r:.40}. {MERGED}."
-        )
-    check_kinds(path, config)
-    for name in REFUSED:
-        if value := config.get(name):
-            raise ValueError(
-                f"{path}: {name} must be off, got {value!r:.60}; it asks for what is not "
-                f"ported. {MERGED}."
-            )
-    if (start := config.get("init_lora_weights")) not in STARTS:
-        raise ValueError(
-            f"{path}: init_lora_weights must leave the model's weights as they are, got "
-            f"{start!r:.60}. {MERGED}."
-        )
-    check_numbers(path, config)
-    return config
-
-
-def check_kinds(path: Path, config: dict[str, Any]) -> None:
-    """Raise ValueError for a setting of a wrong type: "no" would count as true."""
-    for names, kinds in KINDS.items():
-        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-        for name in names.split():
-            value = config.get(name)
-            if value is not None and type(value) not in kinds:
-                words = ", or ".join(WORDS[kind] for kind in kinds)
-                raise ValueError(f"{path}: {name} must be {words}, got {value!r:.60}.")
-
-
-def check_numbers(path: Path, config: dict[str, Any]) -> None:
-    """Raise ValueError unless ranks and alphas are what they can be."""
-    for whole, name in ((True, "r"), (False, "lora_alpha")):
-        default = config.setdefault(name, 8)
-        pattern = "rank_pattern" if whole else "alpha_pattern"
-        patterns = config.get(pattern) or {}
-        for key, value in {name: default, **patterns}.items():
-            kinds = (int,) if whole else (int, float)
-            if type(value) not in kinds or not 0 < value < 1e6:
-                where = name if key == name else f"{pattern} of {key:.80}"
-                raise ValueError(f"{path}: {where} must be above 0, got {value!r:.60}.")
-        for key in patterns:
-            check_pattern(path, key)
-
-
-def check_pattern(path: Path, key: str) -> None:
-    """Raise ValueError for a regular expression that is none, or may take for ever."""
-    greedy = len(re.findall(r"[*+{]", key)) > 3 or re.search(r"\)[*+{]", key)
-    try:
-        if len(key) > 300 or greedy:
-            raise ValueError("it is too intricate")
-        compiled(key)
-    except (OverflowError, RecursionError, ValueError, re.error) as error:
-        raise ValueError(f"{path} has the pattern {key!r:.80}: {error}.") from error
-
-
-@lru_cache(4096)
-def compiled(key: str) -> re.Pattern:
-    return re.compile(rf"(.*\.)?({key})$")
-
-
-def by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that a module's name ends in."""
-    for key, value in (patterns or {}).items():
-        if compiled(key).match(module):
-            return value
-    return default
 
 
 def check_tensors(path: Path, tensors: dict[str, mx.array]) -> None:
@@ -272,37 +185,106 @@ def changes(adapter: Adapter, codebooks: int) -> dict[str, list[Change]]:
     """
     found: dict[str, list[Change]] = {}
     pairs: dict[tuple[str, bool], dict[str, str]] = {}
-    replaced = set()
+    replaced, added = {}, {}
     for name in sorted(adapter.tensors):  # whole modules before biases beside them
         own = name.removeprefix(PREFIX)
         if UNUSED.fullmatch(own):
             continue
         if match := LORA.fullmatch(own):
-            pairs.setdefault((match[1], bool(match[2])), {})[match[3]] = name
+            names = pairs.setdefault((match[1], bool(match[2])), {})
+            if not is_again(adapter, names.get(match[3]), name):
+                names[match[3]] = name
         elif (match := WHOLE.fullmatch(own)) and own != name:
             where = place(adapter, name, match[1], match[2], codebooks)
-            if where not in replaced:
-                replaced.add(where)
-                value = (floats(adapter, name),)
-                found.setdefault(where[0], []).append(
-                    Change(name, *where[1:], value, 1.0)
-                )
+            again = is_again(adapter, replaced.get(where), name)
+            check_target(adapter, match[1], name)
+            if not again and not is_unheard(adapter, match[1]):
+                replaced[where], value = name, (floats(adapter, name),)
+                change = Change(name, *where[1:], value, 1.0)
+                found.setdefault(where[0], []).append(change)
         else:
             no_place(adapter, name)
     for (module, embeds), names in pairs.items():
         name = names.get("B") or names["A"]
-        whole, *part = place(adapter, name, module, "weight", codebooks)
-        change = Change(name, *part, *low_rank(adapter, module, embeds, names))
-        found.setdefault(whole, []).append(change)
+        where, bias = (
+            place(adapter, name, module, kind, codebooks) for kind in ("weight", "bias")
+        )
+        check_target(adapter, module, name)
+        if (other := added.setdefault(where, name)) != name:
+            given_twice(adapter, other, name)
+        check_beside(adapter, name, [replaced.get(at) for at in (where, bias)])
+        change = Change(name, *where[1:], *low_rank(adapter, module, embeds, names))
+        found.setdefault(where[0], []).append(change)
     return found
+
+
+def check_beside(adapter: Adapter, name: str, others: list[str | None]) -> None:
+    """Raise ValueError where a module that has a low-rank change is replaced, too, by a
+    tensor of another name than PEFT has for that, which it would not load."""
+    for other in others:
+        if other and ".base_layer." not in other:
+            raise ValueError(
+                f"{adapter.path}: {one_line(other):.110} is of a module with "
+                f"{name.rpartition('.lora_')[2]:.30}, where PEFT would not load it: it has "
+                "base_layer in its name there."
+            )
+
+
+def is_again(adapter: Adapter, other: str | None, name: str) -> bool:
+    """Whether the file holds a tensor by another name already: PEFT writes some biases
+    twice. Raises ValueError where both are not the same."""
+    if other is None:
+        return False
+    one, two = adapter.tensors[other], adapter.tensors[name]
+    if one.shape != two.shape or not mx.array_equal(one, two):
+        given_twice(adapter, other, name)
+    return True
+
+
+def given_twice(adapter: Adapter, *names: str) -> None:
+    one, two = (f"{one_line(name):.100}" for name in names)
+    raise ValueError(
+        f"{adapter.path} gives one tensor twice: {one} and {two}. Save it again with PEFT."
+    )
+
+
+def is_unheard(adapter: Adapter, module: str) -> bool:
+    """Whether PEFT puts a module where nothing reads it: it saves `shared` of T5, and
+    T5's encoder goes on with its own `embed_tokens`, also where `ensure_weight_tying` is
+    asked for. Warns of it."""
+    saved = adapter.config.get("modules_to_save") or []
+    unheard = module == SHARED and any(SHARED.endswith(str(name)) for name in saved)
+    if unheard:
+        warnings.warn(
+            f"{adapter.path}: {module} is left out, as it is by PEFT, where T5 reads "
+            "encoder.embed_tokens instead."
+        )
+    return unheard
+
+
+def check_target(adapter: Adapter, module: str, name: str) -> None:
+    """Raise ValueError for a tensor that PEFT would leave out, since the settings do not
+    ask for its module."""
+    saved = adapter.config.get("modules_to_save") or []
+    if "lora_" in name:
+        key = left_out_by(adapter.config, module, "lora_embedding_" in name)
+    else:
+        is_saved = any(module.endswith(str(one)) for one in saved)
+        spelled = ".modules_to_save." in name
+        key = "modules_to_save" if spelled and not is_saved else None
+    if key:
+        raise ValueError(
+            f"{adapter.path}: {one_line(name):.110} is of a module that {key} in {CONFIG} "
+            f"leaves out, {one_line(adapter.config.get(key)):.60}: PEFT would not load it."
+        )
 
 
 def place(
     adapter: Adapter, name: str, module: str, kind: str, codebooks: int
 ) -> tuple[str, int, int]:
     """Our name of a tensor's weight, which part of it, and of how many."""
-    for pattern, whole, order in PLACES:
-        if match := re.fullmatch(pattern, module):
+    for pattern, whole, order in PLACES if len(module) <= 200 else ():
+        if match := re.fullmatch(pattern, module, re.ASCII):
             ours, part, parts = f"{match.expand(whole)}.{kind}", 0, 1
             if order:
                 part, parts = order.index(match[2]), len(order)
@@ -373,11 +355,23 @@ def merge(model: nn.Module, path_or_repo: str | Path, scale: float = 1.0) -> Non
     """Work an adapter into the weights of a MusicGen, `scale` times, in float32.
 
     What replaces a weight (`modules_to_save`, `bias`) is blended with it where `scale`
-    is not 1. Raises as `read`, and ValueError for an adapter of another model, and for
-    a model that is quantized.
+    is not 1. Raises as `read`, and ValueError for an adapter of another model, for a
+    model that is quantized, and for weights beyond float32.
     """
+    check_sums(model, merge_unread(model, path_or_repo, scale))
+
+
+@in_a_line
+def merge_unread(
+    model: nn.Module, path_or_repo: str | Path, scale: float
+) -> dict[str, str]:
+    """The same, with weights that are still to be computed, and may be no numbers.
+    Returns their names, each with the file and the tensor that changes it."""
+    if not (isinstance(scale, Real) and math.isfinite(scale)) or scale is True:
+        raise ValueError(f"scale must be a finite number, got {scale!r:.80}.")
     adapter = read(path_or_repo)
     check_base(adapter, model.name)
+    check_sizes(adapter, model)
     if model.config.quantization is not None:
         raise ValueError(
             f"{adapter.path} cannot be worked into {model.name}, which is quantized: take "
@@ -389,6 +383,23 @@ def merge(model: nn.Module, path_or_repo: str | Path, scale: float = 1.0) -> Non
         check_shapes(adapter, weights.get(name), steps)
     model.load_weights([*changed(weights, found, scale).items()], strict=False)
     keep_text_encoder(model, found, scale)
+    return {
+        name: f"{adapter.path}: {one_line(steps[-1].name):.120}"
+        for name, steps in found.items()
+    }
+
+
+def check_sums(model: nn.Module, changed: dict[str, str]) -> None:
+    """Raise ValueError where a weight that was changed is no number any more."""
+    weights = dict(tree_flatten(model.parameters()))
+    for name, what in changed.items():
+        weight = weights[name]
+        if not mx.isfinite(weight).all():
+            kind = str(weight.dtype).removeprefix("mlx.core.")
+            raise ValueError(
+                f"{what} makes weights of {name} NaN or infinite in {kind}: take a "
+                "smaller scale, or float32."
+            )
 
 
 def changed(
@@ -433,6 +444,29 @@ def check_base(adapter: Adapter, model: str) -> None:
         raise ValueError(
             f"{adapter.path} belongs to another model: {adapter.base}, not {ours}."
         )
+
+
+def check_sizes(adapter: Adapter, model: nn.Module) -> None:
+    """Raise ValueError where the adapter's model is a released one of other sizes."""
+    if not Path(__file__).with_name("hub.py").is_file():
+        return
+    from hub import shape_of
+
+    decoder = model.config.decoder
+    here = {
+        "layers": decoder.num_hidden_layers,
+        "width": decoder.hidden_size,
+        "codebooks": decoder.num_codebooks,
+        "channels": model.channels,
+        "sampling_rate": model.sampling_rate,
+        "follows": getattr(model.conditioner, "kind", ""),
+    }
+    for name, size in (shape_of(adapter.base) or {}).items():
+        if here[name] != size:
+            raise ValueError(
+                f"{adapter.path} belongs to another model, {adapter.base}: {name} {size!r} "
+                f"there, {here[name]!r} here."
+            )
 
 
 def check_shapes(
@@ -493,8 +527,7 @@ def write(
             tensors[f"{PREFIX}{module}.{middle}B{end}"] = mx.contiguous(up)
             targets.add(re.search(r"[^.]+(\.\d+)?$", module)[0])
     folder = Path(os.path.expanduser(folder))
-    if not folder.absolute().parent.is_dir():
-        raise FileNotFoundError(f"The folder {folder.parent} must exist.")
+    check_parent(folder)
     folder.mkdir(exist_ok=True)
     save_arrays(folder / WEIGHTS, tensors, {"format": "pt"})
     config = peft_config(rank, sorted(targets), metadata.get("model"))
@@ -553,27 +586,49 @@ def peft_config(rank: int, targets: list[str], model: Any) -> dict[str, Any]:
     }
 
 
+def write_whole(source: str, target: str) -> None:
+    """Write a file of `train.py lora` as a new folder of PEFT, which appears under its
+    name when it is whole. Raises OSError or ValueError."""
+    from lora import read_adapter
+    from outputs import whole_folder
+
+    if not target.strip():
+        raise ValueError(f"The folder to write must have a name, got {target!r}.")
+    path, folder = (Path(os.path.expanduser(text)) for text in (source, target))
+    place = path if path.is_dir() else path.parent
+    if (place / CONFIG).is_file() and (place == path or path.name in (CONFIG, *FILES)):
+        raise ValueError(f"{source} is PEFT's already: it is named by its folder.")
+    if os.path.lexists(folder):
+        raise FileExistsError(f"{target} exists already; choose another folder.")
+    check_parent(folder)
+    arrays, metadata = read_adapter(path)
+    with whole_folder(folder) as part:
+        try:
+            write(part, arrays, metadata)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{source} is damaged: {error!r:.200}") from error
+        except OSError as error:
+            raise OSError(str(error).replace(str(part), str(folder))) from error
+
+
+def check_parent(folder: Path) -> None:
+    if not folder.absolute().parent.is_dir():
+        raise FileNotFoundError(f"The folder {folder.parent} must exist.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Write an adapter of train.py lora for PEFT."
     )
     parser.add_argument("source", help="file of train.py lora")
-    parser.add_argument("target", type=Path, help="folder to write; must not exist")
+    parser.add_argument("target", help="folder to write; must not exist")
     args = parser.parse_args()
     try:
-        from lora import read_adapter
-        from outputs import print_out
-
-        if os.path.lexists(os.path.expanduser(args.target)):
-            raise FileExistsError(
-                f"{args.target} exists already; choose another folder."
-            )
-        try:
-            write(args.target, *read_adapter(args.source))
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{args.source} is damaged: {error!r:.200}") from error
+        write_whole(args.source, args.target)
     except (OSError, ValueError) as error:
         sys.exit(f"peft_files.py: error: {one_line(error)}")
+    from outputs import print_out
+
     print_out(f"Wrote {args.target}")
 
 

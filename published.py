@@ -3,7 +3,7 @@ names.
 
 audiocraft's layout is two `.bin` files beside T5 and, where the codec is only named,
 the codec; or `checkpoint.th` in place of the first; transformers' a `config.json` with
-all weights. Needs audiocraft.py, torch_file.py, decoder_names.py, strict.py,
+all weights. Needs audiocraft.py, ported.py, torch_file.py, decoder_names.py, strict.py,
 encodec_files.py, t5.py and t5_files.py beside it. The files of what a model follows are
 needed beside it, too: melody.py, or style.py and mert.py, and what these need.
 
@@ -29,7 +29,7 @@ import encodec_files
 import strict
 import t5_files
 from decoder_names import TRANSFORMERS, name_decoder, spell
-from strict import in_a_line, one_line
+from strict import in_a_line, one_line, small_text
 from t5 import Tokenizer
 from torch_file import load_torch
 
@@ -37,6 +37,7 @@ T5_REPO = "google-t5/t5-base"
 T5_NAME = r"(\w[\w.-]{,95}/)?\w[\w.-]{,95}"  # as long as the Hub lets names be
 # A codec of the Hub, in the settings of a training.
 NAMED_CODEC = r"//pretrained/([\w-][\w.-]{,95}/[\w-][\w.-]{,95})"
+WINDOW = "dataset.segment_duration"  # of audiocraft's settings
 WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -112,12 +113,13 @@ def read_audiocraft(folder: Path) -> Published:
         text = read_text(path, package.cfg)
     codec_path, codec, codec_weights = read_codec(path, package.cfg)
     try:
+        check_rate(package.cfg, codec, codec_path)
         settings = {
             "model_type": "musicgen",
             "decoder": package.config,
             "text_encoder": text.settings,
             "audio_encoder": codec,
-            "max_duration": float(package.cfg.get("dataset.segment_duration", 30)),
+            "max_duration": audiocraft.number(WINDOW, package.cfg.get(WINDOW, "30")),
         }
         settings |= own_defaults(package.cfg, codec, settings["max_duration"])
         weights = under("decoder", package.decoder)
@@ -190,6 +192,19 @@ def read_codec(path: Path, cfg: dict[str, Any]) -> tuple[Path, dict, Weights]:
         if isinstance(place, str):  # one of the Hub
             raise encodec_files.needed(path.parent, place, error) from error
         raise
+
+
+def check_rate(cfg: dict[str, Any], codec: dict[str, Any], path: Path) -> None:
+    """Raise ValueError unless the codec has the rate with which the decoder was trained,
+    where that is known."""
+    rate, found = cfg.get("sample_rate"), codec["sampling_rate"]
+    if rate in audiocraft.SILENT:
+        return
+    if audiocraft.number("sample_rate", rate) != found:
+        raise ValueError(
+            f"its codec must be one of {rate:.20} Hz, but {path!s:.120} is one of {found} "
+            "Hz: put the decoder's own beside it"
+        )
 
 
 def codec_folder(path: Path, cfg: dict[str, Any]) -> Path | str:
@@ -287,6 +302,7 @@ def read_transformers(folder: Path) -> Published:
         if settings.get("model_type") == "musicgen_melody":
             settings |= read_extractor(folder, settings)
         weights = sanitize(read_weights(folder))
+        weights |= identities(settings, weights)
         settings["decoder_dtype"] = decoder_dtype(weights)
     except strict.Misfit as error:
         raise ValueError(misfit(error)) from error
@@ -305,6 +321,24 @@ def read_transformers(folder: Path) -> Published:
     return Published(path, settings, weights, tokenizer, read_text_encoder, misfit)
 
 
+def identities(settings: dict[str, Any], weights: Weights) -> Weights:
+    """Projections that change nothing, in place of those that transformers does not make
+    where what a decoder follows is as wide as the decoder."""
+    parts = [settings.get(part) for part in ("decoder", "text_encoder")]
+    if not all(isinstance(part, dict) for part in parts):  # which is told later
+        return {}
+    D, made = parts[0].get("hidden_size"), {}
+    widths = {"output_proj": parts[1].get("d_model")}
+    if settings.get("model_type") == "musicgen_melody":
+        widths["sound_proj"] = settings.get("num_chroma", 12)
+    for name, width in widths.items():
+        own = [f"decoder.{name}.{part}" for part in ("weight", "bias")]
+        if type(D) is int and D == width and D <= 2**14 and not weights.keys() & {*own}:
+            dtype = getattr(mx, decoder_dtype(weights))
+            made |= dict(zip(own, (mx.eye(D, dtype=dtype), mx.zeros(D, dtype))))
+    return made
+
+
 def spell_transformers(folder: Path, name: str) -> str:
     """A tensor's name as transformers has it, and its file."""
     part, _, rest = name.partition(".")
@@ -320,7 +354,7 @@ def spell_transformers(folder: Path, name: str) -> str:
 def read_json(path: Path) -> dict:
     """The object in a file. Raises ValueError when it holds none."""
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(small_text(path))
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{path} does not load: {strict.misfit(error)}") from error
     if not isinstance(settings, dict):
@@ -377,7 +411,7 @@ def read_weights(folder: Path) -> Weights:
 def read_index(path: Path) -> list[str]:
     """Names of the shards beside the index `path`."""
     try:
-        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        shards = sorted(set(json.loads(small_text(path))["weight_map"].values()))
         if any(Path(shard).name != shard for shard in shards):
             raise ValueError("it names a file outside its folder")
         if not all(shard.endswith((".bin", ".safetensors")) for shard in shards):

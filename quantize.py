@@ -9,7 +9,8 @@ The modes are MLX's, with the names and defaults of mlx-lm (`MODES`):
     mxfp4, mxfp8   floats of 4 or 8 bits; 32 of them share a power of two
     nvfp4          floats of 4 bits; 16 of them share a float of 8 bits
 
-What a mode costs in quality is measured by `python fidelity.py`. Stands alone.
+What a mode costs in quality is measured by `python fidelity.py`. Stands alone: of a
+decoder it takes `layers`, and the sizes `hidden_size` and `ffn_dim` of its `config`.
 """
 
 import math
@@ -107,9 +108,14 @@ def quantize(
 
     Embeddings and output heads stay as they are, and the keys and values of the text,
     which are made once. Returns the settings, complete. Raises ValueError for what MLX
-    cannot do.
+    cannot do, and for a decoder that is quantized already.
     """
     settings = complete(bits, group_size, mode)
+    if not any(in_every_step(*named) for named in decoder.named_modules()):
+        raise ValueError(
+            "The decoder has no matrix to quantize: it is quantized already. Load the "
+            "model that it was made from."
+        )
     width, size = common_width(decoder), settings["group_size"]
     if width % size:
         fitting = [
@@ -120,7 +126,8 @@ def quantize(
         ]
         raise ValueError(
             f"q_group_size must divide the matrices' width, a multiple of {width}; got "
-            f"{size}. What does: {', '.join(fitting) or 'none of any mode'}."
+            f"{size}. What does: "
+            f"{', '.join(fitting) or f'none of any mode, as none divides {width}'}."
         )
     nn.quantize(decoder, **settings, class_predicate=in_every_step)
     return settings

@@ -13,6 +13,7 @@ anything: `in_a_line` cuts what a function raises. Stands alone.
 import functools
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 LONGEST = 370  # characters of a message; with the command before it less than 400
 
@@ -27,6 +28,17 @@ def one_line(message: object) -> str:
     if len(text) > LONGEST:
         text = f"{text[: LONGEST * 2 // 3]} ... {text[5 - LONGEST // 3 :]}"
     return text
+
+
+def small_text(path: Path, most: int = 2**26) -> str:
+    """The text of a file that is small where it is what it says, such as a config.json.
+    Raises ValueError for a larger one, which memory might not hold, and as `read_text`.
+    """
+    if (size := path.stat().st_size) > most:
+        raise ValueError(
+            f"it must be at most {most >> 20} MB, but has {size >> 20} MB."
+        )
+    return path.read_text(encoding="utf-8")
 
 
 def in_a_line(function: Callable) -> Callable:

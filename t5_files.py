@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from sentencepiece import SentencePieceProcessor
 
-from strict import in_a_line, misfit, one_line
+from strict import in_a_line, misfit, one_line, small_text
 
 FILES = ("config.json", "model.safetensors", "spiece.model")
 
@@ -102,7 +102,7 @@ def check_pieces(path: Path, other: Path) -> None:
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{path} must be a SentencePiece model: {error}") from error
     try:
-        vocabulary = json.loads(other.read_text(encoding="utf-8"))["model"]["vocab"]
+        vocabulary = json.loads(small_text(other))["model"]["vocab"]
         theirs = [piece for piece, _ in vocabulary[: pieces.vocab_size()]]
     except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{other} is no tokenizer of T5's: {error!r:.80}") from error
@@ -172,7 +172,7 @@ def no_network(repo: str) -> str:
 def read_config(path: Path) -> dict:
     """The settings in a `config.json`. Raises ValueError when it holds none."""
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(small_text(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is no JSON: {error}") from error
     if not isinstance(config, dict):

@@ -55,6 +55,8 @@ def load_torch(path: str | Path, keys: tuple[str, ...] | None = None) -> Any:
 def in_words(error: Exception) -> str:
     """Why a file cannot be read, in a line, without bytes of it and the last full stop."""
     text = " ".join(str(error).split())
+    if isinstance(error, KeyError):
+        text = f"it lacks {text}"
     if text == "" or "b'" in text:
         return "it holds something else"
     shown = (c if c.isprintable() else ascii(c)[1:-1] for c in text.rstrip(". "))
@@ -225,6 +227,8 @@ class Unpickler(pickle.Unpickler):
         return KNOWN[f"{module}.{name}"]
 
     def persistent_load(self, reference: tuple) -> Storage:
+        if type(reference) is not tuple or len(reference) < 5:
+            raise ValueError("it holds an unknown kind of storage")
         tag, kind, key, _, size, *view = reference
         whole = len(view) == 0 or view == [None]
         if tag != "storage" or type(kind) is not str or kind not in DTYPES or not whole:
@@ -293,7 +297,8 @@ def read_zip(path: Path) -> tuple[Any, Numbers]:
     has_sums = any(info.CRC for info in entries.values())
 
     def content(name: str) -> np.ndarray:
-        info = entries[name]
+        if (info := entries.get(name)) is None:
+            raise ValueError(f"it lacks {name!r:.80}")
         # Lengths of the local header, where torch pads to align, not the directory's.
         lengths = struct.unpack_from("<HH", data, info.header_offset + 26)
         start = info.header_offset + 30 + sum(lengths)
@@ -303,7 +308,10 @@ def read_zip(path: Path) -> tuple[Any, Numbers]:
         sound.add(name)
         return found
 
-    (program,) = (name for name in entries if name.endswith("/data.pkl"))
+    programs = [name for name in entries if name.endswith("/data.pkl")]
+    if len(programs) != 1:
+        raise ValueError(f"it must hold one data.pkl, but has {len(programs)}")
+    (program,) = programs
     root = program.removesuffix("data.pkl")
     tree, _ = unpickle(io.BytesIO(content(program).tobytes()))
     order = root + "byteorder"
@@ -327,7 +335,13 @@ def read_legacy(path: Path) -> tuple[Any, Numbers]:
         (count,) = struct.unpack_from("<q", data, start)  # elements, not bytes
         places[key] = start + 8
         start += 8 + count * itemsizes[key]
-    return tree, lambda storage: cut(data[places[storage.key] :], storage)
+
+    def numbers(storage: Storage) -> np.ndarray:
+        if storage.key not in places:
+            raise ValueError(f"it lacks the numbers of storage {storage.key:.80}")
+        return cut(data[places[storage.key] :], storage)
+
+    return tree, numbers
 
 
 def cut(data: np.ndarray, storage: Storage) -> np.ndarray:

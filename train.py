@@ -49,7 +49,7 @@ from hub import local
 from lora import LAYERS, TARGETS, Adapted, add_adapters, content, find, save_adapter
 from messages import Forgiving, one_line
 from musicgen import MusicGen, delay, delay_mask
-from outputs import check_apart, leave_nothing
+from outputs import check_apart, leave_nothing, named_path
 from prompt import check_codes, encode_prompt
 from quantize import add_flags, asked
 from settings import save_arrays
@@ -548,15 +548,15 @@ def parse_arguments() -> argparse.Namespace:
     part.add_argument("--lm", action="store_true", help="train T5 and decoder: second")
     part.add_argument("--listen", type=int, help="only write this many clips to OUTPUT")
     add = tiny.add_argument
-    add("--output", type=Path, default=Path("tiny-new"), help="(default: tiny-new)")
+    add("--output", type=named_path, default="tiny-new", help="(default: %(default)s)")
     counts = ", ".join(f"{count} for --{name}" for name, count in CLIPS.items())
     add("--clips", type=int, help=f"clips to make (default: {counts})")
     lora = commands.add_parser("lora", help="teach a model your own clips")
     add = lora.add_argument
     add("--model", required=True, help="short name, Hub id or folder")
-    add("--data", type=Path, required=True, help="folder of clips with captions")
+    add("--data", type=named_path, required=True, help="folder of clips with captions")
     output = "adapter.safetensors, or with --format peft the folder adapter"
-    add("--output", type=Path, help=f"(default: {output})")
+    add("--output", type=named_path, help=f"(default: {output})")
     formats = dict(choices=["own", "peft"], default="own")
     add("--format", **formats, help="of the adapter (default: %(default)s)")
     add(
@@ -604,7 +604,13 @@ def check_numbers(parser: Parser, args: argparse.Namespace) -> None:
             )
     if args.command == "lora":
         try:
-            asked(*(getattr(args, name) for name in QUANTIZATION))
+            quantized = asked(*(getattr(args, name) for name in QUANTIZATION))
+            if quantized and args.format == "peft":
+                flag = next(name for name in QUANTIZATION if getattr(args, name))
+                raise ValueError(
+                    "--format peft needs a model that is not quantized, for PEFT works "
+                    f"adapters into no other: leave out --{flag.replace('_', '-')}"
+                )
         except ValueError as error:
             parser.error(str(error))
     if getattr(args, "crop", 1) < 0.1:

@@ -361,9 +361,18 @@ def check_settings(path: Path, before: dict[str, Any], now: dict[str, Any]) -> N
                 "with what is there now."
             )
         elif name != "data" and was != value:
+            was, value = (in_words(name, x) for x in (was, value))
             raise ValueError(
-                f"{name} must be as it was, {was}, to resume from {path}, got {value}."
+                f"{name} must be as it was, {was:.80}, to resume from {path}, got "
+                f"{value:.80}."
             )
+
+
+def in_words(name: str, value: Any) -> str:
+    """A setting as it is given."""
+    if value is None:
+        return "layers" if name == "targets" else "not given"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def check_arrays(

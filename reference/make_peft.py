@@ -100,12 +100,30 @@ CASES = {  # folder: the model, what PEFT is told
             + ["enc_to_dec_proj", "audio_enc_to_dec_proj"],
         ),
     ),
+    "mono-shared": (  # T5's encoder goes on with its own embed_tokens
+        MONO,
+        dict(r=2, lora_alpha=5, target_modules=["fc1"], modules_to_save=["shared"]),
+    ),
 }
-NAMES = {  # that an adapter of the released model has
-    MONO: "facebook/musicgen-small",
-    STEREO: "facebook/musicgen-stereo-small",
-    MELODY: "facebook/musicgen-melody",
-}
+MATCHED = (  # settings, of which PEFT tells the modules
+    dict(target_modules=["fc1", "decoder.lm_heads.0", "q"]),
+    dict(target_modules=["c1", "encoder_attn.k_proj"]),
+    dict(target_modules=r".*decoder.*(q_proj|fc1)"),
+    dict(target_modules=r"[a-z]+\.lm_heads\.[01]"),
+    dict(target_modules=LAYERS, exclude_modules=["fc1", "layers.0.self_attn.q_proj"]),
+    dict(target_modules=LAYERS, exclude_modules=r".*layers\.0\.encoder_attn\.q_proj"),
+    dict(target_modules=LAYERS, layers_to_transform=[1]),
+    dict(target_modules=[*LAYERS, "lm_heads.0"], layers_to_transform=0),
+    dict(target_modules=LAYERS, layers_to_transform=[]),
+    dict(
+        target_modules=[*LAYERS, "wi", "decoder.model.decoder.layers.0.fc1"],
+        layers_to_transform=1,
+        layers_pattern=["block", "layers"],
+    ),
+    dict(target_modules=["wi", "fc1"], layers_to_transform=[0], layers_pattern="block"),
+    dict(target_modules=LAYERS, modules_to_save=["fc1", "decoder.layers.1"]),
+    dict(target_modules="all-linear"),
+)
 
 
 def load(name: str) -> nn.Module:
@@ -235,7 +253,7 @@ def make(case: str, number: int) -> dict:
         generator = torch.Generator().manual_seed(1000 * number + seed)
         model = peft.get_peft_model(load(name), peft.LoraConfig(**options))
         draw(model, generator)
-        model.peft_config["default"].base_model_name_or_path = NAMES[name]
+        model.peft_config["default"].base_model_name_or_path = name
         model.save_pretrained(folder)
         (folder / "README.md").unlink()
         path = folder / "adapter_config.json"
@@ -246,6 +264,22 @@ def make(case: str, number: int) -> dict:
         return values(name, [folder], {f"scale_{s:g}": [s] for s in SCALES})
 
     return base.search(attempt, case)
+
+
+def matches() -> list[dict]:
+    """The settings, with the modules that PEFT wraps; and all that it could wrap."""
+    kinds = (nn.Linear, nn.Embedding)
+    names = [n for n, m in load(MONO).named_modules() if isinstance(m, kinds)]
+    found = [{"settings": {}, "modules": sorted(names)}]
+    for settings in MATCHED:
+        model = peft.get_peft_model(load(MONO), peft.LoraConfig(r=2, **settings))
+        modules = sorted(
+            name.removeprefix("base_model.model.")
+            for name, module in model.named_modules()
+            if isinstance(module, LoraLayer)
+        )
+        found.append({"settings": settings, "modules": modules})
+    return found
 
 
 def pickle(source: Path, folder: Path) -> None:
@@ -262,6 +296,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     made = {case: make(case, i) for i, case in enumerate(CASES)}
+    tiny.write_json(base.HERE / "peft" / "matched.json", matches())
     folders = [base.HERE / "peft" / case for case in ("mono", "mono-text")]
     two = base.HERE / "peft" / "two"
     two.mkdir(exist_ok=True)

@@ -306,6 +306,14 @@ def try_parallel(parallel):
     assert x == 3
 
 
+def try_peft_config(peft_config):
+    config = peft_config.read_config(REFERENCE / "peft/mono" / peft_config.CONFIG)
+    assert config["r"] == 2
+    module = "decoder.model.decoder.layers.0.fc1"
+    assert peft_config.left_out_by(config, module) is None
+    assert peft_config.left_out_by(config, module + "9") == "target_modules"
+
+
 def try_peft_files(peft_files):
     adapter = peft_files.read(REFERENCE / "peft" / "mono")
     assert len(peft_files.changes(adapter, codebooks=4)) == 17
@@ -326,6 +334,13 @@ def try_progress(progress):
     with progress.Progress(stream=io.StringIO()) as shows:
         shows.begin("take", 2.0)
         shows.to(1.0)
+
+
+def try_ported(ported):
+    try:
+        ported.check_decoder({"transformer_lm.past_context": "5"})
+    except ValueError as error:
+        assert str(error) == "transformer_lm.past_context must be null, got 5"
 
 
 def try_prompt(prompt):
@@ -428,7 +443,7 @@ def try_strict(strict):
 
 
 def try_textless(textless):
-    options = textless.without_text("m", [""], textless.Options(guidance_coef=3.0))
+    prompts, options = textless.without_text("m", None, textless.Options())
     assert options.copies == 1
 
 

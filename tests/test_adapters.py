@@ -1,6 +1,7 @@
 """Several adapters on the command line and in sound files; training for PEFT."""
 
 import io
+import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -10,6 +11,7 @@ import mlx.core as mx
 import sounds
 from common import REFERENCE, ScriptTest, Test, exact
 from mlx.utils import tree_flatten
+from safetensors import safe_open
 
 import adapters
 import convert
@@ -159,6 +161,59 @@ class TestCommandLine(ScriptTest):
             self.assertEqual(status, 0, err)
             self.assertIn(said, out + err)
 
+    def train_again(self, path: Path) -> None:
+        """What an adapter's folder or file holds, another time."""
+        if path.is_dir():
+            path = path / peft_files.WEIGHTS
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata()
+        arrays = {name: value * 1.5 for name, value in mx.load(str(path)).items()}
+        mx.eval(arrays)
+        mx.save_safetensors(str(path), arrays, metadata)
+
+    def test_one_that_was_trained_again(self):
+        """At the same path: lines are made again, and --again warns."""
+        prompts = self.folder / "prompts.txt"
+        prompts.write_text("drums\n")
+        own = Path(shutil.copy(OURS, self.folder / "own.safetensors"))
+        peft = Path(shutil.copytree(PEFT, self.folder / "peft"))
+        for name, paths in (("a", [own]), ("b", [peft]), ("c", [peft, own])):
+            sound = self.folder / f"{name}.wav"
+            flags = [x for path in paths for x in ("--adapter", path)]
+            flags += ["--prompts", prompts, "--model", MODEL, "--duration", "0.3"]
+            flags += ["--seed", "3", "--output", sound]
+            sound = self.folder / f"{name}-1.wav"
+            self.run_script(*flags)
+            record = settings.read_settings(sound)
+            self.assertEqual(record["adapter_hash"], adapters.checksum(paths))
+            self.assertRegex(record["adapter_hash"], "^[0-9a-f]{16}( [0-9a-f]{16})?$")
+            self.assertIn("skipped", "".join(self.run_script(*flags)[1:]))
+            again = ["--again", sound, "--output", self.folder / "again.wav", "--force"]
+            self.assertNotIn("another adapter", self.run_script(*again)[2])
+            self.train_again(paths[-1])
+            status, _, err = self.run_script(*again)
+            self.assertEqual(status, 0)
+            self.assertRegex(err, f"warning: .*{name}-1.wav was made with another adap")
+            status, out, err = self.run_script(*flags)
+            self.assertRegex(out + err, "made again: adapter_hash was '[0-9a-f ]*' and")
+            self.assertIn("skipped", "".join(self.run_script(*flags)[1:]))
+        self.assertIsNone(adapters.checksum([own, "owner/name"]))
+        self.assertIsNone(adapters.checksum(None))
+
+    def test_takes_of_older_versions(self):
+        """They do not tell of the adapter's file: it is not asked for."""
+        prompts, sound = self.folder / "prompts.txt", self.folder / "x-1.wav"
+        prompts.write_text("drums\n")
+        flags = ["--prompts", prompts, "--model", MODEL, "--duration", "0.3"]
+        flags += ["--output", self.folder / "x.wav", "--seed", "3", "--adapter", PEFT]
+        with patch("adapters.checksum", return_value=None):
+            self.run_script(*flags)
+        self.assertNotIn("adapter_hash", settings.read_settings(sound))
+        self.assertIn("skipped", "".join(self.run_script(*flags)[1:]))
+        again = ["--again", sound, "--output", self.folder / "again.wav"]
+        status, _, err = self.run_script(*again)
+        self.assertEqual((status, "another adapter" in err), (0, False))
+
     def test_flags(self):
         args = parse_arguments(["a", "--adapter", "b/c"])
         self.assertEqual((args.adapter, args.adapter_scale), (Path("b/c"), 1.0))
@@ -298,7 +353,8 @@ class TestTraining(Test):
             self.assertEqual({name[:-2] for name in arrays}, wanted)
             self.assertEqual(metadata["targets"], targets)
             status = self.train("x.safetensors", "--resume", "--steps", "3")
-            self.assertRegex(str(status), "targets must be as it was")
+            words = f"targets must be as it was, {' '.join(targets)}, .* got layers"
+            self.assertRegex(str(status), words)
         model = MusicGen.from_pretrained(MODEL, mx.float32, q_bits=8, q_group_size=32)
         lora.load_adapter(model, self.folder / "x.safetensors")
         self.assertFalse(lora.has_adapters(model.decoder))  # none is quantized
@@ -318,6 +374,9 @@ class TestTraining(Test):
             ("no/folder", ["--format", "peft"], "The folder .*no of folder must exist"),
             ("x", [], "must end in .safetensors"),
             ("x.safetensors", ["--targets", "drums"], "invalid choice: 'drums'"),
+            ("x", ["--format", "peft", "--q-bits", "8"], "leave out --q-bits"),
+            ("x", ["--format", "peft", "--q-mode", "mxfp4"], "leave out --q-mode"),
+            ("x", ["--output", ""], "--output: must name a file or a folder, got ''"),
         ):
             self.assertRegex(str(self.train(output, *flags)), pattern)
         self.assertEqual(self.train("x", "--format", "peft"), 0)

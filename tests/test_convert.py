@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -222,6 +223,46 @@ class TestConvert(Test):
                 with self.assertRaises(PermissionError):
                     convert.convert("small", self.folder / "x", mx.float16)
         load.assert_not_called()
+
+    def test_folder_without_a_name(self):
+        for name, text in (("--mlx-path", ""), ("--mlx-path", " "), ("--adapter", "")):
+            flags = ["--hf-path", "tiny", "--mlx-path", str(self.folder / "x"), name]
+            with redirect_stderr(io.StringIO()) as err:
+                with self.assertRaises(SystemExit):
+                    self.run_script(*flags, text)
+            self.assertRegex(err.getvalue(), f"{name}: must name a .*, got '{text}'\n$")
+
+    def test_adapter_of_peft_is_no_model(self):
+        flags = ["--hf-path", str(REFERENCE / "peft/mono")]
+        with self.assertRaises(SystemExit) as stop:
+            self.run_script(*flags, "--mlx-path", str(self.folder / "x"))
+        words = (
+            "give the model that it was made for as --hf-path, and this as --adapter"
+        )
+        self.assertIn(words, str(stop.exception))
+
+    def test_folder_that_another_program_wrote_meanwhile(self):
+        target = self.folder / "x"
+
+        def save(model, folder):
+            (folder / "config.json").write_text("ours")
+            target.mkdir()
+            (target / "config.json").write_text("theirs")
+
+        words = "x was written by another program meanwhile: choose another folder"
+        with patch.object(convert, "save", save):
+            with self.assertRaises(SystemExit) as stop:
+                self.run_script("--hf-path", "tiny", "--mlx-path", str(target))
+        self.assertRegex(str(stop.exception), f"^convert.py: error: .*{words}.$")
+        self.assertEqual((target / "config.json").read_text(), "theirs")
+        self.assertEqual([*self.folder.iterdir()], [target])
+
+    def test_config_of_three_gigabytes(self):
+        """A folder of such zeros is none that was converted."""
+        path = self.folder / "config.json"
+        path.touch()
+        os.truncate(path, 3 * 2**30)
+        self.assertFalse(convert.is_converted(self.folder))
 
     def test_upload(self):
         target = self.folder / "new"

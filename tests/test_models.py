@@ -177,6 +177,25 @@ class TestCache(Test):
         for name in hub.MODELS:
             self.assertRegex(told.getvalue(), rf"(?m)^{name} ")
 
+    def test_flag_stands_alone(self):
+        """Beside it nothing would be made, in silence."""
+        for words in (
+            ["--list-models", "--prompt", "bell"],
+            ["bell", "--list-models"],
+            ["--list-models", "--model", "small", "--output", "a.wav"],
+            ["--list-models", "--takes", "1"],
+        ):
+            with (
+                contextlib.redirect_stdout(io.StringIO()) as out,
+                contextlib.redirect_stderr(io.StringIO()) as told,
+                self.assertRaises(SystemExit) as ended,
+            ):
+                parse_arguments(words)
+            self.assertEqual((ended.exception.code, out.getvalue()), (2, ""))
+            self.assertRegex(
+                told.getvalue(), "error: --list-models makes nothing: leave"
+            )
+
     def test_no_model_is_loaded_for_it(self):
         program = "import models, sys; models.table(); print('mlx' in sys.modules)"
         command = [sys.executable, "-c", program]

@@ -18,6 +18,7 @@ import adapters
 import convert
 import hub
 import lora
+import peft_config
 import peft_files
 from decoder import Condition
 from musicgen import MusicGen
@@ -77,6 +78,19 @@ class TestAgainstPeft(Test):
                 with self.subTest(f"{case}, {scale}"):
                     model = adapted(name, ADAPTERS / case, scale)
                     self.assertIsAs(model, name, values, f"scale_{scale:g}_")
+
+    def test_a_saved_table_that_t5_does_not_read(self):
+        """PEFT replaces `shared`, and T5's encoder goes on with its own table."""
+        case, name = "mono-shared", "mono-transformers"
+        values = mx.load(str(ADAPTERS / case / "expected.safetensors"))
+        saved = mx.load(str(ADAPTERS / case / peft_files.WEIGHTS))
+        plain = exact(name).text_encoder.shared.weight
+        table = saved["base_model.model.text_encoder.shared.weight"]
+        self.assertTrue((table != plain).any())
+        for scale in (0.5, 1.0):
+            with self.assertWarnsRegex(UserWarning, "text_encoder.shared is left out"):
+                model = adapted(name, ADAPTERS / case, scale)
+            self.assertIsAs(model, name, values, f"scale_{scale:g}_")
 
     def test_several(self):
         values = mx.load(str(ADAPTERS / "two" / "expected.safetensors"))
@@ -250,8 +264,8 @@ class TestBadFiles(Test):
                 "init_lora_weights must leave .* 'pissa'",
             ),
             (dict(r=0), "r must be above 0, got 0"),
-            (dict(r=2.5), "r must be above 0, got 2.5"),
-            (dict(lora_alpha="x"), "lora_alpha must be above 0, got 'x'"),
+            (dict(r=2.5), "r must be a whole number above 0, got 2.5"),
+            (dict(lora_alpha="x"), "lora_alpha must be a number above 0, got 'x'"),
             (dict(lora_alpha=float("nan")), "lora_alpha must be above 0, got nan"),
             (dict(rank_pattern=[1]), "rank_pattern must be an object"),
             (dict(rank_pattern={"fc1": -1}), "rank_pattern of fc1 must be above 0"),
@@ -299,7 +313,7 @@ class TestBadFiles(Test):
     def test_settings_that_are_null(self):
         """Are PEFT's own."""
         wanted = adapted("mono-transformers", self.adapter)
-        names = " ".join(peft_files.KINDS).split()
+        names = " ".join(peft_config.KINDS).split()
         self.set_config(**dict.fromkeys(names))
         found = adapted("mono-transformers", self.adapter)
         self.assertSame(found.decoder.linears.weight, wanted.decoder.linears.weight)
@@ -357,9 +371,7 @@ class TestBadFiles(Test):
                 self.assertRefused(pattern)
         key = "base_model.model.decoder.lm_heads.4.lora_A.weight"
         mx.save_safetensors(str(self.adapter / peft_files.WEIGHTS), {key: narrow})
-        self.assertRefused(
-            "lm_heads.4.* has no place .* another, facebook/musicgen-small"
-        )
+        self.assertRefused("lm_heads.4.* has no place .* another, mono-transformers")
 
     def test_of_another_model(self):
         self.assertRefused(
@@ -368,7 +380,8 @@ class TestBadFiles(Test):
         shutil.copytree(ADAPTERS / "stereo", self.folder / "two-channels")
         path = self.folder / "two-channels"
         self.assertRefused("has no place in this model", adapter=path)
-        adapter = peft_files.read(ADAPTERS / "mono")
+        self.set_config(base_model_name_or_path="facebook/musicgen-small")
+        adapter = peft_files.read(self.adapter)
         for name in ("medium", "facebook/musicgen-melody"):
             with self.assertRaisesRegex(
                 ValueError, "another model: .*-small, not .*musi"
@@ -391,7 +404,9 @@ class TestBadFiles(Test):
     def test_scales(self):
         for scale in (float("nan"), 101, "x", [1, float("inf")]):
             paths = [self.adapter] * 2
-            self.assertRefused("adapter_scale must be from", adapter=paths, scale=scale)
+            self.assertRefused(
+                "adapter_scale must be .*from", adapter=paths, scale=scale
+            )
         self.assertRefused("one for each adapter in turn, got 2 for 1", scale=[1, 1])
 
 
@@ -413,6 +428,40 @@ class TestWriting(Test):
         self.assertRegex(
             self.run_script("none", target / "x")[0], "There is no adapter"
         )
+
+    def test_what_is_pefts_already(self):
+        target = self.folder / "out"
+        for source in (ADAPTERS / "mono", ADAPTERS / "mono" / peft_files.WEIGHTS):
+            status, _ = self.run_script(source, target)
+            self.assertRegex(status, f"error: {source} is PEFT's already: it is named")
+        status, _ = self.run_script(ADAPTERS / "ours-mono.safetensors", "")
+        self.assertRegex(status, "The folder to write must have a name, got ''")
+
+    def test_two_at_once(self):
+        """The first one's folder stays as it is."""
+        source, target = ADAPTERS / "ours-mono.safetensors", self.folder / "out"
+        write = peft_files.write
+
+        def written_meanwhile(folder, arrays, metadata):
+            write(folder, arrays, metadata)
+            if not target.exists():
+                target.mkdir()
+                (target / peft_files.CONFIG).write_text("theirs")
+
+        with patch.object(peft_files, "write", written_meanwhile):
+            status, _ = self.run_script(source, target)
+        self.assertRegex(status, "out was written by another program meanwhile: choose")
+        self.assertEqual([*target.iterdir()], [target / peft_files.CONFIG])
+        self.assertEqual((target / peft_files.CONFIG).read_text(), "theirs")
+        self.assertEqual([*self.folder.iterdir()], [target])
+
+    def test_a_damaged_pickle(self):
+        path = Path(shutil.copytree(ADAPTERS / "pickled", self.folder / "p"))
+        (path / peft_files.PICKLE).write_bytes(b"noise" * 99)
+        with self.assertRaisesRegex(
+            ValueError, "adapter_model.bin is damaged, fetch it"
+        ):
+            peft_files.read(path)
 
     def test_a_folder_in_none(self):
         source = ADAPTERS / "ours-mono.safetensors"

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from common import REFERENCE, ScriptTest, Test, random_decoder
+from common import REFERENCE, ScriptTest, Test, exact, random_decoder
 from mlx.utils import tree_flatten
 
 import convert
@@ -281,8 +281,20 @@ class TestFolders(Test):
         with self.assertRaisesRegex(ValueError, pattern):
             MusicGen.from_pretrained(SOURCE, q_bits=4)
         decoder, *_ = random_decoder()  # 4 is the common width
-        with self.assertRaisesRegex(ValueError, "What does: none of any mode"):
+        wanted = "What does: none of any mode, as none divides 4"
+        with self.assertRaisesRegex(ValueError, wanted):
             quantize.quantize(decoder, mode="nvfp4")
+
+    def test_a_quantized_decoder(self):
+        """Nothing would be done, in another mode neither."""
+        decoder = exact("mono-transformers").decoder
+        quantize.quantize(decoder, 8, 32)
+        before = dict(tree_flatten(decoder.parameters()))
+        for asked in (dict(bits=8, group_size=32), dict(mode="mxfp4")):
+            with self.assertRaisesRegex(ValueError, "it is quantized already"):
+                quantize.quantize(decoder, **asked)
+        for name, value in tree_flatten(decoder.parameters()):
+            self.assertSame(value, before[name])
 
 
 class TestScripts(ScriptTest):

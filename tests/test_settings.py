@@ -200,6 +200,13 @@ class TestSettings(ScriptTest):
                 ["--redecode", path, "--temp", "0.1"],
                 "--redecode takes codes as they are",
             ),
+            (["--redecode", path, "--q-mode", "mxfp4"], "leave out --q-mode"),
+            (["--redecode", path, "--q-bits", "8"], "leave out --q-bits"),
+            (["--redecode", path, "--q-group-size", "32"], "out --q-group-size"),
+            (["--redecode", path, "--dtype", "float16"], "leave out --dtype"),
+            (["--redecode", path, "--adapter", "x"], "leave out --adapter"),
+            (["--redecode", path, "--adapter-scale", "2"], "out --adapter-scale"),
+            (["--redecode", path, "--batch-size", "2"], "leave out --batch-size"),
             (["--redecode", path, "--again", path], "must not come together"),
             (["--resume", path, "--audio-prompt", "a.wav"], "goes on from codes"),
         ):

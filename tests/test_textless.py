@@ -8,7 +8,7 @@ from unittest.mock import patch
 import mlx.core as mx
 import numpy as np
 import soundfile
-from common import REFERENCE, ScriptTest, expected
+from common import REFERENCE, ScriptTest, exact, expected
 
 import audiocraft
 import checkpoints
@@ -111,8 +111,83 @@ class TestTextless(ScriptTest):
         self.assertSame(begun, codes)
 
     def test_options(self):
-        options = without_text("m", ["", ""], Options(guidance_coef=3.0, temp=0.5))
-        self.assertEqual((options.copies, options.temp), (1, 0.5))
+        for coef in (1, 3.0):  # what is computed, and what stands where none is given
+            asked = Options(guidance_coef=coef, temp=0.5)
+            prompts, options = without_text("m", ["", ""], asked)
+            self.assertEqual((options.copies, options.temp), (1, 0.5))
+            self.assertEqual(prompts, ["", ""])
+        self.assertEqual(without_text("m", None, asked)[0], [""])
+        with self.assertRaisesRegex(
+            ValueError, "guidance_coef must be left out, got 2"
+        ):
+            without_text("m", [""], Options(guidance_coef=2))
+        with self.assertRaisesRegex(ValueError, "There must be a prompt"):
+            without_text("m", [], Options())
+
+    def test_no_prompt_in_python(self):
+        """It need not be given, by any of the ways to generate."""
+        model = MusicGen.from_pretrained(self.folder_of(*CASES[0]), mx.float32)
+        options = dict(duration=0.3, temp=0)
+        want = model.generate_codes("", **options)
+        self.assertSame(model.generate_codes(**options), want)
+        self.assertSame(model.generate_codes(None, **options), want)
+        audio = model.generate("", **options)
+        self.assertSame(model.generate(**options), audio)
+        self.assertSame(model.generate(None, **options), audio)
+        streamed = mx.concatenate([*model.stream(**options)])
+        self.assertClose(streamed, audio[0])
+        take = model.steps(None, 0.3, temp=0)
+        self.assertEqual(take.prompts, [""])
+        for make in (model.generate, model.stream):
+            with self.assertRaisesRegex(ValueError, "guidance_coef must be left out"):
+                make(duration=0.1, guidance_coef=5)
+        with_text = exact("mono-audiocraft")
+        for make in (with_text.generate, with_text.generate_codes, with_text.steps):
+            with self.assertRaisesRegex(ValueError, "There must be a prompt"):
+                make(duration=0.1)
+        with self.assertRaisesRegex(ValueError, "There must be a prompt"):
+            with_text.stream()
+
+    def test_guidance_is_refused(self):
+        folder, out = self.folder_of(*CASES[0]), self.folder / "out.wav"
+        words = ["--model", folder, "--duration", "0.3", "--output", out]
+        status, _, err = self.run_script(*words, "--guidance-coef", "7")
+        self.assertEqual((status, err.count("\n")), (1, 1))
+        self.assertIn("error: guidance_coef must be left out, got 7: ", err)
+        self.assertFalse(out.exists())
+
+    def test_lines_without_a_prompt(self):
+        folder, lines = self.folder_of(*CASES[0]), self.folder / "lines.jsonl"
+        lines.write_text(
+            '{"seed": 1}\n{"prompt": null, "seed": 2}\n{"prompt": "", "seed": 1}\n'
+            '{"guidance": 2}\n'
+        )
+        words = ["--prompts", lines, "--duration", "0.3"]
+        words += ["--output", self.folder / "out.wav", "--model"]
+        status, _, err = self.run_script(*words, folder)
+        self.assertEqual(status, 1)
+        self.assertRegex(err, "line 4: guidance_coef must be left out, got 2")
+        self.assertNotRegex(err, "line [123]")
+        made = [soundfile.read(self.folder / f"out-{i}.wav")[0] for i in (1, 2, 3)]
+        self.assertSame(made[0], made[2])
+        self.assertFalse(np.array_equal(made[0], made[1]))
+        for model in ("tiny", REFERENCE / "mono-audiocraft"):
+            status, _, err = self.run_script(*words, model)
+            self.assertNotEqual(status, 0)
+            self.assertRegex(err, "lines.jsonl, line 1 must have a prompt")
+
+    def test_line_without_a_prompt_where_the_model_has_text(self):
+        """As is known when it is loaded, and not before."""
+        lines = self.folder / "lines.jsonl"
+        lines.write_text('{"seed": 1}\n{"prompt": "bell"}\n')
+        words = ["--prompts", lines, "--duration", "0.1", "--model", "tiny"]
+        words += ["--output", self.folder / "out.wav"]
+        with patch("arguments.may_lack_text", return_value=True):
+            status, _, err = self.run_script(*words)
+        self.assertEqual(status, 1)
+        self.assertRegex(err, "line 1: there must be a prompt, for the model has text")
+        made = sorted(path.name for path in self.folder.glob("*.wav"))
+        self.assertEqual(made, ["out-2.wav"])
 
     def test_command(self):
         folder, out = self.folder_of(*CASES[0]), self.folder / "out.wav"

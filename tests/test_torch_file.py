@@ -3,9 +3,11 @@
 import io
 import os
 import pickle
+import pickletools
 import struct
 import zipfile
 from contextlib import redirect_stdout
+from pathlib import Path
 from unittest.mock import patch
 
 import mlx.core as mx
@@ -129,6 +131,78 @@ class TestTorchFiles(Test):
             self.fails(refused, legacy_file(content, numbers))
             self.fails(refused, content)
         self.assertFalse(witness.exists())
+
+    def test_opcodes_are_those_that_torch_needs(self):
+        """None beside them: each would be one more tool of who writes a hostile file."""
+        needed = {"SHORT_BINSTRING"}  # a text by Python 2, which follows below
+        for path in REFERENCE.rglob("*"):
+            if path.suffix in (".bin", ".th"):
+                needed |= opcodes(program(path))
+        plain = [None, True, False, 1, 300, 70000, -1, 2**40, 1.5, "a", (), (1,)]
+        plain += [(1, 2), (1, 2, 3), (1, 2, 3, 4), [], [1], {}, {"a": 1}, {1: 2, 3: 4}]
+        many = [f"text {i}" for i in range(300)]
+        needed |= opcodes(pickle.dumps([plain, many, many[0], many[-1]], 2))
+        self.assertEqual(torch_file.OPCODES, needed)
+        written = tensor_pickle((2,), (1,)).replace(b"X\1\0\0\0x", b"U\1x")
+        path = self.folder / "python2.bin"
+        path.write_bytes(zip_file(written, np.arange(12, dtype=np.float32)))
+        self.assertSame(torch_file.load_torch(path)["x"], [0, 1])
+
+    def test_refuses_every_other_opcode(self):
+        others = {op for op in pickletools.opcodes if op.name not in torch_file.OPCODES}
+        self.assertGreater(len(others), 30)
+        for opcode in others:
+            with self.subTest(opcode.name):
+                content = b"\x80\x02" + spelled_out(opcode) + b"N."
+                told = f"it holds the pickle opcode {opcode.name}\\b"
+                self.fails(told, zip_file(content, np.zeros(1)))
+
+    def test_hostile_opcodes(self):
+        """With these a few bytes nest without end, hide what they call, or call it
+        without a name that is looked up."""
+        for name, content in (
+            ("DUP", b")" + 60 * b"2\x86"),  # tuples of tuples, 2**60 of them
+            ("DUP", b"]" + 60 * b"2a"),
+            ("POP", b"cos\nsystem\n0N"),
+            ("POP_MARK", b"(cos\nsystem\n1N"),
+            ("INST", b"(K\1ios\nsystem\n"),
+            ("OBJ", b"(cos\nsystem\nK\1o"),
+            ("STACK_GLOBAL", b"X\2\0\0\0osX\6\0\0\0system\x93"),
+            ("NEWOBJ_EX", b"ccollections\nOrderedDict\n)}\x92"),
+            ("EXT1", b"\x82\x01"),
+            ("MEMOIZE", b"]" + 9 * b"\x94"),
+            ("FRAME", b"\x95" + b"\xff" * 8),
+            ("LONG4", b"\x8b" + struct.pack("<i", 2**20) + bytes(2**20)),
+        ):
+            with self.subTest(name):
+                told = f"it holds the pickle opcode {name}\\b"
+                self.fails(told, zip_file(b"\x80\x02" + content + b".", np.zeros(1)))
+
+    def test_tells_what_is_missing(self):
+        numbers = np.arange(12, dtype=np.float32)
+        content = zip_file(tensor_pickle((2,), (1,)), numbers)
+        for left_out, told in (
+            ("any/data/0", "it lacks 'any/data/0'"),
+            ("any/data.pkl", "it must hold one data.pkl, but has 0"),
+        ):
+            buffer = io.BytesIO()
+            with (
+                zipfile.ZipFile(io.BytesIO(content)) as whole,
+                zipfile.ZipFile(buffer, "w") as part,
+            ):
+                for name in whole.namelist():
+                    if name != left_out:
+                        part.writestr(name, whole.read(name))
+            self.fails(told, buffer.getvalue())
+        twice = zip_file(tensor_pickle((2,), (1,)), numbers, {"b/data.pkl": "N."})
+        self.fails("it must hold one data.pkl, but has 2", twice)
+        old = legacy_file(tensor_pickle((2,), (1,)), numbers)
+        other = old.replace(pickle.dumps(["0"], 2), pickle.dumps(["1"], 2))
+        self.assertNotEqual(other, old)
+        self.fails("it lacks ", other)
+        short = b"\x80\x02(X\x07\0\0\0storagetQ."
+        for named in (short, b"\x80\x02K\1Q."):
+            self.fails("an unknown kind of storage", zip_file(named, numbers))
 
     def test_sets_nothing_on_our_functions(self):
         for name in ("collections\nOrderedDict", "torch._utils\n_rebuild_tensor_v2"):
@@ -271,6 +345,34 @@ class TestTorchFiles(Test):
             with patch("sys.argv", ["torch_file.py", str(name)]):
                 with self.assertRaisesRegex(SystemExit, f"error: .*{name.name}"):
                     torch_file.main()
+
+
+def program(path: Path) -> bytes:
+    """The pickle in a file of torch's zip format."""
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
+        return archive.read(name)
+
+
+def opcodes(content: bytes) -> set[str]:
+    return {opcode.name for opcode, _, _ in pickletools.genops(content)}
+
+
+def spelled_out(opcode: pickletools.OpcodeInfo) -> bytes:
+    """An opcode with an argument, the smallest that it takes."""
+    code, size = opcode.code.encode("latin-1"), opcode.arg and opcode.arg.n
+    if size == pickletools.UP_TO_NEWLINE:
+        several = (b"1\n", b"'1'\n", b"1\n1\n")
+    else:
+        several = (bytes(max(size or 0, 0)), *map(bytes, (1, 4, 8)))
+    for argument in several:
+        try:
+            found = [op.name for op, _, _ in pickletools.genops(code + argument + b".")]
+        except ValueError:
+            continue
+        if found == [opcode.name, "STOP"]:
+            return code + argument
+    raise AssertionError(opcode.name)
 
 
 def tensor_pickle(shape, stride, offset=0, size=12, kind="FloatStorage") -> bytes:
