@@ -280,6 +280,17 @@ class TestEndings(ScriptTest):
         again = self.make("c.wav", base=["--again", self.folder / "b.wav"])
         self.assertSame(again, rest)
 
+    def test_the_duration_counts_what_is_dropped(self):
+        """The end of a take of 1 s is sought after half a second of the rest."""
+        values = dict(prompt="a", seed=0, output="x.wav", audio_prompt="s.wav")
+        values |= dict(drop_prompt=True, duration=1.0, ending=True)
+        noise = np.random.default_rng(0).normal(size=(5 * RATE // 2, 1)) / 9
+        for quiet in (0.2, 0.7):
+            noise[int(quiet * RATE) :][: RATE // 10] /= 99
+        sound = jobs.ended(self.model, make_job(values), mx.array(noise), 25)
+        self.assertTrue(0.7 < len(sound) / RATE <= 0.8, len(sound))
+        self.assertEqual(sound[-1, 0], 0)
+
     def test_level_and_peak_are_those_of_the_file(self):
         flags = ["--duration", "3", "--fade-out", "2", "--fade-in", "0.5"]
         sound = self.make("a.wav", *flags, "--loudness", "-30")
