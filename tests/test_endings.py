@@ -260,6 +260,28 @@ class TestEndings(ScriptTest):
             self.assertEqual(status, 2)
             self.assertIn("loop does not go with ending, fade_in or fade_out", err)
 
+    def test_a_part_made_again(self):
+        """Of codes the end fades as that of their take; a sound's own end stays."""
+        kept = self.folder / "a.safetensors"
+        first = self.make("a.wav", "--save-codes", kept)
+        plain = self.make("b.wav", "--fade-out", "0", "--fade-in", "0.1")
+        for source in (kept, self.folder / "a.wav", self.folder / "b.wav"):
+            base = ["--regenerate", "0.3:0.5", source, "-p", "bell", "-m", "tiny"]
+            base += ["--candidates", "1"]
+            sound = self.make("c.wav", base=base)
+            want = plain if source.stem == "b" else first
+            self.assertClose(sound[:3200], want[:3200], 1e-6)
+            self.assertClose(sound[-6400:], want[-6400:], 1e-6)
+            self.assertGreater(np.abs(sound - want).max(), 1e-3)
+        faded = self.make("d.wav", "--fade-out", "0.2", base=[*base, "--seed", "1"])
+        self.assertEqual(faded[-1, 0], 0)
+        self.assertClose(faded[-6400:], fade(plain, RATE, 0, 0.2)[-6400:], 1e-6)
+        with self.subTest("an ending has no part"):
+            output = ["--output", self.folder / "x.wav"]
+            status, _, err = self.run_script(*base, "--ending", *output)
+            self.assertEqual(status, 2)
+            self.assertIn("--regenerate goes without --ending", err)
+
     def test_each_of_a_batch_has_its_own(self):
         output = ["--output", self.folder / "x.wav", "--subtype", "float", "--ending"]
         status, _, err = self.run_script(*self.first, *output, "--takes", "3")
