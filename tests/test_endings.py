@@ -260,6 +260,28 @@ class TestEndings(ScriptTest):
             self.assertEqual(status, 2)
             self.assertIn("loop does not go with ending, fade_in or fade_out", err)
 
+    def test_a_part_made_again(self):
+        """Of codes the end fades as that of their take; a sound's own end stays."""
+        kept = self.folder / "a.safetensors"
+        first = self.make("a.wav", "--save-codes", kept)
+        plain = self.make("b.wav", "--fade-out", "0", "--fade-in", "0.1")
+        for source in (kept, self.folder / "a.wav", self.folder / "b.wav"):
+            base = ["--regenerate", "0.3:0.5", source, "-p", "bell", "-m", "tiny"]
+            base += ["--candidates", "1"]
+            sound = self.make("c.wav", base=base)
+            want = plain if source.stem == "b" else first
+            self.assertClose(sound[:3200], want[:3200], 1e-6)
+            self.assertClose(sound[-6400:], want[-6400:], 1e-6)
+            self.assertGreater(np.abs(sound - want).max(), 1e-3)
+        faded = self.make("d.wav", "--fade-out", "0.2", base=[*base, "--seed", "1"])
+        self.assertEqual(faded[-1, 0], 0)
+        self.assertClose(faded[-6400:], fade(plain, RATE, 0, 0.2)[-6400:], 1e-6)
+        with self.subTest("an ending has no part"):
+            output = ["--output", self.folder / "x.wav"]
+            status, _, err = self.run_script(*base, "--ending", *output)
+            self.assertEqual(status, 2)
+            self.assertIn("--regenerate goes without --ending", err)
+
     def test_each_of_a_batch_has_its_own(self):
         output = ["--output", self.folder / "x.wav", "--subtype", "float", "--ending"]
         status, _, err = self.run_script(*self.first, *output, "--takes", "3")
@@ -279,6 +301,17 @@ class TestEndings(ScriptTest):
         self.assertGreaterEqual(len(rest), RATE // 2)
         again = self.make("c.wav", base=["--again", self.folder / "b.wav"])
         self.assertSame(again, rest)
+
+    def test_the_duration_counts_what_is_dropped(self):
+        """The end of a take of 1 s is sought after half a second of the rest."""
+        values = dict(prompt="a", seed=0, output="x.wav", audio_prompt="s.wav")
+        values |= dict(drop_prompt=True, duration=1.0, ending=True)
+        noise = np.random.default_rng(0).normal(size=(5 * RATE // 2, 1)) / 9
+        for quiet in (0.2, 0.7):
+            noise[int(quiet * RATE) :][: RATE // 10] /= 99
+        sound = jobs.ended(self.model, make_job(values), mx.array(noise), 25)
+        self.assertTrue(0.7 < len(sound) / RATE <= 0.8, len(sound))
+        self.assertEqual(sound[-1, 0], 0)
 
     def test_level_and_peak_are_those_of_the_file(self):
         flags = ["--duration", "3", "--fade-out", "2", "--fade-in", "0.5"]
