@@ -122,7 +122,7 @@ def try_demucs(demucs):
 
 def try_edit(edit):
     flags = dict.fromkeys((*edit.OTHERS, "drop_prompt", "stream", "tensor_parallel"))
-    flags |= dict.fromkeys(("duration", "text", "save_codes", "audio_prompt"))
+    flags |= dict.fromkeys(("duration", "ending", "text", "save_codes", "audio_prompt"))
     flags |= dict.fromkeys(("prompt_start", "prompt_length", "candidates"))
     args = Namespace(regenerate=["8:12", "a.wav"], prompt=[""], takes=1, **flags)
     edit.set_edit(args)
@@ -390,7 +390,10 @@ def try_resample(resample):
 
 def try_sections(sections):
     song = sections.parse("0: calm | 12: loud", fade=1.0)
-    assert (song.texts, sections.times(song)) == (["calm", "loud"], (0.0, 12.0, 1.0))
+    assert (song.texts, sections.times(song)) == (
+        ["calm", "loud"],
+        (0.0, 12.0, 1.0, None),
+    )
 
 
 def try_settings(settings):
