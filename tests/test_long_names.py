@@ -14,7 +14,7 @@ import adapters
 import audiocraft
 import demucs
 import encodec
-import jobs
+import job
 import lines
 import lora
 import mert
@@ -236,7 +236,7 @@ class TestLines(LongNamesTest):
             path.write_text(json.dumps({"prompt": "a", hostile: 3}))
             told = self.assertTold(lines.plan_file, path, values)
             self.assertIn("prompts.jsonl, line 1 has the unknown key", told)
-            for name in {*jobs.ALL_KEYS} - {"prompt", "negative_prompt", "output"}:
+            for name in {*job.ALL_KEYS} - {"prompt", "negative_prompt", "output"}:
                 for value in ([hostile], {hostile: 3}, hostile):
                     with self.subTest(name, value=hostile[:9]):
                         path.write_text(json.dumps({"prompt": "a", name: value}))
