@@ -192,7 +192,8 @@ def read_codec(
         check_codec(cfg)
         settings = codec_settings(weights, cfg)
         check_sizes(cfg, codec_sizes(weights, settings, cfg))
-        check_coders(cfg, settings)
+        if kernels(weights, "encoder") == kernels(weights, "decoder"):
+            check_coders(cfg, settings)  # else one is missing, which loading tells
         return settings, weights
     except KeyError as error:
         raise ValueError(f"{path} lacks {error!s:.200}.") from error
@@ -201,7 +202,18 @@ def read_codec(
 
 
 LSTM = ".lstm.weight_"  # before "ih_l0" and the like
+WEIGHT_NORM = ("parametrizations.weight.original1", "weight_v")
 CONV = r"(encoder|decoder)\.model\.(.+)\.conv(?:tr)?\.conv(?:tr)?\.weight_v"
+
+
+def kernels(weights: dict[str, mx.array], part: str) -> int:
+    """How many a coder has outside of its blocks: as many as the other one."""
+    return sum(
+        (match := re.fullmatch(CONV, name.replace(*WEIGHT_NORM))) is not None
+        and match[1] == part
+        and match[2].isdigit()
+        for name in weights
+    )
 
 
 class Shapes(dict):
@@ -220,7 +232,7 @@ def codec_settings(weights: dict[str, mx.array], cfg: dict) -> dict[str, Any]:
     # of the kernels (out, in, kernel), and (in, out, kernel) where the codec upsamples
     shapes = Shapes()
     for name, weight in weights.items():
-        name = name.replace("parametrizations.weight.original1", "weight_v")
+        name = name.replace(*WEIGHT_NORM)
         if match := re.fullmatch(CONV, name):
             shapes[match.group(1, 2)] = weight.shape
     filters, channels, kernel_size = shapes["encoder", "0"]
