@@ -14,7 +14,6 @@ import adapters
 import audiocraft
 import demucs
 import encodec
-import job
 import lines
 import lora
 import mert
@@ -25,6 +24,7 @@ import strict
 import t5
 import torch_file
 import train
+from job import ALL_KEYS
 from musicgen import MusicGen
 
 HOSTILE = ("x" * 5000, "first\nsecond\r\n\x1b[2J\x07" * 9, "\u202e\u2028\n" * 999)
@@ -236,7 +236,7 @@ class TestLines(LongNamesTest):
             path.write_text(json.dumps({"prompt": "a", hostile: 3}))
             told = self.assertTold(lines.plan_file, path, values)
             self.assertIn("prompts.jsonl, line 1 has the unknown key", told)
-            for name in {*job.ALL_KEYS} - {"prompt", "negative_prompt", "output"}:
+            for name in {*ALL_KEYS} - {"prompt", "negative_prompt", "output"}:
                 for value in ([hostile], {hostile: 3}, hostile):
                     with self.subTest(name, value=hostile[:9]):
                         path.write_text(json.dumps({"prompt": "a", name: value}))
