@@ -31,6 +31,7 @@ from job import (
     ENDING_KEYS,
     LEVELS,
     MELODY_KEYS,
+    RANKS,
     STYLE_KEYS,
     check_level,
     make_job,
@@ -107,6 +108,11 @@ FLAGS = {  # by groups: name, what it is, and how it is read
             dict(type=int),
         ),
         "keep_all": ("keep the others of --best-of, too, numbered by rank", SWITCH),
+        "rank": (
+            "what makes a take of --best-of the best: how much likelier the text makes "
+            "it than none (text, the default), or how likely it is (likelihood)",
+            dict(choices=RANKS),
+        ),
         "regenerate": (
             "make a part again: its seconds, and the take (codes of --save-codes, or any "
             "sound, or that of --audio-prompt). All else stays; several --takes are the "
@@ -505,7 +511,13 @@ BESIDE_EDIT = (
 )  # other ways to begin
 QUANTIZATION = ("q_bits", "q_group_size", "q_mode")
 OF_MODEL = ("model", "dtype", *QUANTIZATION, "adapter", "adapter_scale")
-RECALLED = {*ALL_KEYS, *OF_MODEL} - {"output", "mp3_bitrate", "best_of", "keep_all"}
+RECALLED = {*ALL_KEYS, *OF_MODEL} - {
+    "output",
+    "mp3_bitrate",
+    "best_of",
+    "keep_all",
+    "rank",
+}
 FADES = ("fade_in", "fade_out")
 KEPT = {"output", *LEVELS, *FADES, "subtype", "mp3_bitrate"}  # flags beside --redecode
 NEW_IN_EDIT = {

@@ -35,7 +35,7 @@ from evaluate import Judge, frames_of, measured, onset_rate, prompts, share, sho
 from loops import best_cut, decode_round, loop_frames, loop_samples, take_seconds
 from messages import one_line
 from musicgen import MusicGen
-from ranking import order, text_scores
+from ranking import RANKS, order
 from regenerate import FOLLOW, join, score
 from sections import Sections
 
@@ -131,21 +131,24 @@ def percent(clips: list[synth.Clip], names: list[dict[str, str]]) -> dict[str, s
 
 def best_of(model: MusicGen, count: int, takes: int = 8, seed: int = 0) -> Table:
     """The table of how well `count` prompts are followed: by the best of so many takes
-    of 4 s, by all, and by the one that has the lowest score."""
+    of 4 s, by all, and by the one that has the lowest score; by either rank."""
     clips, texts = prompts(count)
-    judge, ranked = Judge(), []
+    judge, ranked, likely = Judge(), [], []
     for i, text in enumerate(texts):
         seeds = [seed + i * takes + j for j in range(takes)]
         how = dict(seed=seeds, batch_size=takes)
         codes = model.generate_codes([text] * takes, SECTION, **how)
-        best = order(text_scores(model, text, codes, **how))
-        sounds = np.array(model.decode(codes[mx.array(best)]))[..., 0]
-        ranked.append([judge.name(one) for one in measured(sounds)])
+        sounds = np.array(model.decode(codes))[..., 0]
+        names = [judge.name(one) for one in measured(sounds)]
+        for rank, rows in (("text", ranked), ("likelihood", likely)):
+            best = order(RANKS[rank](model, text, codes, **how))
+            rows.append([names[row] for row in best])
     every = [name for names in ranked for name in names]
     return {
         f"the best of {takes}": percent(clips, [names[0] for names in ranked]),
         "all of them": percent([c for c in clips for _ in range(takes)], every),
         "the last": percent(clips, [names[-1] for names in ranked]),
+        "the best by likelihood": percent(clips, [names[0] for names in likely]),
     }
 
 

@@ -76,6 +76,7 @@ class Job:
     mp3_bitrate: int | None = None  # kbit/s
     best_of: int | None = None  # takes, of which the best is kept
     keep_all: bool = False  # the others, too
+    rank: str = "text"  # by what they are ranked
     line: int | None = None  # in the file of prompts
     fault: str | None = None  # of that line, which then cannot be made
     overwrite: bool = False  # what is there
@@ -224,7 +225,7 @@ class Job:
             path, start, separate = self.melody
             record |= dict(melody=path, melody_start=start, no_separate=not separate)
         if self.best_of:
-            record |= dict(best_of=self.best_of)
+            record |= dict(best_of=self.best_of, rank=self.rank)
         return record | ({"style": self.style} if self.style else {})
 
 
@@ -249,8 +250,9 @@ MELODY_KEYS = ("melody", "melody_start", "no_separate")
 STYLE_KEYS = ("style", *STYLE_OPTIONS)
 SCORE_KEYS = ("bpm", "beats_per_bar", "section_fade", "section_context", "loop", "bars")
 
-SCORE_KEYS += ("notes", "best_of", "keep_all")
+SCORE_KEYS += ("notes", "best_of", "keep_all", "rank")
 MOST_TAKES = 64  # of which the best is kept
+RANKS = ("text", "likelihood")  # as in ranking.py
 ENDING_KEYS = ("fade_in", "fade_out", "ending")
 ALL_KEYS = (
     *dict.fromkeys((*KEYS, *AUDIO_KEYS, *MELODY_KEYS, *STYLE_KEYS, *SCORE_KEYS)),
@@ -360,16 +362,20 @@ def make_prompt(values: dict[str, Any], beat: Beat | None, overrides: set[str]) 
     return prompt
 
 
-def make_best_of(count: Any, keep_all: Any, overrides: set[str]) -> tuple:
-    """How many takes, and whether all are kept. Raises ValueError naming a bad one, or
-    `keep_all` without a number, as `make_melody`."""
+def make_best_of(values: dict[str, Any], overrides: set[str]) -> dict[str, Any]:
+    """How many takes, whether all are kept, and by what they are ranked. Raises
+    ValueError naming a bad one, or one without a number, as `make_melody`."""
+    count, keep_all, rank = (values.get(k) for k in ("best_of", "keep_all", "rank"))
     if count is not None and not (type(count) is int and 2 <= count <= MOST_TAKES):
         raise ValueError(f"best_of must be from 2 to {MOST_TAKES}, got {count!r:.40}.")
     if keep_all not in (None, False, True):
         raise ValueError(f"keep_all must be true or false, got {keep_all!r:.40}.")
-    if keep_all and count is None and "keep_all" in overrides:
-        raise ValueError("keep_all needs a best_of.")
-    return count, bool(keep_all and count)
+    if rank not in (None, *RANKS):
+        raise ValueError(f"rank must be one of {', '.join(RANKS)}, got {rank!r:.40}.")
+    for name, value in (("keep_all", keep_all), ("rank", rank)):
+        if value and count is None and name in overrides:
+            raise ValueError(f"{name} needs a best_of.")
+    return dict(best_of=count, keep_all=bool(keep_all and count), rank=rank or RANKS[0])
 
 
 def check_notes(notes: Any, beat: Beat | None, melody: MelodyFile | None) -> str | None:
@@ -409,9 +415,9 @@ def make_job(
     first = (prompt, values["seed"], Path(output))
     subtype = values.get("subtype") and str(values["subtype"]).upper()
     written = (subtype, values.get("mp3_bitrate"))
-    best = make_best_of(values.get("best_of"), values.get("keep_all"), overrides)
+    best = make_best_of(values, overrides)
     job = Job(*first, options, sound, melody, style, beat, loop, *levels, *written)
-    job = replace(job, best_of=best[0], keep_all=best[1], line=line)
+    job = replace(job, line=line, **best)
     notes = check_notes(values.get("notes"), beat, melody)
     job = replace(job, notes=notes, ending=choose_ending(values, beat, loop))
     return replace(job, overwrite=bool(values.get("force")))

@@ -219,7 +219,7 @@ class Batch:
                 if job.best_of:
                     from ranking import check_best_of
 
-                    check_best_of(self._model, job.best_of)
+                    check_best_of(self._model, job.best_of, job.rank)
                 self._sounds.melody(job), self._sounds.style_start(job)
             except (OSError, ValueError) as error:
                 self._failed.append(Result(job, error))
@@ -257,12 +257,12 @@ class Batch:
         before = self._start.codes.shape[1] if self._start else self._prompt_frames
         if not first.best_of or codes.shape[1] <= before:
             return codes, {}
-        from ranking import order, text_scores
+        from ranking import RANKS, order
 
         jobs, texts = self._jobs[: len(codes)], [first.text] * len(codes)
         how = dict(seed=[job.seed for job in jobs], batch_size=self._rows)
         how |= options_of(jobs, sounds)
-        scores = text_scores(self._model, texts, codes, before, **how)
+        scores = RANKS[first.rank](self._model, texts, codes, before, **how)
         ranks = order(scores)[: None if first.keep_all else 1]
         self.scores = sorted(scores.tolist(), reverse=True)
         paths = [job.output for job in jobs]

@@ -164,8 +164,7 @@ class MusicGen(nn.Module):
         """Codes while they are made, to be iterated over: under all that generates.
 
         Args:
-            prompts: one text or several, or `sections.Sections`; "" is unconditional. None:
-                the model knows no text.
+            prompts: one text (or Sections) or several; "" or None is unconditional.
             duration: seconds. Beyond the longest window, one slides. None: the model's.
             seed: row i draws from seed + i, or from the i-th of a list; a row's
                 codes depend on its own prompt and seed only. None: any.

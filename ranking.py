@@ -140,14 +140,15 @@ def best_of(
     seed: int | list[int] | None = None,
     audio_prompt: Any = None,
     codes_prompt: mx.array | None = None,
+    rank: str = "text",
     **options,
 ) -> Ranked:
-    """So many takes of a prompt, ranked by how well they follow it, less what they start
-    with. Options as of `MusicGen.steps`.
+    """So many takes of a prompt, ranked by one of RANKS, less what they start with.
+    Options as of `MusicGen.steps`.
 
     Raises ValueError for what cannot be made, and for a model without text.
     """
-    check_best_of(model, count)
+    check_best_of(model, count, rank)
     starts, seeds = dict(codes_prompt=codes_prompt), row_seeds(seed, count)
     if audio_prompt is not None:
         starts |= dict(audio_prompt=audio_prompt)
@@ -156,24 +157,33 @@ def best_of(
     first = take.frames
     for _ in take:
         pass
-    scores = text_scores(model, prompt, take.codes, first, **how)
+    scores = RANKS[rank](model, prompt, take.codes, first, **how)
     best = order(scores)
     codes, scores = take.codes[mx.array(best)], scores.tolist()
     return Ranked(codes, [scores[i] for i in best], [seeds[i] for i in best])
 
 
-def check_best_of(model: MusicGen, count: int) -> None:
-    """Raise ValueError unless so many takes of the model can be ranked."""
+RANKS = {  # how much likelier the text makes the codes, or how likely it makes them
+    "text": text_scores,
+    "likelihood": log_likelihood,
+}
+
+
+def check_best_of(model: MusicGen, count: int, rank: str = "text") -> None:
+    """Raise ValueError unless so many takes of the model can be ranked so."""
+    if rank not in [*RANKS]:
+        raise ValueError(f"rank must be one of {', '.join(RANKS)}, got {rank!r:.40}.")
     if not (is_whole(count) and 1 <= count <= MOST):
         raise ValueError(f"best_of must be from 1 to {MOST}, got {count!r:.40}.")
-    check_has_text(model)
+    if rank == "text":
+        check_has_text(model)
 
 
 def check_has_text(model: MusicGen) -> None:
     if model.config.text_encoder is None:
         raise ValueError(
             f"{model.name or 'This model':.100} follows no text, so that its takes "
-            "cannot be ranked by how well they do."
+            "cannot be ranked by how well they do: give rank likelihood."
         )
 
 

@@ -4,9 +4,10 @@ import mlx.core as mx
 import soundfile
 from common import ScriptTest, Test, exact
 
+import job
 from job import MOST_TAKES
 from musicgen import MusicGen
-from ranking import MOST, best_of, text_scores
+from ranking import MOST, RANKS, best_of, log_likelihood, text_scores
 from settings import load_codes, read_settings
 
 FLAGS = "--model tiny --duration 1 --prompt bell".split()
@@ -40,8 +41,18 @@ class TestBestOf(Test):
         want = text_scores(model, "drums", best.codes, **options)
         self.assertClose(mx.array(best.scores), want, 1e-5)
 
+    def test_by_likelihood(self):
+        model = exact("mono-transformers")
+        best = best_of(model, "drums", 4, 0.4, seed=7, rank="likelihood")
+        want = log_likelihood(model, "drums", best.codes)
+        self.assertClose(mx.array(best.scores), want, 1e-5)
+        self.assertGreater(best.scores[0], best.scores[-1] + 1e-3)
+        self.assertEqual((*RANKS,), job.RANKS)
+
     def test_errors(self):
         model = exact("mono-transformers")
+        with self.assertRaisesRegex(ValueError, "rank must be one of text, likelihood"):
+            best_of(model, "drums", 2, 0.4, rank="x")
         for count in (0, 65, 2.0, True):
             with self.assertRaisesRegex(ValueError, "best_of must be from 1 to 64"):
                 best_of(model, "drums", count, 0.4)

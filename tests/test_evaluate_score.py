@@ -9,7 +9,7 @@ from common import Test, slow
 
 import evaluate_score
 from evaluate import Judge
-from evaluate_score import seam, seams, spectral_distance
+from evaluate_score import seam, seams, spectral_distance, wrap_jumps
 from musicgen import MusicGen
 
 
@@ -35,6 +35,16 @@ class TestTables(Test):
         last = table["the winner is nearer (ties: half)"]
         self.assertEqual(last, {tempo: "100%", spectrum: "0%"})
 
+    def test_wraps(self):
+        """A sine of whole turns wraps without a jump, one that is cut does not."""
+        turns = np.arange(32000) / 32000 * 2 * np.pi
+        whole, cut = np.sin(440 * turns), np.sin(440.25 * turns)
+        level, spectrum = wrap_jumps(whole)
+        self.assertLess(level, 0.1)
+        self.assertLess(spectrum, 1)
+        self.assertGreater(wrap_jumps(cut)[0], 0.9)
+        self.assertGreater(wrap_jumps(cut)[1], 20)
+
     @slow(6)
     def test_a_seam(self):
         """Where all candidates are the take, all distances are none."""
@@ -58,10 +68,11 @@ class TestTables(Test):
         with patch.object(evaluate_score, "Judge", return_value=judge):
             best = evaluate_score.best_of(model, 1, takes=2)
             parts = evaluate_score.sections(model, 1)
-        self.assertEqual([*best], ["the best of 2", "all of them", "the last"])
+        rows = ["the best of 2", "all of them", "the last", "the best by likelihood"]
+        self.assertEqual([*best], rows)
         values = [float(row["mean"].rstrip("%")) for row in best.values()]
         self.assertAlmostEqual(values[1], (values[0] + values[2]) / 2, 1)
-        self.assertEqual(len(parts), 4)
+        self.assertEqual(len(parts), 5)
         self.assertEqual({*parts["the first section"]}, {*judge.name(None), "mean"})
 
     def test_command_lines(self):
