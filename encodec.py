@@ -399,12 +399,8 @@ class Encodec(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path) -> "Encodec":
-        """Load a codec in float32.
-
-        `path_or_repo` is "24khz", "32khz", "48khz", another Hub id, or a local
-        folder with `config.json` and `model.safetensors` or with audiocraft's
-        `compression_state_dict.bin`. Raises ValueError or OSError naming the
-        file and what is wrong with it.
+        """Load "24khz", "32khz", "48khz", a Hub id or a folder of any layout, in float32.
+        Raises ValueError or OSError naming the file and what is wrong with it.
         """
         from encodec_files import load
 
@@ -439,7 +435,11 @@ def overlap_add(pieces: list[mx.array], stride: int) -> mx.array:
     return audio / weights
 
 
-if __name__ == "__main__":
+def main() -> None:
     import encodec_files
 
     encodec_files.main(Encodec)
+
+
+if __name__ == "__main__":
+    main()

@@ -358,8 +358,9 @@ class Take:
         T, self._delays = prompt_codes.shape[1], model.config.decoder.delays
         self._frames = model.frames_in(options.duration)
         own = model.config.default_stride or 0.6 * model.config.max_duration
-        stride = model.frames_in(options.extend_stride or own)
-        self._sizes = (model.longest_window, stride)
+        self._sizes = model.longest_window, model.frames_in(
+            options.extend_stride or own
+        )
         size, groups = batch_size or model.rows_that_fit(options), [range(len(prompts))]
         if prefixes:  # which must be of one length
             groups = prefixes.group(prompts, options.negative_prompt)
@@ -418,9 +419,7 @@ class Take:
         T = self._prompt_codes.shape[1]
         return [window for window in plan if window[1] > T]
 
-    def _forward(
-        self, rows: list[int], plan: list[Window]
-    ) -> Callable[[mx.array], mx.array]:
+    def _forward(self, rows: list[int], plan: list[Window]) -> Callable:
         """The decoder under the prompts of some rows, ready for the windows."""
         prompts, options = [self.prompts[row] for row in rows], self._options
         steps = min(self._frames, self._model.longest_window) + max(self._delays)

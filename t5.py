@@ -239,17 +239,19 @@ class T5(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path) -> "tuple[T5, Tokenizer]":
-        """Load `config.json`, `model.safetensors` and `spiece.model`.
-
-        From a local folder or a Hub id such as "google-t5/t5-base". Raises
-        ValueError or OSError naming the file and what is wrong with it.
+        """Load a folder or a Hub id, such as "google-t5/t5-base", with its tokenizer.
+        Raises ValueError or OSError naming the file and what is wrong with it.
         """
         from t5_files import load
 
         return load(cls, T5Config, Tokenizer, path_or_repo)
 
 
-if __name__ == "__main__":
+def main() -> None:
     import t5_files
 
     t5_files.main(T5)
+
+
+if __name__ == "__main__":
+    main()

@@ -73,8 +73,7 @@ def imports(name: str) -> dict[str, bool]:
             for module in {*modules} & {*SCRIPTS}:
                 found[module] = found.get(module, False) or always
             function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
-            guard = isinstance(child, ast.If) and "__main__" in ast.unparse(child.test)
-            visit(child, always and not function and not guard)
+            visit(child, always and not function)
 
     visit(tree(name), True)
     return found
