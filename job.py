@@ -105,6 +105,8 @@ class Job:
         if duration is not None:
             check_end(self.prompt, duration)
             check_loop(self.beat, self.loop, duration)
+        if self.loop is not None:
+            check_end(self.prompt, self.beat.bars(self.loop))
             self.ending.check(self.made.duration)
         if self.loudness is not None and duration and duration < SHORTEST:
             raise ValueError(
@@ -354,6 +356,9 @@ def make_prompt(values: dict[str, Any], beat: Beat | None, overrides: set[str]) 
     context = values.get("section_context")
     if isinstance(prompt, str):
         prompt = parse(prompt, beat, 0.0 if fade is None else fade, context)
+    negative = values.get("negative_prompt")
+    if isinstance(negative, str) and isinstance(parse(negative, Beat(60)), Sections):
+        raise ValueError("negative_prompt must be one text: it has no sections.")
     for name, value in (("section_fade", fade), ("section_context", context)):
         if value is not None and name in overrides and type(prompt) is str:
             raise ValueError(

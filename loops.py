@@ -79,13 +79,16 @@ def best_cut(
     model: "MusicGen", prompt: str, codes: mx.array, frames: int
 ) -> tuple[int, float]:
     """The frame of codes (1, T, K) at which the likeliest loop of so many frames
-    begins, and its log-likelihood. Raises ValueError where the take is shorter."""
+    begins, and its log-likelihood. With sections it begins at the first one. Raises
+    ValueError where the take is shorter."""
     spare = codes.shape[1] - frames
     if spare < 0:
         raise ValueError(
             f"The loop of {frames / model.frame_rate:g} s must not be longer than the "
             f"take, {codes.shape[1] / model.frame_rate:g} s."
         )
+    if hasattr(prompt, "sections"):
+        spare = 0
     firsts = sorted({round(x) for x in np.linspace(0, spare, min(CUTS, spare + 1))})
     scores = cut_scores(model, prompt, codes, frames, firsts).tolist()
     best = max(range(len(firsts)), key=scores.__getitem__)

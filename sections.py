@@ -16,6 +16,7 @@ blended. Needs beat.py beside it.
 import math
 import re
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -28,7 +29,11 @@ if TYPE_CHECKING:
     from options import Options
 
 BEGINNING = re.compile(r"\s*0(?:\.0*)?\s*(?:s|bars?)?\s*:")
-PART = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(s|bars?)?\s*:(.*)", re.DOTALL)
+PART = re.compile(
+    r"\s*(?:(\d+):(?=\d\d(?:\.\d*)?\s*:))?"  # minutes
+    r"(\d+(?:\.\d*)?|\.\d+)\s*(s|bars?)?\s*:(.*)",
+    re.DOTALL,
+)
 
 
 class Sections(str):
@@ -49,7 +54,7 @@ class Sections(str):
         text: str | None = None,
         context: float | None = None,
     ):
-        sections = [(seconds, words) for seconds, words in sections]
+        sections = pairs(sections)
         check(sections, fade)
         check_context(context)
         if text is None:
@@ -77,11 +82,24 @@ class Sections(str):
         return [words for first, words in self.sections if first <= seconds][-1]
 
 
+def pairs(sections: Iterable) -> list[tuple[float, str]]:
+    """What is given as pairs. Raises ValueError for what is none."""
+    try:
+        return [
+            (float(seconds) if isinstance(seconds, Real) else seconds, words)
+            for seconds, words in (() if isinstance(sections, str) else sections)
+        ]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Sections must be pairs of seconds and text, got {sections!r:.80}."
+        ) from error
+
+
 def check(sections: list[tuple[float, str]], fade: float) -> None:
     """Raise ValueError unless they are in order, and each has a text."""
     before = None
     for seconds, words in sections:
-        number = type(seconds) in (int, float) and math.isfinite(seconds)
+        number = type(seconds) is float and math.isfinite(seconds)
         if not (number and isinstance(words, str)):
             raise ValueError(
                 f"Sections must be pairs of seconds and text, got {seconds!r:.40} and "
@@ -138,7 +156,8 @@ def parse(
     context: float | None = None,
 ) -> str:
     """Sections of "0: calm pads | 12: drums come in"; what does not begin with "0:" is
-    the plain text that it was. A time is in seconds, or in bars of a beat, "8bars".
+    the plain text that it was. A time is in seconds, in minutes and seconds, "1:30", or in
+    bars of a beat, "8bars".
 
     Raises ValueError for a section without a time or a text, or for bars without a beat.
     """
@@ -152,8 +171,9 @@ def parse(
                 "A section must be a time and a text, such as 12: drums come in; got "
                 f"{part.strip()!r:.60}."
             )
-        number, unit, words = found.groups()
-        sections.append((in_seconds(float(number), unit or "s", beat), words.strip()))
+        minutes, number, unit, words = found.groups()
+        seconds = in_seconds(float(number), unit or "s", beat) + 60 * int(minutes or 0)
+        sections.append((seconds, words.strip()))
     return Sections(sections, fade, prompt, context)
 
 
@@ -189,10 +209,15 @@ def cut(
     """The windows, each as often as a section begins in it: the loop stops there, and
     goes on from there.
 
-    Raises ValueError as `check_end`.
+    Raises ValueError as `check_end`, and for a section that is shorter than a frame.
     """
     check_end(prompt, duration)
-    frames = sorted({model.frames_in(seconds) for seconds, _ in prompt.sections})
+    frames = [model.frames_in(seconds) for seconds, _ in prompt.sections]
+    for (first, _), one, other in zip(prompt.sections, frames, frames[1:]):
+        if one == other:
+            raise ValueError(
+                f"The section at {first:g} s must last a frame, {1 / model.frame_rate:g} s."
+            )
     if prompt.context is not None and len(frames) > 1:
         return cut_anew(plan, frames, model, prompt.context)
     passes, made = [], 0

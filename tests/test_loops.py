@@ -13,6 +13,7 @@ from audio import save_audio
 from beat import Beat
 from loops import best_cut, cut_scores, decode_round, loop_frames, loop_samples
 from ranking import log_likelihood
+from sections import Sections
 from settings import read_settings, to_comment
 
 
@@ -95,6 +96,15 @@ class TestCut(Test):
             self.assertEqual(best_cut(model, "a", codes, 20), (7, 1.0))
             first, score = best_cut(model, "a", codes, 19)
         self.assertLess(score, 1)
+
+    def test_sections_stay_where_they_are(self):
+        model = exact("mono-audiocraft")
+        song = Sections([(0, "drums"), (0.2, "piano")])
+        codes = model.generate_codes(song, duration=0.5, seed=1)
+        first, score = best_cut(model, song, codes, 18)
+        self.assertEqual(first, 0)
+        want = cut_scores(model, "drums", codes, 18, [0]).item()
+        self.assertAlmostEqual(score, want, 4)
 
     def test_too_short(self):
         model = exact("mono-audiocraft")
@@ -189,6 +199,7 @@ class TestCommand(ScriptTest):
                 [*loop, "-d", "7"],
                 "of 4 bars is 8 s long, more than the duration allows",
             ),
+            (["0: a | 4bars: b", *loop[1:]], "section at 8 s, 'b', must begin before"),
             (loop[:4] + ["--bars", "0"], "bars must be from 0.25 to 1000, got 0"),
             (loop[:4] + ["--bars", "nan"], "bars must be from 0.25 to 1000, got nan"),
             ([*loop, "--bpm", "19"], "bpm must be from 20 to 400"),

@@ -221,6 +221,8 @@ class TestParse(Test):
             ("0: calm pads", None, [(0, "calm pads")]),
             ("0:a|1.5: b : c |  2s:d", None, [(0, "a"), (1.5, "b : c"), (2, "d")]),
             ("0: a | 8bars: b", Beat(120), [(0, "a"), (16, "b")]),
+            ("0:00: a | 1:30 : b|2:05.5: c", None, [(0, "a"), (90, "b"), (125.5, "c")]),
+            ("0: 80s | 1: 30: b", None, [(0, "80s"), (1, "30: b")]),
             ("0bars: a | 1bar: b | 7: c", Beat(90, 3), [(0, "a"), (2, "b"), (7, "c")]),
         ):
             got = parse(text, beat, 0.5)
@@ -253,6 +255,10 @@ class TestParse(Test):
             ([], 0, "There must be a section"),
             ([(1, "a")], 0, "must begin at 0, got 1 s"),
             ([(0, 5)], 0, "pairs of seconds and text"),
+            (None, 0, "pairs of seconds and text, got None"),
+            (["ab", "c"], 0, "pairs of seconds and text"),
+            ("0: a", 0, "There must be a section"),
+            ([(True, "a"), (1, "b")], 0, "must begin at 0"),
             ([(float("nan"), "a")], 0, "pairs of seconds and text"),
             (
                 [(0, "a"), (2, "b")],
@@ -355,6 +361,8 @@ class TestCommand(ScriptTest):
             (["0: a | 2: b", "-d", "2"], "must begin before the take ends, at 2 s"),
             (["a", "--section-fade", "1"], "section_fade needs a prompt in sections"),
             (["0: a | 1: b", "--section-fade", "2"], "the shortest section's length"),
+            (["0: a | 0.001: b"], "section at 0 s must last a frame, 0.02 s"),
+            (["a", "--negative-prompt", "0: b | 1: c"], "negative_prompt must be one"),
             (["a", "--bpm", "500"], "bpm must be from 20 to 400"),
             (["a", "--beats-per-bar", "3"], "beats_per_bar needs a bpm"),
         ):
