@@ -50,7 +50,7 @@ from arguments import NO_PROMPT, OF_MODEL, QUANTIZATION, parse_arguments
 from audio import check_writable, save_audio
 from encodec_stream import play as play_take
 from hub import local, same_model
-from job import BATCH_OF_FILE, Job, make_audio_prompt, plan
+from job import BATCH_OF_FILE, DIFFER, Job, make_audio_prompt, plan
 from jobs import Result, Sounds, Start
 from messages import Forgiving, one_line
 from musicgen import MusicGen, Take
@@ -188,6 +188,8 @@ def check(
     """Results of what cannot be made: now, not after the minutes of loading."""
     source = args.resume or args.redecode
     failed = jobs.check(wanted, group, args.output != "-", source is None)
+    if args.regenerate and args.candidates > 1 and wanted[0].certain:
+        raise ValueError(f"--candidates must differ: {DIFFER}, or give --candidates 1.")
     if args.regenerate and not args.regenerate.path.is_file():
         raise FileNotFoundError(f"There is no file {args.regenerate.path}.")
     for path in filter(None, (args.save_codes, args.save_melody)):
@@ -216,8 +218,7 @@ def make_all(
     """Load the model and run the jobs."""
     model = load(args, group, progress)
     good, sounds = [job.timed(model) for job in good], Sounds(model)
-    if args.duration is None:
-        args.duration = model.config.default_duration
+    args.duration = good[0].options.duration
     if not (args.prompts or args.redecode):
         if good[0].melody:
             progress.stage("separating the melody")

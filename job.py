@@ -98,6 +98,8 @@ class Job:
             raise ValueError(f"prompt must be a text, got {self.prompt!r}.")
         row_seeds([self.seed], rows=1)
         self.options.check(max_duration=math.inf)
+        if self.best_of and self.certain:
+            raise ValueError(f"best_of needs takes that differ: {DIFFER}.")
         check_level(self.loudness, self.peak)
         if writes:
             check_audio_path(self.output, self.subtype, self.mp3_bitrate)
@@ -173,6 +175,13 @@ class Job:
     def ceiling(self) -> float:
         """dB of full scale that no true peak of its file exceeds."""
         return CEILING if self.loudness is not None else self.peak or 0.0
+
+    @property
+    def certain(self) -> bool:
+        """Whether the seed changes nothing, be it a draw of codes or of an excerpt."""
+        options = self.options
+        likeliest = options.temp == 0 or options.top_k == 1 and not options.top_p
+        return likeliest and not (self.style and options.style_start is None)
 
     def runs_with(self, other: "Job") -> bool:
         """Whether both can be rows of one batch."""
@@ -253,6 +262,7 @@ STYLE_KEYS = ("style", *STYLE_OPTIONS)
 SCORE_KEYS = ("bpm", "beats_per_bar", "section_fade", "section_context", "loop", "bars")
 
 SCORE_KEYS += ("notes", "best_of", "keep_all", "rank")
+DIFFER = "with temp 0, or top_k 1, all seeds make the same; give others"
 MOST_TAKES = 64  # of which the best is kept
 RANKS = ("text", "likelihood")  # as in ranking.py
 ENDING_KEYS = ("fade_in", "fade_out", "ending")

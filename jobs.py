@@ -97,7 +97,7 @@ class Sounds:
         from conditioning import check_follows
         from melody import MelodyRequest
 
-        check_follows(self._model, "melody")
+        check_follows(self._model, "melody", "notes")
         request = MelodyRequest(job.tune)
         return self._model.conditioner.prepare(request, 0, job.made.duration)
 
@@ -393,8 +393,9 @@ def shape(
     model: MusicGen, job: Job, samples: mx.array, codes: mx.array, prompt_frames: int
 ) -> tuple[mx.array | np.ndarray, dict[str, Any]]:
     """The samples (N, C) of a take as the job wants them, less what `decode` drops, and
-    what was found for that, for the file's comment."""
-    if job.loop is None:
+    what was found for that, for the file's comment. A take that was stopped is no loop.
+    """
+    if job.loop is None or codes.shape[1] < model.frames_in(job.options.duration):
         return ended(model, job, samples, prompt_frames), {}
     from loops import best_cut, decode_round, loop_frames, loop_samples
 
@@ -434,7 +435,7 @@ def save(
         try:
             written = (comment, job.subtype, job.mp3_bitrate, job.overwrite)
             save_audio(job.output, audio, rate, *written, job.ceiling)
-            if job.loop is not None and job.output.suffix.lower() == ".wav":
+            if "loop_start" in record and job.output.suffix.lower() == ".wav":
                 from loops import write_loop_points
 
                 write_loop_points(job.output, len(audio), rate)

@@ -134,6 +134,41 @@ class TestCommand(ScriptTest):
         self.assertEqual(status, 1)
         self.assertIn("is that of line 1, too", err)
 
+    def test_files_that_are_missing(self):
+        """Are made again with the others, and nobody's file is overwritten."""
+        prompts, output = self.folder / "a.jsonl", self.folder / "a.wav"
+        prompts.write_text('{"prompt": "bell", "best_of": 3, "keep_all": true}\n')
+        common = ["--model", "tiny", "--duration", 0.2, "--output", output]
+        files = [self.folder / f"a-1{end}.wav" for end in ("", "-2", "-3")]
+        command = ["--prompts", prompts, *common, "--seed", 5]
+        self.make(*command)
+        made = [file.read_bytes() for file in files]
+        for i, file in enumerate(files):
+            file.unlink()
+            status, _, err = self.run_script(*command)
+            self.assertEqual(status, 0, err)
+            self.assertIn(f"{files[0]} is made again: {file} is missing", err)
+            self.assertEqual([file.read_bytes() for file in files], made)
+        self.assertIn("skipped", self.run_script(*command)[2])
+        for file in files:
+            whole = file.read_bytes()
+            file.write_bytes(b"mine")
+            status, out, err = self.run_script(*command, "--temp", 0.5)
+            self.assertIn(f"skipped {file}, which is there but was not made", err)
+            self.assertEqual((status, file.read_bytes()), (0, b"mine"))
+            file.write_bytes(whole)
+        reads = '{"prompt": "saw", "audio_prompt": "%s"}\n' % files[1]
+        prompts.write_text(prompts.read_text() + reads)
+        status, _, err = self.run_script(*command, "--temp", 0.5)
+        self.assertIn(f"its output {files[1]} is what line 2 reads", err)
+        self.assertEqual((status, files[1].read_bytes()), (1, made[1]))
+
+    def test_styles_drawn_by_the_seed_differ(self):
+        own = dict(prompt="a", seed=0, output="x.wav", style="s.wav", temp=0)
+        self.assertFalse(job.make_job(own).certain)
+        self.assertTrue(job.make_job(own | dict(style_start=1.0)).certain)
+        self.assertFalse(job.make_job(own | dict(temp=1.0, style=None)).certain)
+
     def test_errors(self):
         (self.folder / "a-2.wav").write_bytes(b"mine")
         output = ["--output", self.folder / "a.wav"]
@@ -142,6 +177,8 @@ class TestCommand(ScriptTest):
             ("from 2 to 64", ["--best-of", 65]),
             ("leave out --stream", ["--best-of", 2, "--stream"]),
             ("needs a best_of", ["--keep-all"]),
+            ("with temp 0, or top_k 1, all seeds", ["--best-of", 2, "--temp", 0]),
+            ("with temp 0, or top_k 1, all seeds", ["--best-of", 2, "--top-k", 1]),
             ("a-2.wav", ["--best-of", 2, "--keep-all"]),
         ):
             with self.subTest(flags):

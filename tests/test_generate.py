@@ -172,6 +172,18 @@ class TestCommandLine(ScriptTest):
             self.assertRegex(err, f"^generate.py: error: .*{pattern}.*\n$")
             fetch.assert_not_called()
 
+    def test_candidates_that_are_all_the_same(self):
+        sound = self.folder / "s.wav"
+        save_audio(sound, 0.1 * mx.random.normal((16000, 2)), 32000)
+        flags = ["--regenerate", "0.1:0.2", sound, "-p", "a", "--model", self.model]
+        flags += ["--output", self.folder / "x.wav"]
+        for more in (["--temp", "0"], ["--top-k", "1", "--candidates", "2"]):
+            status, _, err = self.run_script(*flags, *more)
+            self.assertEqual(status, 1)
+            self.assertRegex(err, "^generate.py: error: .* give --candidates 1.\n$")
+        status, _, err = self.run_script(*flags, "--temp", "0", "--candidates", "1")
+        self.assertEqual(status, 0, err)
+
     def test_ctrl_c_during_the_imports(self):
         """Is no traceback, in any script that people run."""
         numpy = self.folder / "numpy.py"  # comes before the one that is installed

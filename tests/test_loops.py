@@ -1,7 +1,7 @@
 """Loops: their length, where they are cut, how they are decoded, what a wav says."""
 
 import json
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +14,7 @@ from beat import Beat
 from loops import best_cut, cut_scores, decode_round, loop_frames, loop_samples
 from ranking import log_likelihood
 from sections import Sections
-from settings import read_settings, to_comment
+from settings import load_codes, read_settings, to_comment
 
 
 def loop_points(path) -> tuple[int, int, int]:
@@ -187,6 +187,32 @@ class TestCommand(ScriptTest):
             self.assertEqual(status, 0, err)
             self.assertEqual(soundfile.info(self.folder / "c.flac").frames, count)
             self.assertIn("skipped", self.run_tiny("--prompts", path)[2])
+
+    @slow(8)
+    def test_stopped(self):
+        """What there is is written as it is, and gone on from to the loop."""
+        sound, codes = self.folder / "a.wav", self.folder / "a.safetensors"
+        output = ("-o", sound, "--save-codes", codes, "--force")
+        flags = ("saw", "--loop", "--bpm", "240", "--bars", "1", "-s", "1")
+        for steps in (40, 120):  # less than the loop of 50 frames, and than the take
+            stop = Mock(side_effect=[False] * steps + [True] * 99, heeded=True)
+            with patch("generate.Stop", lambda: stop):
+                status, _, err = self.run_tiny(*flags, *output)
+            self.assertEqual(status, 130, err)
+            self.assertIn(f"To go on: --resume {codes} --duration 3\n", err)
+            kept, record = load_codes(codes)
+            self.assertIn(kept.shape[1], range(steps - 3, steps + 1))
+            self.assertEqual(soundfile.info(sound).frames, kept.shape[1] * 640)
+            self.assertNotIn(b"smpl", sound.read_bytes())
+            self.assertEqual((record["loop"], record["bars"]), (True, 1.0))
+            self.assertEqual(read_settings(sound), record)
+            again = ("--redecode", codes, "-o", self.folder / "b.wav", "--force")
+            self.assertEqual(self.run_script(*again)[0], 0)
+            self.assertEqual((self.folder / "b.wav").read_bytes(), sound.read_bytes())
+        with patch("loops.CUTS", 3):
+            status, _, err = self.run_script("--resume", codes, *output[:2], "--force")
+        self.assertEqual(status, 0, err)
+        self.assertEqual(loop_points(sound), (0, 32000, 0))
 
     def test_what_cannot_be(self):
         loop = ["a", "--loop", "--bpm", "120", "--bars", "4"]
