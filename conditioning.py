@@ -157,15 +157,15 @@ def each_once(sounds: list, request: Callable[[Any], Any]) -> list:
     return [requests[k] for k in keys]
 
 
-def check_follows(model: "MusicGen", kind: str) -> None:
-    """Raise ValueError unless the model follows such sounds: "melody", "style", or
-    "condition" for any."""
+def check_follows(model: "MusicGen", kind: str, name: str | None = None) -> None:
+    """Raise ValueError, which has the `name` of what was given, unless the model follows
+    such sounds: "melody", "style", or "condition" for any."""
     if kind == "condition" and model.conditioner is None:
         raise ValueError("condition must go with a model that follows a sound.")
     followed = getattr(model.conditioner, "kind", "the text alone")
     if kind not in ("condition", followed):
         raise ValueError(
-            f"{kind} must go with a {kind} model, such as '{kind}', but "
+            f"{name or kind} must go with a {kind} model, such as '{kind}', but "
             f"{model.name or 'this model':.100} follows {followed}."
         )
 

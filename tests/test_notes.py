@@ -298,7 +298,7 @@ class TestNotesCommands(FollowingTest):
         for model, pattern in (
             ("tiny", "--notes needs a model that follows one"),
             ("small", "--notes needs a model that follows one"),
-            (str(REFERENCE / "mono-transformers"), "must go with a melody model"),
+            (str(REFERENCE / "mono-transformers"), "notes must go with a melody model"),
         ):
             with patch.object(self, "model", model):
                 status, _, err = self.run_script(*output, "--notes", "C:9", *bpm)
