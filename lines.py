@@ -23,6 +23,7 @@ from job import ALL_KEYS, Job, make_job, numbered
 from jobs import agree
 from options import Options
 from outputs import identity, in_words, is_there
+from sections import Sections
 from settings import read_settings
 from strict import in_a_line, small_text
 
@@ -39,8 +40,9 @@ def plan_file(path: Path, values: dict[str, Any]) -> list[Job]:
     `may_lack_text`. Raises ValueError naming the line that is neither, has an unknown
     key, or the output of another line."""
     lines, jobs, outputs = list(read_lines(path)), [], {}
+    seed = values["seed"]  # the next one that no line takes
     for i, (number, overrides) in enumerate(lines):
-        default = dict(seed=values["seed"] + i * (values.get("best_of") or 1))
+        default = dict(seed=seed)
         default["output"] = numbered(values["output"], i, max(len(lines), 2))
         if may_lack := values.get("may_lack_text", False):  # null is none, too
             overrides = {k: v for k, v in overrides.items() if v is not None}
@@ -52,7 +54,9 @@ def plan_file(path: Path, values: dict[str, Any]) -> list[Job]:
             job = make_job(values | default | overrides, number, {*overrides})
         except (TypeError, ValueError) as error:
             jobs.append(faulty(default, number, error))
+            seed += values.get("best_of") or 1
             continue
+        seed += job.best_of or 1
         kind = follows(str(values.get("model", "")))
         for name, followed in job.follows.items():
             if kind is not None and followed != kind:
@@ -70,7 +74,25 @@ def plan_file(path: Path, values: dict[str, Any]) -> list[Job]:
         jobs.append(replace(job, seed_is_given=bool(fixed), prompt_is_given=prompted))
     if not jobs:
         raise ValueError(f"{path} must hold a prompt in a line, but holds none.")
+    check_used(path, values, jobs)
     return jobs
+
+
+def check_used(path: Path, values: dict[str, Any], jobs: list[Job]) -> None:
+    """Raise ValueError for a setting of a score that would change no line. A line with a
+    fault, which is told, might have used it."""
+    sections = any(isinstance(job.prompt, Sections) for job in jobs)
+    many = any(job.best_of for job in jobs)
+    uses = dict(bars=("a loop", any(job.loop is not None for job in jobs)))
+    uses |= dict.fromkeys(("section_fade", "section_context"), ("sections", sections))
+    uses |= dict.fromkeys(("keep_all", "rank"), ("a best_of", many))
+    for name, (wanted, used) in uses.items():
+        given = values.get(name) not in (None, False)
+        if given and not used and not any(job.fault for job in jobs):
+            flag = name.replace("_", "-")
+            raise ValueError(
+                f"--{flag} changes nothing: no line of {path} has {wanted}. Leave it out."
+            )
 
 
 def faulty(default: dict[str, Any], number: int, error: Exception) -> Job:
@@ -142,14 +164,18 @@ def left(
         for path in job.inputs().values()
     }
     for job in jobs:
-        if job.fault or not is_there(job.output) or job.output.is_dir():
+        there = [output for output in job.outputs() if is_there(output)]
+        if job.fault or not there or job.output.is_dir():
             wanted.append(job)
             continue
         message = "" if force else already_made(job, given, own)
+        readers = {path: read_by.get(identity(path), job.line) for path in there}
+        read = [path for path, line in readers.items() if line != job.line]
         if message.startswith("skipped"):
             messages.append(message)
-        elif (line := read_by.get(identity(job.output), job.line)) != job.line:
-            fault = f"its output {job.output} is what line {line} reads: rename one."
+        elif read:
+            line = readers[read[0]]
+            fault = f"its output {read[0]} is what line {line} reads: rename one."
             wanted.append(replace(job, fault=fault))
         else:
             wanted.append(replace(job, overwrite=True))
@@ -158,14 +184,20 @@ def left(
 
 
 def already_made(job: Job, given: dict[str, Any], own: dict[str, Any]) -> str:
-    """Why a job whose file is there is skipped, or is made again."""
-    try:
-        changed = differences(job, given, own, read_settings(job.output))
-    except (OSError, ValueError):
-        return (
-            f"skipped {job.output}, which is there but was not made by generate.py: "
-            "--force overwrites it"
-        )
+    """Why a job is skipped, or is made again, of whose files some or all are there."""
+    changed = []
+    for output in job.outputs():
+        if not is_there(output):
+            changed.append(f"{output} is missing")
+            continue
+        try:
+            found = differences(job, given, own, read_settings(output))
+        except (OSError, ValueError):
+            return (
+                f"skipped {output}, which is there but was not made by generate.py: "
+                "--force overwrites it"
+            )
+        changed += [one for one in found if one not in changed]
     if changed:
         return f"{job.output} is made again: {'; '.join(changed)}"
     return f"skipped {job.output}: it is there, with these settings"

@@ -11,6 +11,7 @@ import mlx.core as mx
 import soundfile
 from common import REFERENCE, ScriptTest, slow
 
+import arguments
 import lines
 from audio import save_audio
 from job import make_job
@@ -205,6 +206,46 @@ class TestLines(ScriptTest):
                 self.assertEqual(status, 1)
                 for number, kind in ((1, "melody"), (2, "style")):
                     self.assertIn(f"line {number}: {kind} needs a model that", err)
+
+    def test_seeds_of_the_best_of_many(self):
+        """No two lines share a seed, and files in which no line tells stay the same."""
+        values = dict(seed=3, output="x.wav")
+        for own, of_all, seeds in (
+            ([{}, {}, {}], None, [3, 4, 5]),
+            ([{}, {}, {}], 4, [3, 7, 11]),
+            ([{"best_of": 3}, {}, {"best_of": 2}, {}], None, [3, 6, 7, 9]),
+            ([{}, {"best_of": 2}, {}], 4, [3, 7, 9]),
+            ([{"best_of": 99}, {"seed": 1}, {}], None, [0, 1, 5]),
+        ):
+            self.write(*own)
+            planned = lines.plan_file(Path("p.jsonl"), values | dict(best_of=of_all))
+            told = [0 if job.fault else job.seed for job in planned]
+            self.assertEqual(told, seeds)
+
+    def test_what_changes_no_line_is_told(self):
+        loop = {"loop": True, "bpm": 240}
+        for flags, line in (
+            (["--bars", "1"], loop),
+            (["--section-fade", "0.02"], {"prompt": "0: a | 0.05: b"}),
+            (["--section-context", "1"], {"prompt": "0: a | 0.05: b"}),
+            (["--keep-all"], {"best_of": 2}),
+            (["--rank", "text"], {"best_of": 2}),
+        ):
+            with self.subTest(flags):
+                self.write({}, {})
+                status, _, err = self.script(*flags)
+                wrong = f"{flags[0]} changes nothing: no line of p.jsonl has"
+                self.assertEqual(status, 1)
+                self.assertRegex(err, f"^generate.py: error: {wrong} .*\n$")
+                self.write({}, line)
+                given = vars(
+                    arguments.parse_arguments(["--prompts", "p.jsonl", *flags])
+                )
+                planned = lines.plan_file(Path("p.jsonl"), given | {"seed": 0})
+                self.assertEqual([job.fault for job in planned], [None, None])
+        self.write({}, {"loop": True})  # without a bpm: that is what is told
+        self.assertIn("line 2: loop needs bpm and", self.script("--bars", "1")[2])
+        self.assertEqual([*Path().glob("*.wav")], [Path("x-1.wav")])
 
     @slow(8)
     def test_many_bad_lines(self):
