@@ -188,7 +188,7 @@ class TestCommand(ScriptTest):
             self.assertEqual(soundfile.info(self.folder / "c.flac").frames, count)
             self.assertIn("skipped", self.run_tiny("--prompts", path)[2])
 
-    @slow(8)
+    @slow(4)
     def test_stopped(self):
         """What there is is written as it is, and gone on from to the loop."""
         sound, codes = self.folder / "a.wav", self.folder / "a.safetensors"
