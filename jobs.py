@@ -400,6 +400,7 @@ def shape(
     from loops import best_cut, decode_round, loop_frames, loop_samples
 
     frames = loop_frames(job.beat, job.loop, model.frame_rate)
+    frames = min(frames, codes.shape[1])  # a take may be as long as its loop
     count = loop_samples(job.beat, job.loop, model.sampling_rate)
     first, score = best_cut(model, job.text, codes, frames)
     samples = decode_round(model, codes[:, first : first + frames], count)

@@ -180,6 +180,11 @@ class TestCommand(ScriptTest):
             self.assertLess(record["loop_score"], 0)
             self.assertEqual(self.run_script("--again", first, "-o", second)[0], 0)
             self.assertEqual(first.read_bytes(), second.read_bytes())
+            short = [*flags[:2], "174.55", "--bars", "1", "--beats-per-bar", "3"]
+            whole = ("-d", "1.0313", "-o", self.folder / "d.wav")
+            status, _, err = self.run_tiny("happy saw", *short, *whole)
+            self.assertEqual(status, 0, err)
+            self.assertEqual(soundfile.info(self.folder / "d.wav").frames, 32999)
             line = dict(prompt="saw", loop=True, bars=1, bpm=173, beats_per_bar=3)
             path = self.folder / "songs.jsonl"
             path.write_text(json.dumps(line | {"output": str(self.folder / "c.flac")}))
