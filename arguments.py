@@ -21,7 +21,7 @@ import mlx.core as mx
 
 import settings
 from audio import SUBTYPES, check_bitrate, choose_subtype
-from edit import edited_file, set_edit
+from edit import check_take, edited_file, set_edit
 from endings import FADE
 from hub import MODELS, check_name, follows, local
 from job import (
@@ -501,14 +501,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_level(args.loudness, args.peak)
 
 
-MOST_CANDIDATES = 64
-BESIDE_EDIT = (
-    "prompts",
-    "again",
-    "resume",
-    "redecode",
-    "best_of",
-)  # other ways to begin
 QUANTIZATION = ("q_bits", "q_group_size", "q_mode")
 OF_MODEL = ("model", "dtype", *QUANTIZATION, "adapter", "adapter_scale")
 RECALLED = {*ALL_KEYS, *OF_MODEL} - {
@@ -526,7 +518,7 @@ NEW_IN_EDIT = {
     "loop",
     "bars",
     *AUDIO_KEYS,
-    *ENDING_KEYS,
+    "ending",
 }  # a take's, which its part has not
 UNDECODED = {"dtype", *QUANTIZATION, "adapter", "adapter_scale", "batch_size"}
 REPLACES = {  # flags, and the settings of a file that they put out of force
@@ -580,7 +572,8 @@ def recalled(parser: Parser, argv: list[str]) -> list[str]:
     replaced = set().union(*(REPLACES.get(name, ()) for name in given))
     if edited:
         replaced |= NEW_IN_EDIT
-        replaced |= set() if sources[0].suffix == ".safetensors" else {*LEVELS}
+        in_sound = {*LEVELS, *FADES}  # already, where the take is no codes
+        replaced |= set() if sources[0].suffix == ".safetensors" else in_sound
     wanted = {k: record[k] for k in (RECALLED - replaced) & record.keys()}
     flags = {f"--{k.replace('_', '-')}": v for k, v in wanted.items()}
     chosen = [
@@ -598,18 +591,21 @@ def recalled(parser: Parser, argv: list[str]) -> list[str]:
 
 def read_record(source: Path, args: argparse.Namespace) -> dict[str, Any]:
     """The settings of a take; none of a sound to be edited that has none. Raises OSError
-    or ValueError, also for --again of what settings alone do not make."""
+    or ValueError, also for --again of what settings alone do not make, and for what
+    cannot be edited."""
     try:
         record = settings.read_settings(source)
     except ValueError:
         if args.regenerate and source.suffix != ".safetensors":
             return {}
         raise
+    if args.regenerate:
+        check_take(source, record)
     if args.again and "regenerated" in record:
         raise ValueError(
             f"{source} was made by --regenerate {record.get('part')} of "
             f"{record['regenerated']!s:.150}: give that again, with --seed "
-            f"{record.get('seed')} --candidates 1."
+            f"{record.get('part_seed', record.get('seed'))} --candidates 1."
         )
     return record
 

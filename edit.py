@@ -11,7 +11,7 @@ import argparse
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PART = re.compile(r"(\d+(?:\.\d*)?):(\d+(?:\.\d*)?)s?")
 CANDIDATES, MOST_CANDIDATES = 8, 64
@@ -64,7 +64,7 @@ def set_edit(args: argparse.Namespace) -> None:
             "--regenerate needs one take: a file after the part, or --audio-prompt; the "
             "prompt goes to --prompt"
         )
-    if args.prompt is None and args.text is None:
+    if args.prompt is None:
         raise ValueError(
             f"{files[0] if files else args.audio_prompt} names no prompt: give --prompt, "
             'which may be ""'
@@ -93,7 +93,37 @@ def check_edit(args: argparse.Namespace) -> None:
             raise ValueError(f"--regenerate goes without --{name.replace('_', '-')}")
     if args.duration is not None:
         raise ValueError("--regenerate keeps the take's length: leave out --duration")
-    if len(args.prompt or []) + (args.text is not None) > 1:
+    if len(args.prompt) > 1:
         raise ValueError("--regenerate takes one prompt; --takes gives the best of it")
     if args.save_codes and args.takes > 1:
         raise ValueError("--save-codes goes with one take")
+
+
+def check_take(path: Path, record: dict[str, Any]) -> None:
+    """Raise ValueError for a take of which no part can be made again, by its settings."""
+    if record.get("loop"):
+        raise ValueError(
+            f"{path!s:.150} is a loop, whose end goes on to its beginning: make a loop "
+            "anew with --again and another --seed."
+        )
+    if record.get("ending") and path.suffix == ".safetensors":
+        raise ValueError(
+            f"{path!s:.150} holds codes of a take that --ending cut: give the sound file "
+            "instead."
+        )
+
+
+def seeds(first: int, count: int, own: object) -> int | list[int]:
+    """Of so many candidates, counted up from the first one's, without the take's own,
+    which would give the old part back."""
+    if own not in range(first, first + count):
+        return first
+    return [seed for seed in range(first, first + count + 1) if seed != own]
+
+
+def kept(record: dict[str, Any]) -> dict[str, Any]:
+    """What of an edit's settings stays in those of a take that is made from its codes."""
+    if "regenerated" not in record:
+        return {}
+    told = {key: record[key] for key in ("regenerated", "part") if key in record}
+    return told | dict(part_seed=record.get("part_seed", record.get("seed")))

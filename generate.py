@@ -15,8 +15,8 @@
     python generate.py "epic orchestral soundtrack" --model stereo-large
 
 `python generate.py --help` explains every flag. Needs arguments.py, which has the flags,
-job.py, jobs.py, lines.py and stream.py, which plan and write takes, progress.py, together.py,
-musicgen.py, encodec_stream.py, quantize.py and all that these need beside it;
+edit.py, job.py, jobs.py, lines.py and stream.py, which plan and write takes, progress.py,
+together.py, musicgen.py, encodec_stream.py, quantize.py and all that these need beside it;
 adapters.py for an adapter, melody.py to follow a melody, regenerate.py to make a part
 again, play.py to play.
 """
@@ -46,8 +46,15 @@ import jobs
 import lines
 import settings
 import stream
-from arguments import NO_PROMPT, OF_MODEL, QUANTIZATION, parse_arguments
+from arguments import (
+    NO_PROMPT,
+    OF_MODEL,
+    QUANTIZATION,
+    parse_arguments,
+    read_record,
+)
 from audio import check_writable, save_audio
+from edit import kept, seeds
 from encodec_stream import play as play_take
 from hub import local, same_model
 from job import BATCH_OF_FILE, DIFFER, Job, make_audio_prompt, plan
@@ -190,8 +197,8 @@ def check(
     failed = jobs.check(wanted, group, args.output != "-", source is None)
     if args.regenerate and args.candidates > 1 and wanted[0].certain:
         raise ValueError(f"--candidates must differ: {DIFFER}, or give --candidates 1.")
-    if args.regenerate and not args.regenerate.path.is_file():
-        raise FileNotFoundError(f"There is no file {args.regenerate.path}.")
+    if args.regenerate:
+        read_record(args.regenerate.path, args)
     for path in filter(None, (args.save_codes, args.save_melody)):
         check_writable(path)
         if not args.force:
@@ -286,7 +293,7 @@ def read_start(args: argparse.Namespace, model: MusicGen) -> Start | None:
     prompt_frames = min(record.get("prompt_frames", 0), codes.shape[1])
     if args.resume:
         codes = sure_codes(args, model, codes, prompt_frames)
-    return Start(codes, prompt_frames)
+    return Start(codes, prompt_frames, kept(record))
 
 
 def check_source(source: Path, record: dict, model: MusicGen) -> None:
@@ -333,10 +340,10 @@ def redecode(
     """Make the sound of saved codes."""
     began = time.perf_counter()
     progress.stage("decoding")
-    codes, prompt_frames = start
+    codes, prompt_frames, _ = start
     samples = jobs.decode(model, job, codes, prompt_frames)[0]
     samples, facts = jobs.shape(model, job, samples, codes, prompt_frames)
-    record = jobs.take_settings(model, job, sounds, prompt_frames) | facts
+    record = jobs.take_settings(model, job, sounds, prompt_frames, start) | facts
     job = jobs.save(model, job, samples, record)
     if args.save_codes:
         settings.save_codes(args.save_codes, codes, record, args.force)
@@ -378,7 +385,11 @@ def remake(
     frames = check_part(model, edit.part, codes.shape[1], edit.path)
     options = replace(wanted[0].options, duration=codes.shape[1] / model.frame_rate)
     wanted = [replace(job, options=options) for job in wanted]
-    how = dict(seed=wanted[0].seed, batch_size=args.batch_size)
+    seed = wanted[0].seed
+    if args.candidates > 1 or not args.seed_is_given:
+        own = read_record(edit.path, args).get("seed")
+        seed = seeds(seed, args.candidates, own)
+    how = dict(seed=seed, batch_size=args.batch_size)
     how |= jobs.options_of(wanted[:1], sounds)
     candidates = Candidates(
         model, codes, wanted[0].text, edit.part, args.candidates, **how
@@ -472,7 +483,7 @@ def stream_job(
     began = time.perf_counter()
     audio = None if start else sounds.audio_prompt(job)
     prompt_frames = jobs.frames_of_prompt(model, audio, start)
-    record = jobs.take_settings(model, job, sounds, prompt_frames)
+    record = jobs.take_settings(model, job, sounds, prompt_frames, start)
     take = jobs.make_take(model, [job], sounds, audio, start)
     seconds = job.options.duration
     steps = until(watch(take, "streaming", seconds, model, progress), stop)

@@ -156,6 +156,7 @@ class Start(NamedTuple):
 
     codes: mx.array  # (1, T, K)
     prompt_frames: int = 0  # of these, the ones of an audio prompt
+    edit: dict[str, Any] = {}  # settings of theirs, where a part was made again
 
 
 class Result(NamedTuple):
@@ -294,7 +295,8 @@ class Batch:
             return
         elapsed = time.perf_counter() - self._began
         for job, samples, own in zip(self._jobs, audio, codes):
-            record = take_settings(model, job, self._sounds, self._prompt_frames)
+            made_of = (self._sounds, self._prompt_frames, self._start)
+            record = take_settings(model, job, *made_of)
             record |= scores.get(job.seed, {})
             try:
                 samples, facts = shape(
@@ -450,10 +452,16 @@ def save(
 
 
 def take_settings(
-    model: MusicGen, job: Job, sounds: Sounds, prompt_frames: int = 0
+    model: MusicGen,
+    job: Job,
+    sounds: Sounds,
+    prompt_frames: int = 0,
+    start: Start | None = None,
 ) -> dict[str, Any]:
-    """All that makes the job's take again, for the file's comment."""
+    """All that makes the job's take again, for the file's comment, or says that it was
+    made from an edit's codes."""
     record = job.record() | dict(model=model.name, revision=model.revision)
+    record |= start.edit if start else {}
     if job.audio_prompt:
         record |= dict(prompt_frames=prompt_frames)
     if job.style and job.options.style_start is None:

@@ -185,6 +185,117 @@ class TestCommand(ScriptTest):
         self.assertEqual(status, 1)
         self.assertIn(f"--seed {record['seed']} --candidates 1", err)
 
+    def test_a_prompt_without_its_flag(self):
+        output = self.folder / "b.wav"
+        flags = ["--regenerate", "1:2", self.codes, "--candidates", 1, "-o", output]
+        self.make("new words", *flags)
+        self.assertEqual(read_settings(output)["prompt"], "new words")
+        status, _, err = self.run_script("new words", "-p", "others", *flags)
+        self.assertEqual(status, 2)
+        self.assertIn("takes one prompt", err)
+
+    def test_fades_of_codes_are_kept(self):
+        faded, codes = self.folder / "f.wav", self.folder / "f.safetensors"
+        fades = ["--fade-in", 0.5, "--fade-out", 0.75, "--subtype", "float"]
+        redecoded = ["--redecode", self.codes, "--save-codes", codes, "-o", faded]
+        self.make(*redecoded, *fades)
+        b, c, d = (self.folder / f"{name}.wav" for name in "bcd")
+        edit = ["--candidates", 1, "--seed", 9, "--subtype", "float", "--output"]
+        self.make("--regenerate", "1:2", codes, *edit, b)
+        record, before, after = read_settings(b), *map(self.read, (faded, b))
+        self.assertEqual((record["fade_in"], record["fade_out"]), (0.5, 0.75))
+        self.assertTrue((before[:16000] == after[:16000]).all())
+        self.assertTrue((before[-16000:] == after[-16000:]).all())
+        self.make("--regenerate", "1:2", codes, "--fade-in", 0.25, *edit, c)
+        record = read_settings(c)
+        self.assertEqual((record["fade_in"], record["fade_out"]), (0.25, 0.75))
+        self.make("--regenerate", "1:2", faded, *edit, d)  # they are in its samples
+        self.assertEqual(read_settings(d).keys() & {"fade_in", "fade_out"}, set())
+        self.assertTrue((self.read(d)[:16000] == before[:16000]).all())
+
+    def read(self, path) -> np.ndarray:
+        return soundfile.read(path)[0]
+
+    def test_loops_and_endings_are_left(self):
+        loop, loop_codes = self.folder / "loop.wav", self.folder / "loop.safetensors"
+        cut, cut_codes = self.folder / "cut.wav", self.folder / "cut.safetensors"
+        common, beat = ["-p", "bell", "--model", "tiny"], ["--bpm", 240, "--bars", 1]
+        self.make(*common, *beat, "--loop", "--save-codes", loop_codes, "-o", loop)
+        ending = ["--duration", 2, "--ending", "--save-codes", cut_codes, "-o", cut]
+        self.make(*common, *ending)
+        output, again = self.folder / "b.wav", "--again and another --seed"
+        for place, message in (
+            ([loop_codes], again),
+            ([loop], again),
+            (["--audio-prompt", loop], again),
+            ([cut_codes], "give the sound file"),
+            (["--audio-prompt", cut_codes], "give the sound file"),
+        ):
+            with self.subTest(place):
+                flags = ["-p", "bell", "--model", "tiny", "-o", output]
+                status, _, err = self.run_script(
+                    "--regenerate", "0.2:0.4", *place, *flags
+                )
+                self.assertEqual((status, err.count("\n")), (1, 1), err)
+                self.assertIn(message, err)
+        self.make("--regenerate", "1:1.5", cut, "--candidates", 1, "-o", output)
+        self.assertEqual(len(self.read(output)), len(self.read(cut)))
+
+    def test_the_seed_of_the_take_is_left_out(self):
+        (old, _), codes = load_codes(self.codes), self.folder / "b.safetensors"
+        flags = ["--seed", 3, "--save-codes", codes, "-o", self.folder / "b.wav"]
+        flags += ["--regenerate", "1:2", self.codes, "--candidates"]
+        with patch.object(script, "Candidates", wraps=Candidates) as made:
+            self.make(*flags, 3)
+        self.assertEqual(made.call_args.kwargs["seed"], [4, 5, 6])
+        self.assertTrue((load_codes(codes)[0] != old).any())
+        self.make(*flags, 1, "--force")  # which asks for it
+        self.assertSame(load_codes(codes)[0], old)
+        self.assertEqual(edit.seeds(3, 2, 5), 3)
+        self.assertEqual(edit.seeds(3, 3, 5), [3, 4, 6])
+        self.assertEqual(edit.seeds(3, 3, 3), [4, 5, 6])
+        self.assertEqual(edit.seeds(2**64 - 2, 2, None), 2**64 - 2)
+
+    def test_what_is_made_of_an_edit_says_so(self):
+        names = "edit", "redecoded", "resumed", "streamed", "twice"
+        files = {name: self.folder / f"{name}.safetensors" for name in names}
+        output = {name: ["-o", self.folder / f"{name}.wav"] for name in names}
+        for name, path in files.items():
+            output[name] += ["--save-codes", path]
+        how = ["--candidates", 1, "--seed", 9]
+        self.make("--regenerate", "1:2", self.codes, *how, *output["edit"])
+        longer = ["--resume", files["edit"], "--duration", 3.5, "--seed", 7]
+        self.make("--redecode", files["edit"], *output["redecoded"])
+        self.make(*longer, *output["resumed"])
+        self.make(*longer, "--stream", *output["streamed"])
+        self.make("--redecode", files["resumed"], *output["twice"])
+        for name in names:
+            for path in (files[name], self.folder / f"{name}.wav"):
+                with self.subTest(path):
+                    status, _, err = self.run_script("--again", path)
+                    self.assertEqual(status, 1)
+                    told = f"--regenerate 1:2 of {self.codes}: give that again"
+                    self.assertIn(told, err)
+                    self.assertIn("--seed 9 --candidates 1", err)
+
+    def test_samples_of_files_outside_the_part(self):
+        for subtype, most in (("pcm_16", 3), ("pcm_24", 0)):
+            take, b, c = (self.folder / f"{x}-{subtype}.wav" for x in "abc")
+            self.make("--redecode", self.codes, "--subtype", subtype, "-o", take)
+            how = ["--candidates", 1, "--seed", 9, "--subtype", subtype, "--output"]
+            self.make("--regenerate", "1:2", self.codes, *how, b)
+            self.make("--regenerate", "1:2", take, *how, c)
+            old, of_codes, of_sound = (
+                soundfile.read(path, dtype="int32")[0].astype(np.int64)
+                for path in (take, b, c)
+            )
+            outside = np.r_[: int(46.25 * 640), int(103.75 * 640) : len(old)]
+            unit = 2**16 if subtype == "pcm_16" else 2**8
+            self.assertTrue((of_codes == old)[outside].all())
+            farthest = np.abs(of_sound - old)[outside].max() // unit
+            self.assertLessEqual(farthest, most)
+            self.assertEqual(farthest > 0, most > 0)
+
     def test_several_takes_of_a_sound(self):
         output = ["--output", self.folder / "c.wav", "--candidates", 3, "--takes", 2]
         output += ["--subtype", "float"]
