@@ -164,7 +164,7 @@ class MusicGen(nn.Module):
         """Codes while they are made, to be iterated over: under all that generates.
 
         Args:
-            prompts: one text (or Sections) or several; "" or None is unconditional.
+            prompts: one text, Sections, or several; "" is unconditional. None: no text.
             duration: seconds. Beyond the longest window, one slides. None: the model's.
             seed: row i draws from seed + i, or from the i-th of a list; a row's
                 codes depend on its own prompt and seed only. None: any.
@@ -358,9 +358,8 @@ class Take:
         T, self._delays = prompt_codes.shape[1], model.config.decoder.delays
         self._frames = model.frames_in(options.duration)
         own = model.config.default_stride or 0.6 * model.config.max_duration
-        self._sizes = model.longest_window, model.frames_in(
-            options.extend_stride or own
-        )
+        stride = model.frames_in(options.extend_stride or own)
+        self._sizes = model.longest_window, stride
         size, groups = batch_size or model.rows_that_fit(options), [range(len(prompts))]
         if prefixes:  # which must be of one length
             groups = prefixes.group(prompts, options.negative_prompt)
