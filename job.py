@@ -107,9 +107,9 @@ class Job:
         if duration is not None:
             check_end(self.prompt, duration)
             check_loop(self.beat, self.loop, duration)
+            self.ending.check(self.made.duration)
         if self.loop is not None:
             check_end(self.prompt, self.beat.bars(self.loop))
-            self.ending.check(self.made.duration)
         if self.loudness is not None and duration and duration < SHORTEST:
             raise ValueError(
                 f"loudness needs a duration of {SHORTEST} s or more, got "
