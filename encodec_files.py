@@ -157,7 +157,7 @@ def no_network(repo: str) -> str:
     except HfHubHTTPError:  # the Hub has answered
         return ""
     except Exception as error:  # of the library that huggingface_hub asks with
-        return f"{error}, and it is not in the cache."
+        return f"{error!s:.120}, and it is not in the cache."
     return ""
 
 
