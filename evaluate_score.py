@@ -22,7 +22,6 @@ Needs evaluate.py, regenerate.py, ranking.py, loops.py, sections.py, beat.py, sy
 musicgen.py and what these need beside it.
 """
 
-import argparse
 import sys
 import warnings
 
@@ -31,7 +30,16 @@ import numpy as np
 
 import synth
 from beat import Beat
-from evaluate import Judge, frames_of, measured, onset_rate, prompts, share, show
+from evaluate import (
+    Judge,
+    Parser,
+    frames_of,
+    measured,
+    onset_rate,
+    prompts,
+    share,
+    show,
+)
 from loops import best_cut, decode_round, loop_frames, loop_samples, take_seconds
 from messages import one_line
 from musicgen import MusicGen
@@ -229,13 +237,6 @@ def wraps(model: MusicGen, takes: int, cuts: int = 20, seed: int = 0) -> Table:
     ):
         table[row] = {n: f"{x:.0%}" for n, x in zip(names, part)}
     return table
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that prints an error as one line."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def warn(message: Warning | str, *_) -> None:

@@ -130,15 +130,11 @@ class Job:
     def contenders(self) -> list["Job"]:
         """The takes of which the best is kept, the seeds counted up: the job itself and
         others, whose files are numbered."""
-        others = [
-            replace(
-                self,
-                seed=self.seed + i,
-                output=self.output.with_stem(f"{self.output.stem}-{i + 1}"),
-            )
-            for i in range(1, self.best_of or 1)
-        ]
-        return [self, *others]
+        count, jobs = self.best_of or 1, [self]
+        for i in range(1, count):
+            output = Path(numbered(str(self.output), i, count))
+            jobs.append(replace(self, seed=self.seed + i, output=output))
+        return jobs
 
     def timed(self, model: "MusicGen") -> "Job":
         """The same, as long as the model's own takes where no duration is given."""
@@ -224,10 +220,10 @@ class Job:
             record |= self.beat._asdict()
         if self.loop is not None:
             record |= dict(loop=True, bars=self.loop)
-        if isinstance(self.prompt, Sections) and self.prompt.fade:
-            record |= dict(section_fade=self.prompt.fade)
-        if isinstance(self.prompt, Sections) and self.prompt.context is not None:
-            record |= dict(section_context=self.prompt.context)
+        if isinstance(self.prompt, Sections):
+            values = (self.prompt.fade or None, self.prompt.context)
+            given = zip(SECTION_KEYS, values)
+            record |= {key: value for key, value in given if value is not None}
         if self.audio_prompt:
             record |= dict(zip(AUDIO_KEYS, self.audio_prompt))
         record |= self.ending.record()
@@ -259,17 +255,17 @@ KEYS = ("prompt", "seed", "output", *OPTIONS, *LEVELS, "subtype", "mp3_bitrate")
 AUDIO_KEYS = ("audio_prompt", "prompt_start", "prompt_length", "drop_prompt")
 MELODY_KEYS = ("melody", "melody_start", "no_separate")
 STYLE_KEYS = ("style", *STYLE_OPTIONS)
-SCORE_KEYS = ("bpm", "beats_per_bar", "section_fade", "section_context", "loop", "bars")
-
-SCORE_KEYS += ("notes", "best_of", "keep_all", "rank")
+BEAT_KEYS = ("bpm", "beats_per_bar", "loop", "bars", "notes")
+SECTION_KEYS = ("section_fade", "section_context")
+BEST_KEYS = ("best_of", "keep_all", "rank")
+ENDING_KEYS = ("fade_in", "fade_out", "ending")
+SCORE_KEYS = (*BEAT_KEYS, *SECTION_KEYS, *BEST_KEYS, *ENDING_KEYS)
+ALL_KEYS = (
+    *dict.fromkeys((*KEYS, *AUDIO_KEYS, *MELODY_KEYS, *STYLE_KEYS, *SCORE_KEYS)),
+)
 DIFFER = "with temp 0, or top_k 1, all seeds make the same; give others"
 MOST_TAKES = 64  # of which the best is kept
 RANKS = ("text", "likelihood")  # as in ranking.py
-ENDING_KEYS = ("fade_in", "fade_out", "ending")
-ALL_KEYS = (
-    *dict.fromkeys((*KEYS, *AUDIO_KEYS, *MELODY_KEYS, *STYLE_KEYS, *SCORE_KEYS)),
-    *ENDING_KEYS,
-)
 
 
 def sound_name(key: str, path: Any) -> str | None:
@@ -362,14 +358,13 @@ def choose_ending(
 def make_prompt(values: dict[str, Any], beat: Beat | None, overrides: set[str]) -> str:
     """The prompt among the values, in sections where it has such. Raises ValueError
     naming a bad section, or what concerns sections without any, as `make_melody`."""
-    prompt, fade = values["prompt"], values.get("section_fade")
-    context = values.get("section_context")
+    prompt, (fade, context) = values["prompt"], map(values.get, SECTION_KEYS)
     if isinstance(prompt, str):
         prompt = parse(prompt, beat, 0.0 if fade is None else fade, context)
     negative = values.get("negative_prompt")
     if isinstance(negative, str) and isinstance(parse(negative, Beat(60)), Sections):
         raise ValueError("negative_prompt must be one text: it has no sections.")
-    for name, value in (("section_fade", fade), ("section_context", context)):
+    for name, value in zip(SECTION_KEYS, (fade, context)):
         if value is not None and name in overrides and type(prompt) is str:
             raise ValueError(
                 f'{name} needs a prompt in sections, such as "0: calm | 12: loud".'
@@ -380,7 +375,7 @@ def make_prompt(values: dict[str, Any], beat: Beat | None, overrides: set[str]) 
 def make_best_of(values: dict[str, Any], overrides: set[str]) -> dict[str, Any]:
     """How many takes, whether all are kept, and by what they are ranked. Raises
     ValueError naming a bad one, or one without a number, as `make_melody`."""
-    count, keep_all, rank = (values.get(k) for k in ("best_of", "keep_all", "rank"))
+    count, keep_all, rank = (values.get(key) for key in BEST_KEYS)
     if count is not None and not (type(count) is int and 2 <= count <= MOST_TAKES):
         raise ValueError(f"best_of must be from 2 to {MOST_TAKES}, got {count!r:.40}.")
     if keep_all not in (None, False, True):
@@ -421,21 +416,32 @@ def make_job(
     output = values["output"]
     if not isinstance(output, str | Path) or not str(output) or "\0" in str(output):
         raise ValueError(f"output must name a file, got {output!r}.")
-    levels = [values.get(key) for key in LEVELS]
+    subtype = values.get("subtype")
     beat = make_beat(values.get("bpm"), values.get("beats_per_bar"))
     prompt = make_prompt(values, beat, overrides)
     loop = make_loop(values, beat, overrides)
     if loop is not None and options.duration is None:
         options = replace(options, duration=take_seconds(beat, loop))
-    first = (prompt, values["seed"], Path(output))
-    subtype = values.get("subtype") and str(values["subtype"]).upper()
-    written = (subtype, values.get("mp3_bitrate"))
-    best = make_best_of(values, overrides)
-    job = Job(*first, options, sound, melody, style, beat, loop, *levels, *written)
-    job = replace(job, line=line, **best)
-    notes = check_notes(values.get("notes"), beat, melody)
-    job = replace(job, notes=notes, ending=choose_ending(values, beat, loop))
-    return replace(job, overwrite=bool(values.get("force")))
+    return Job(
+        prompt,
+        values["seed"],
+        Path(output),
+        options,
+        audio_prompt=sound,
+        melody=melody,
+        style=style,
+        beat=beat,
+        loop=loop,
+        loudness=values.get("loudness"),
+        peak=values.get("peak"),
+        subtype=subtype and str(subtype).upper(),
+        mp3_bitrate=values.get("mp3_bitrate"),
+        **make_best_of(values, overrides),
+        notes=check_notes(values.get("notes"), beat, melody),
+        ending=choose_ending(values, beat, loop),
+        line=line,
+        overwrite=bool(values.get("force")),
+    )
 
 
 def numbered(output: str, index: int, count: int) -> str:

@@ -77,10 +77,6 @@ class Sections(str):
         """One of each section."""
         return [words for _, words in self.sections]
 
-    def at(self, seconds: float) -> str:
-        """The text at a time."""
-        return [words for first, words in self.sections if first <= seconds][-1]
-
 
 def pairs(sections: Iterable) -> list[tuple[float, str]]:
     """What is given as pairs. Raises ValueError for what is none."""

@@ -22,10 +22,8 @@ def without_text(
     Raises ValueError for a text, which it could not follow, and for a guidance that is
     asked for.
     """
-    prompts, model = (
-        check_prompts("" if prompts is None else prompts),
-        f"{model or 'this model':.100}",
-    )
+    prompts = check_prompts("" if prompts is None else prompts)
+    model = f"{model or 'this model':.100}"
     negative = options.negative_prompt
     for name, texts in (("prompt", prompts), ("negative_prompt", [negative])):
         for text in filter(None, texts):

@@ -53,7 +53,9 @@ class TestRanking(Test):
         def text_at(frame: int) -> Condition:
             text = prompt
             if isinstance(prompt, Sections):
-                text = prompt.at((frame + 0.5) / model.frame_rate)
+                seconds = (frame + 0.5) / model.frame_rate
+                begun = [words for at, words in prompt.sections if at <= seconds]
+                text = begun[-1]
             row = encode_text(model, [text], Options(guidance_coef=1.0))
             return Condition(*map(mx.zeros_like, row)) if null else row
 
