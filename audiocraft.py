@@ -27,6 +27,7 @@ from ported import (
     check_sizes,
     codec_sizes,
     decoder_sizes,
+    is_magnet,
     number,
 )
 from strict import Misfit, in_a_line, misfit
@@ -350,11 +351,21 @@ def decoder_settings(weights: dict[str, mx.array], cfg: dict) -> dict[str, Any]:
         audio_channels=2 if stereo == "true" else 1,
         prefix_width=0 if prefix is None else prefix.shape[1],
     )
-    if (delays := cfg.get(f"{DELAY}delays")) not in SILENT:
+    if is_magnet(cfg):
+        config["delays"] = [0] * K
+    elif (delays := cfg.get(f"{DELAY}delays")) not in SILENT:
         config["delays"] = [int(delay) for delay in delays]
     elif "codebooks_pattern.modeling" in cfg:  # as audiocraft has it, in stereo, too
         config["delays"] = list(range(K))
     return config
+
+
+def masking_settings(cfg: dict[str, Any]) -> dict[str, int]:
+    """How a MAGNeT was masked; the context has audiocraft's default."""
+    names = {"span_len": "masking.span_len"}
+    names["subcodes_context"] = context = "transformer_lm.subcodes_context"
+    cfg = {context: "5"} | cfg
+    return {own: number(name, cfg[name], int) for own, name in names.items()}
 
 
 # What a take follows: the settings of conditioners of sounds.

@@ -15,7 +15,7 @@ config of absurd sizes.
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,8 @@ from t5 import T5Config, Tokenizer
 TINY = Path(__file__).with_name("tiny")
 KINDS = ("small", "medium", "large", "melody", "melody-large")
 SHORT_NAMES = {*KINDS, *(f"stereo-{k}" for k in KINDS), "style", "audiogen-medium"}
+SHORT_NAMES |= {f"magnet-{size}-{s}secs" for size in KINDS[:2] for s in (10, 30)}
+SHORT_NAMES |= {f"audio-magnet-{size}" for size in KINDS[:2]}
 
 
 @dataclass
@@ -42,9 +44,10 @@ class MusicGenConfig:
     audio_encoder: EncodecConfig = field(default_factory=EncodecConfig)
     max_duration: float = 30.0
     quantization: dict | None = None  # of the decoder: bits, group_size, mode
-    conditioner: Any = None  # config of the file that turns a sound into a prefix
     default_duration: float = 8.0  # seconds, where none are given
     default_stride: float | None = None  # between windows; None: 3/5 of max_duration
+    masking: dict | None = None  # of a MAGNeT: span_len, subcodes_context
+    conditioner: Any = None  # config of the file that turns a sound into a prefix
 
 
 class Checkpoint(NamedTuple):
@@ -177,7 +180,7 @@ def read_config(settings: dict) -> MusicGenConfig:
         from conditioning import read_config as read_conditioner
 
         conditioner = read_conditioner(settings)
-    names = ("max_duration", "quantization", "default_duration", "default_stride")
+    names = [field.name for field in fields(MusicGenConfig)][3:-1]  # after the models
     config = MusicGenConfig(
         decoder.read_config(settings["decoder"], getattr(conditioner, "width", 0)),
         text and T5Config.from_dict(text),

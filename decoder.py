@@ -18,6 +18,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+Mask = mx.array | str | None  # of attention: added to scores, "causal", or none
+
 
 @dataclass
 class DecoderConfig:
@@ -52,9 +54,7 @@ class KVCache:
         return mx.split(self._buffer[:, :, :end], 2)
 
 
-def attend(
-    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None
-) -> mx.array:
+def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array:
     """Scaled dot-product attention, on (R, H, S, d)."""
     return mx.fast.scaled_dot_product_attention(
         queries, keys, values, scale=queries.shape[-1] ** -0.5, mask=mask
@@ -75,14 +75,14 @@ class SelfAttention(nn.Module):
         self.in_proj = nn.Linear(D, 3 * D, bias=False)  # queries, keys, values
         self.out_proj = nn.Linear(D, D, bias=False)
 
-    def __call__(self, x: mx.array, cache: KVCache | None) -> mx.array:
+    def __call__(self, x: mx.array, cache: KVCache | None, mask: Mask) -> mx.array:
         """What x (R, S, D) finds in itself and in its past: (R, S, D)."""
         queries, keys_values = self.split_heads(self.in_proj(x))
         if cache is None:
             keys, values = mx.split(keys_values, 2)
         else:
             keys, values = cache.update_and_fetch(keys_values)
-        mask = "causal" if x.shape[1] > 1 else None
+        mask = mask if x.shape[1] > 1 else None
         return self.out_proj(join_heads(attend(queries, keys, values, mask), len(x)))
 
     def split_heads(self, x: mx.array) -> tuple[mx.array, mx.array]:
@@ -143,9 +143,9 @@ class Layer(nn.Module):
             self.cross_attention = CrossAttention(config)
 
     def __call__(
-        self, x: mx.array, text_kv: TextKV | None, cache: KVCache | None
+        self, x: mx.array, text_kv: TextKV | None, cache: KVCache | None, mask: Mask
     ) -> mx.array:
-        x = x + self.self_attn(self.norm1(x), cache)
+        x = x + self.self_attn(self.norm1(x), cache, mask)
         if text_kv is not None:
             x = x + self.cross_attention(self.norm_cross(x), text_kv)
         return x + self.linear2(nn.gelu(self.linear1(self.norm2(x))))
@@ -196,17 +196,18 @@ class Decoder(nn.Module):
         text_kv: list[TextKV | None],
         cache: list[KVCache | None],
         prefix: mx.array | None = None,
+        mask: Mask = "causal",
     ) -> mx.array:
         """Logits (R, S, K, V) of what follows each of the tokens (R, S, K).
 
         A cache holds the past and is appended to; None: there is no past. A prefix
-        (R, P, D), if any, comes before the tokens.
+        (R, P, D), if any, comes before the tokens. MAGNeT has other masks.
         """
         x = self.embed(tokens)
         x = x if prefix is None else mx.concatenate([prefix, x], axis=1)
         x = x + self.positions(cache[0].offset if cache[0] else 0, x.shape[1])
         for layer, text, past in zip(self.layers, text_kv, cache):
-            x = layer(x, text, past)
+            x = layer(x, text, past, mask)
         return self.logits(x[:, -tokens.shape[1] :])
 
     def embed(self, tokens: mx.array) -> mx.array:

@@ -55,7 +55,9 @@ MODELS = {
         "style",
     )
 }
-MODELS |= {"audiogen-medium": "facebook/audiogen-medium"}
+MAGNETS = [f"magnet-{size}-{s}secs" for s in (10, 30) for size in ("small", "medium")]
+MAGNETS += ["audio-magnet-small", "audio-magnet-medium"]
+MODELS |= {name: f"facebook/{name}" for name in ("audiogen-medium", *MAGNETS)}
 MODELS |= {"tiny": str(Path(__file__).with_name("tiny"))}
 SIZES = {"small": (24, 1024), "medium": (48, 1536), "large": (48, 2048)}
 LOOK = 2.5  # seconds that the Hub's server has to answer

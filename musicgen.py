@@ -25,7 +25,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from checkpoints import MusicGenConfig, read
+from checkpoints import Checkpoint, MusicGenConfig, read
 from decoder import Condition, Decoder, DecoderConfig, stack_rows
 from encodec import Encodec, by_channel
 from options import Options, check_batch_size, check_dtype, check_prompts, row_seeds
@@ -45,6 +45,8 @@ class MusicGen(nn.Module):
 
     def __init__(self, config: MusicGenConfig, tokenizer: Tokenizer | None):
         super().__init__()
+        if config.masking is not None and type(self) is MusicGen:
+            raise ValueError("it is a MAGNeT, which magnet.py loads")
         self.config, self.tokenizer, text = config, tokenizer, config.text_encoder
         self.text_encoder = text and T5(text)
         self.decoder = Decoder(config.decoder, text.d_model if text else 0)
@@ -115,7 +117,7 @@ class MusicGen(nn.Module):
             from prompt import generate_rest
 
             return generate_rest(self, prompts, duration, **options)
-        audio = self.decode(self.generate_codes(prompts, duration, **options))
+        audio = self.decode(self.generate_codes(prompts, duration=duration, **options))
         mx.eval(audio)
         return audio
 
@@ -139,8 +141,7 @@ class MusicGen(nn.Module):
         """The samples that `generate` gives for one prompt, while they are made.
 
         Yields arrays (N, C) of about `chunk` seconds; a sample waits for delay pattern
-        and look-ahead of the codec, together 0.135 s at 32 kHz. Takes the options of
-        `steps`. `encodec_stream.play` does so with a take of yours.
+        and look-ahead of the codec, together 0.135 s at 32 kHz. Options as of `steps`.
         """
         from encodec_stream import play_prompt
 
@@ -169,8 +170,7 @@ class MusicGen(nn.Module):
             seed: row i draws from seed + i, or from the i-th of a list; a row's
                 codes depend on its own prompt and seed only. None: any.
             audio_prompt: sound (N, C) at `sampling_rate`, or its file, to start with.
-            codes_prompt: codes (1, T, K) to start with, such as those of a take that
-                was stopped; it then ends as if it never had been.
+            codes_prompt: codes (1, T, K) to start with, such as a stopped take's.
             melody: such a sound, or file, whose tune a melody model follows, or one or
                 None for each prompt. Repeated where it is too short.
             separate: take drums and bass away from it first, with Demucs.
@@ -208,8 +208,7 @@ class MusicGen(nn.Module):
     def make_forward(
         self, text: Condition, copies: int, steps: int
     ) -> Callable[[mx.array], mx.array]:
-        """The decoder under a text, to be called as `PlainStep`. T5 is freed, to be
-        read again, where memory does not hold it beside the caches."""
+        """The decoder under a text, to be called as `PlainStep`. It may free T5."""
         if self.plain:
             return PlainStep(self.decoder, text, copies, steps)
         from engine import Engine, make_room
@@ -250,15 +249,16 @@ class MusicGen(nn.Module):
         adapter: str | Path | list[str | Path] | None = None,
         adapter_scale: float | list[float] = 1.0,
         q_mode: str | None = None,
+        files: Checkpoint | None = None,
     ) -> "MusicGen":
         """Load a model: a short name ("small"), a Hub id or a folder of any layout.
 
         `dtype` is the decoder's: by default float32 on the CPU, on a GPU what
         `convert.py` wrote, else float16. T5 and codec are always float32. `q_bits` or
         `q_mode` quantizes the decoder's layers, unless the folder holds them so. `lazy`
-        leaves weights unread until this thread needs them. `group` shares the layers
-        among processes, which must all generate the same. `adapter` (or a list) is a
-        file of `train.py lora`, PEFT's folder or Hub id. Raises ValueError or OSError.
+        reads weights when they are needed. `group` shares the layers among processes,
+        which must all generate the same. `adapter` (or a list) is a file of `train.py
+        lora`, PEFT's folder or Hub id. `files` were read. Raises ValueError or OSError.
         """
         check_dtype(dtype)
         changes = (q_bits, q_group_size, q_mode, group, adapter)
@@ -267,7 +267,7 @@ class MusicGen(nn.Module):
             from engine import adjustment
 
             adjust = adjustment(*changes, adapter_scale)
-        files, on_cpu = read(str(path_or_repo)), mx.default_device() == mx.cpu
+        files, on_cpu = files or read(str(path_or_repo)), mx.default_device() == mx.cpu
         try:
             model = cls(files.config, files.tokenizer)
             model.load_weights(list(files.weights.items()))
@@ -332,8 +332,7 @@ def encode_text(
 
 
 class Take:
-    """Rows of codes while they are made: iterate to make them, a decoder step at a
-    time.
+    """Rows of codes that are made while one iterates, a decoder step at a time.
 
         take = model.steps("happy rock", duration=30)
         for _ in take:
@@ -584,10 +583,7 @@ def guide(logits: mx.array, options: Options) -> mx.array:
     return null + (aim - null) * options.guidance_coef
 
 
-Sampler = Callable[[mx.array, mx.array], mx.array]
-
-
-def make_sampler(temp: float = 1.0, top_k: int = 250, top_p: float = 0.0) -> Sampler:
+def make_sampler(temp: float = 1.0, top_k: int = 250, top_p: float = 0.0) -> Callable:
     """A function from logits (B, S, K, V) and keys (B, 2) to tokens (B, S, K).
 
     `temp` 0 takes the likeliest. Otherwise `top_p` > 0 draws from the likeliest

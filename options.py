@@ -73,7 +73,6 @@ class Options:
         longest = f" of {max_duration:g} s" if max_duration < 1e6 else ""
         for name, holds, rule in (
             ("duration", lasts, f"at least a frame, {frame}"),
-            # dividing by less overflows
             ("temp", self.temp == 0 or self.temp >= 1e-3, "0 (greedy) or 0.001 up"),
             ("top_k", several, "from 1 to 2048; for greedy decoding give temp=0"),
             ("top_p", 0 <= self.top_p <= 1, "between 0 (off) and 1"),

@@ -153,11 +153,24 @@ SETTINGS = {
 HIDDEN_SCALE, DELAY = "transformer_lm.hidden_scale", "codebooks_pattern.delay."
 
 
+MAGNET = {  # what its settings say otherwise
+    "lm_model": "transformer_lm_magnet",
+    "transformer_lm.causal": "false",
+    "codebooks_pattern.modeling": "parallel",
+}
+
+
+def is_magnet(cfg: dict[str, Any]) -> bool:
+    """Whether the decoder is MAGNeT's, which its tensors do not show."""
+    return cfg.get("lm_model") == MAGNET["lm_model"]
+
+
 def check_decoder(cfg: dict[str, Any]) -> None:
     """Raise ValueError for settings of a decoder that is not ported."""
     check_said(cfg)
-    for name, value in SETTINGS.items():
-        check_value(name, cfg.get(name, value), value, hint(cfg.get(name)))
+    wanted = SETTINGS | (MAGNET if is_magnet(cfg) else {})
+    for name, value in wanted.items():
+        check_value(name, cfg.get(name, value), value)
     for name, value in cfg.items():
         if re.fullmatch(r"conditioners\.\w+\.model", name) and "self_wav" not in name:
             if name != "conditioners.description.model":
@@ -166,10 +179,6 @@ def check_decoder(cfg: dict[str, Any]) -> None:
         own = name.startswith(DELAY) and name.removeprefix(DELAY)
         if own and f"{DELAY}{own}" not in SETTINGS and own != "delays":
             raise ValueError(f"{name} is a setting that this program does not know")
-
-
-def hint(value: Any) -> str:
-    return " (no MAGNeT is loaded here)" if "magnet" in str(value) else ""
 
 
 def decoder_sizes(config: dict[str, Any], cfg: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 import audiocraft
 import encodec_files
+import ported
 import strict
 import t5_files
 from decoder_names import TRANSFORMERS, name_decoder, spell
@@ -122,6 +123,8 @@ def read_audiocraft(folder: Path) -> Published:
             "max_duration": audiocraft.number(WINDOW, package.cfg.get(WINDOW, "30")),
         }
         settings |= own_defaults(package.cfg, codec, settings["max_duration"])
+        if ported.is_magnet(package.cfg):
+            settings["masking"] = audiocraft.masking_settings(package.cfg)
         weights = under("decoder", package.decoder)
         weights |= under("text_encoder", text.weights)
         weights |= under("audio_encoder", codec_weights)
@@ -224,8 +227,10 @@ AUDIOGEN = {"default_duration": 5.0, "default_stride": 2.0}  # seconds, in audio
 def own_defaults(
     cfg: dict[str, Any], codec: dict[str, Any], longest: float
 ) -> dict[str, float]:
-    """What audiocraft's AudioGen does otherwise than MusicGen where nothing is asked.
-    The file names its solver; one that does not is told by its 16 kHz."""
+    """What audiocraft's AudioGen and MAGNeT do otherwise than MusicGen where nothing is
+    asked. The file names its solver; one that does not is told by its 16 kHz."""
+    if ported.is_magnet(cfg):
+        return {"default_duration": longest}
     unsaid = "audiogen" if codec["sampling_rate"] == 16000 else "musicgen"
     is_audiogen = cfg.get("solver", unsaid) == "audiogen"
     return AUDIOGEN if is_audiogen and longest > AUDIOGEN["default_stride"] else {}

@@ -32,7 +32,7 @@ LAYERS = """
     prompt published conditioning
     checkpoints
     musicgen
-    convert evaluate ranking
+    convert evaluate ranking magnet
     train loops regenerate
     job benchmark evaluate_score
     arguments jobs fidelity
