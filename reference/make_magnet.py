@@ -333,8 +333,8 @@ def expect_draws(audiocraft, lm, generator: torch.Generator) -> dict | None:
     arrays = {"draws_logits": logits}
     for name, rule in RULES.items():
         for spans in ("nonoverlap", "stride1"):
-            rule = {"top_k": 0, "top_p": 0.0, "span_arrangement": spans} | rule
-            drawn, closest = draw(audiocraft, lm, logits, rule)
+            how = {"top_k": 0, "top_p": 0.0, "span_arrangement": spans} | rule
+            drawn, closest = draw(audiocraft, lm, logits, how)
             if closest < SMALLEST_CUT:
                 return None
             for kind in ("tokens", "mask"):
