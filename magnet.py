@@ -320,7 +320,7 @@ def stage_passes(
     count, own = options.decoding_steps[stage], codes[..., stage]
     scores = mx.broadcast_to(mx.where(spans.free, 0.0, NEVER), (len(codes), spans.size))
     for step, share in enumerate(shares(count)):
-        again = spans.worst(scores, max(int(share * spans.count), 1))
+        again = spans.worst(scores, max(int(share * np.float32(spans.count)), 1))
         own = mx.where(again & spans.free_frames, forward.blank, own)
         masked = own == forward.blank
         logits = guide(forward(put(codes, stage, own), stage), share.item(), options)
@@ -338,9 +338,12 @@ def put(codes: mx.array, stage: int, own: mx.array) -> mx.array:
 
 def shares(count: int) -> np.ndarray:
     """Of what is to be made, the share that is masked in each pass: a quarter of a
-    cosine, in float32, for a rounding more or less masks another number of spans."""
-    places = np.linspace(0, 1, count, dtype=np.float32)
-    return np.cos(places * np.float32(math.pi) * np.float32(0.5))
+    cosine, in float32. Just below a half or just above makes a span more or less, so
+    places (0 to 1) are rounded as torch.linspace does: from both ends, by one step."""
+    step, place = float(np.float32(1 / max(count - 1, 1))), np.arange(count)
+    places = np.where(place < max(count // 2, 1), place * step, 1 - place[::-1] * step)
+    angles = places.astype(np.float32) * np.float32(math.pi / 2)
+    return np.cos(angles.astype(np.float64)).astype(np.float32)
 
 
 class Forward:

@@ -27,6 +27,10 @@ MELODY = [
 ]
 STYLE = ["musicgen-style"]  # has no checkpoint of the transformers kind
 AUDIOGEN = ["audiogen-medium"]  # neither
+MAGNET = [
+    *(f"magnet-{size}-{s}secs" for size in ("small", "medium") for s in (10, 30)),
+    *(f"audio-magnet-{size}" for size in ("small", "medium")),
+]  # nor they
 OTHERS = ["encodec_24khz", "encodec_32khz", "encodec_48khz", "t5-base", "t5-large"]
 
 # Every transformers checkpoint of MusicGen holds the same codec, written once.
@@ -102,7 +106,7 @@ def full_manifests(folder: Path) -> tuple[dict, dict]:
     others = ("mert-v1-95m.transformers", "encodec_32khz.audiocraft", "htdemucs.demucs")
     for key in (*others, "encodec_16khz_audiogen.audiocraft"):
         tensors[key] = json.loads((folder / f"{key}.json").read_text())
-    for name in MUSICGEN + STYLE + MELODY + AUDIOGEN:
+    for name in MUSICGEN + STYLE + MELODY + AUDIOGEN + MAGNET:
         files = json.loads((folder / f"{name}.audiocraft.json").read_text())
         tensors[f"{name}.audiocraft"] = files["state_dict.bin"]["best_state"]
         compression[name] = files["compression_state_dict.bin"]
