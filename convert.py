@@ -19,6 +19,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -110,6 +111,18 @@ def save(model: MusicGen, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if model.tokenizer is not None:
         (folder / "spiece.model").write_bytes(model.tokenizer.serialized())
+
+
+def save_model(model: MusicGen, folder: Path) -> None:
+    """Write a model that was trained here in float16, as `save` does. Each file replaces
+    an older one only when it is whole."""
+    half = type(model)(model.config, model.tokenizer)
+    half.update(model.parameters())
+    half.set_dtype(mx.float16)
+    with tempfile.TemporaryDirectory(dir=folder) as part:
+        save(half, Path(part))
+        for path in Path(part).iterdir():
+            path.replace(folder / path.name)
 
 
 def is_converted(folder: Path) -> bool:
