@@ -239,9 +239,8 @@ def magnet_loss(
     heads = decoder.config.num_attention_heads
     sees = mx.repeat(sees, heads, axis=0)[None]  # (1, B * H, T, T)
     logits = decoder(tokens, decoder.text_kv(text), no_cache, mask=sees)
-    places = stages[:, None, None]
-    logits = mx.take_along_axis(logits, places[..., None], axis=2)[:, :, 0]  # (B, T, V)
-    targets = mx.take_along_axis(codes, places, axis=2)[..., 0]
+    logits = (logits * own[:, None, :, None]).sum(axis=2)  # (B, T, V)
+    targets = mx.take_along_axis(codes, stages[:, None, None], axis=2)[..., 0]
     losses = nn.losses.cross_entropy(logits.astype(mx.float32), targets) * masked
     sums, cells = losses.sum(axis=1) @ own, masked.sum(axis=1) @ own  # (K,)
     return sums.sum() / cells.sum(), sums / mx.maximum(cells, 1), {}
