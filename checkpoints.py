@@ -151,10 +151,11 @@ def read_weights(folder: Path, of: str = "") -> dict[str, mx.array]:
 def locate(name: str) -> Path:
     """The folder of a model: a local one, or the Hub's cache of what it needs. Short
     names come first, and `tiny` is the folder beside this file; `./tiny` is another."""
-    folder = TINY if name == "tiny" else Path(os.path.expanduser(name))
+    beside = {"tiny": TINY, "tiny-magnet": TINY.with_name("tiny-magnet")}
+    folder = beside.get(name, Path(os.path.expanduser(name)))
     if name and name not in SHORT_NAMES and os.path.isdir(folder):  # whatever the name
         return folder
-    if name == "tiny":
+    if name in beside:
         raise FileNotFoundError(
             f"{folder!s:.150} must hold config.json, model.safetensors and spiece.model: "
             "copy that folder, too, from where these scripts are from."

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +28,7 @@ import mlx.core as mx
 from huggingface_hub.utils import logging
 from mlx.utils import tree_flatten
 
-from hub import MODELS, check_name
+from hub import BESIDE, MODELS, check_name
 from messages import Forgiving, one_line
 from musicgen import MusicGen
 from outputs import is_there, leave_nothing, named_path, reason_in, whole_folder
@@ -112,6 +113,18 @@ def save(model: MusicGen, folder: Path) -> None:
         (folder / "spiece.model").write_bytes(model.tokenizer.serialized())
 
 
+def save_model(model: MusicGen, folder: Path) -> None:
+    """Write a model that was trained here in float16, as `save` does. Each file replaces
+    an older one only when it is whole."""
+    half = type(model)(model.config, model.tokenizer)
+    half.update(model.parameters())
+    half.set_dtype(mx.float16)
+    with tempfile.TemporaryDirectory(dir=folder) as part:
+        save(half, Path(part))
+        for path in Path(part).iterdir():
+            path.replace(folder / path.name)
+
+
 def is_converted(folder: Path) -> bool:
     """Whether `folder` is one that `convert` wrote."""
     try:
@@ -134,7 +147,7 @@ def model_card(folder: Path, repo: str, source: str) -> str:
         base = f"base_model: {source}\n"
         link = f"[{source}](https://huggingface.co/{source})"
     license, rights = "cc-by-nc-4.0", "The weights are Meta's, under CC-BY-NC 4.0."
-    if source == MODELS["tiny"]:
+    if source in [MODELS[name] for name in BESIDE]:
         license, rights = "mit", "A toy, trained from nothing by this project."
     told = dict(base_model=base, source=link, name=repo, dtype=dtype)
     return CARD.format(**told, license=license, rights=rights)

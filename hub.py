@@ -58,7 +58,8 @@ MODELS = {
 MAGNETS = [f"magnet-{size}-{s}secs" for s in (10, 30) for size in ("small", "medium")]
 MAGNETS += ["audio-magnet-small", "audio-magnet-medium"]
 MODELS |= {name: f"facebook/{name}" for name in ("audiogen-medium", *MAGNETS)}
-MODELS |= {"tiny": str(Path(__file__).with_name("tiny"))}
+BESIDE = ("tiny", "tiny-magnet")  # folders beside this file
+MODELS |= {name: str(Path(__file__).with_name(name)) for name in BESIDE}
 SIZES = {"small": (24, 1024), "medium": (48, 1536), "large": (48, 2048)}
 LOOK = 2.5  # seconds that the Hub's server has to answer
 
@@ -87,7 +88,7 @@ def suggestion(name: str) -> str:
 def local(name: str) -> Path | None:
     """The folder that a name means here; None for one of the Hub. `tiny` is the folder
     beside this file, never one of the current directory: that is `./tiny`."""
-    if name == "tiny":
+    if name in BESIDE:
         return Path(MODELS[name])
     path = os.path.expanduser(name)
     is_folder = name not in MODELS and name != "" and os.path.isdir(path)
@@ -98,15 +99,15 @@ def follows(name: str) -> str | None:
     """What a released model follows besides the text, "melody" or "style"; "" for
     nothing; None where it is not known without its files."""
     names = [n for n, repo in MODELS.items() if name in (n, repo)]
-    if not names or local(name) and name != "tiny":
+    if not names or local(name) and name not in BESIDE:
         return None
     return next((kind for kind in ("melody", "style") if kind in names[0]), "")
 
 
 def shape_of(name: str) -> dict[str, int | str] | None:
     """Sizes of a released model, and what it follows; None of another one."""
-    names = [n for n, repo in MODELS.items() if name in (n, repo) and n != "tiny"]
-    if not names:
+    names = [n for n, repo in MODELS.items() if name in (n, repo)]
+    if not names or names[0] in BESIDE:
         return None
     stereo = "stereo" in names[0]
     size = next((word for word in SIZES if word in names[0]), "medium")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from huggingface_hub import constants, try_to_load_from_cache
 
-from hub import AUDIOCRAFT_FILES, MODELS, follows
+from hub import AUDIOCRAFT_FILES, BESIDE, MODELS, follows
 from outputs import print_result
 
 CODEC = "facebook/encodec_32khz"
@@ -90,7 +90,7 @@ def rows() -> Iterator[tuple[str, ...]]:
         told = f"text and {kind}" if kind else "text"
         makes = "sounds" if name.startswith("audiogen") else "music"
         makes += ", stereo" if name.startswith("stereo") else ""
-        if name == "tiny":
+        if name in BESIDE:
             yield name, told, makes, "none", "any", "beside the scripts"
             continue
         model, left = RELEASED[name], missing(name)

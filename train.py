@@ -28,7 +28,6 @@ import io
 import json
 import os
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -38,13 +37,12 @@ import numpy as np
 import sentencepiece
 from mlx.utils import tree_flatten, tree_unflatten
 
-import convert
 import peft_files
 import synth
 from audio import check_writable, load_audio, save_audio
 from checkpoints import MusicGenConfig
+from convert import FILES, save_model
 from decoder import Condition, DecoderConfig
-from encodec import Encodec
 from hub import local
 from lora import LAYERS, TARGETS, Adapted, add_adapters, content, find, save_adapter
 from messages import Forgiving, one_line
@@ -55,7 +53,8 @@ from quantize import add_flags, asked
 from settings import save_arrays
 from strict import in_a_line
 from t5 import T5Config, Tokenizer
-from train_codec import CODEC, CODEC_FILE, load_codec, make_clips, to_float, train_codec
+from train_codec import CODEC, CODEC_FILE, encode_clips, load_codec, train_codec
+from train_magnet import train_magnet
 from training import CHECKPOINT, ENDLESS, Training, alone, check_new, counted, wipe
 
 DECODER = DecoderConfig(
@@ -76,7 +75,11 @@ TEXT = T5Config(
 )
 WITHOUT_TEXT = 0.15  # share of rows without text: guidance needs both kinds
 MISHEARD = 0.05  # share of traits that a caption guesses: guidance makes up for them
-CLIPS = {"codec": 4000, "lm": 24_000}  # to make: samples of 2 GB, codes of 77 MB
+CLIPS = {  # to make: samples of 2 GB, codes of 77 MB
+    "codec": 4000,
+    "lm": 24_000,
+    "magnet": 24_000,
+}
 
 
 # T5 and decoder
@@ -136,22 +139,6 @@ def lm_loss(
     return losses.mean(), losses, {}
 
 
-def encode_clips(codec: Encodec, count: int) -> tuple[list[synth.Clip], mx.array]:
-    """Make clips, and encode them: the clips, and codes (B, T, K) in uint16."""
-    clips, sounds, codes = [], [], []
-    seeds = range(10**6, 10**6 + count)  # not those that the codec was trained on
-    made = make_clips(seeds, synth.KNOWN)
-    for clip, sound in counted(made, count, "making and encoding clips", "clips"):
-        clips.append(clip)
-        sounds.append(sound)
-        if len(sounds) == 50 or len(clips) == count:
-            audio = to_float(mx.array(np.stack(sounds)))[..., None]
-            codes.append(codec.encode(audio)[0].codes.astype(mx.uint16))
-            mx.eval(codes[-1])
-            sounds = []
-    return clips, mx.concatenate(codes)
-
-
 def train_lm(args: argparse.Namespace) -> None:
     """Train T5 and the decoder on codes of clips, and write the whole model.
 
@@ -159,7 +146,7 @@ def train_lm(args: argparse.Namespace) -> None:
     where a model is there that is not to be lost.
     """
     folder = args.output / "training" / "lm"
-    check_new(args, folder, *(args.output / name for name in convert.FILES))
+    check_new(args, folder, *(args.output / name for name in FILES))
     mx.random.seed(args.seed)
     path = args.output / "training" / "codec" / CODEC_FILE
     codec = load_codec(path)
@@ -214,18 +201,6 @@ def padded(ids: list[list[int]], length: int) -> tuple[mx.array, mx.array]:
         row[: len(text_ids)] = text_ids[:length]
     mask = np.arange(length) < np.array([len(text_ids) for text_ids in ids])[:, None]
     return mx.array(rows), mx.array(mask)
-
-
-def save_model(model: MusicGen, folder: Path) -> None:
-    """Write the model in float16, as `convert.py` does. Each file replaces an older one
-    only when it is whole."""
-    half = MusicGen(model.config, model.tokenizer)
-    half.update(model.parameters())
-    half.set_dtype(mx.float16)
-    with tempfile.TemporaryDirectory(dir=folder) as part:
-        convert.save(half, Path(part))
-        for path in Path(part).iterdir():
-            path.replace(folder / path.name)
 
 
 # Adapters
@@ -546,9 +521,13 @@ def parse_arguments() -> argparse.Namespace:
     part = tiny.add_mutually_exclusive_group(required=True)
     part.add_argument("--codec", action="store_true", help="train the codec: first")
     part.add_argument("--lm", action="store_true", help="train T5 and decoder: second")
+    text = "train a MAGNeT on the codec and the T5 of --model"
+    part.add_argument("--magnet", action="store_true", help=text)
     part.add_argument("--listen", type=int, help="only write this many clips to OUTPUT")
     add = tiny.add_argument
     add("--output", type=named_path, default="tiny-new", help="(default: %(default)s)")
+    text = "of which --magnet takes the codec and the T5 (default: %(default)s)"
+    add("--model", default="tiny", help=text)
     counts = ", ".join(f"{count} for --{name}" for name, count in CLIPS.items())
     add("--clips", type=int, help=f"clips to make (default: {counts})")
     lora = commands.add_parser("lora", help="teach a model your own clips")
@@ -587,9 +566,14 @@ def parse_arguments() -> argparse.Namespace:
     for name in {"data", "output"} & vars(args).keys():
         setattr(args, name, Path(os.path.expanduser(getattr(args, name))))
     if args.command == "synth" and args.clips is None:
-        args.clips = CLIPS["codec" if args.codec else "lm"]
+        args.clips = CLIPS[part_of(args)]
     check_numbers(parser, args)
     return args
+
+
+def part_of(args: argparse.Namespace) -> str:
+    """Which part of a model `synth` trains."""
+    return next((part for part in CLIPS if getattr(args, part)), "lm")
 
 
 def check_numbers(parser: Parser, args: argparse.Namespace) -> None:
@@ -625,7 +609,8 @@ def run(args: argparse.Namespace) -> None:
     if args.listen:
         synth.listen(args.listen, args.output, overwrite=args.force)
         return
-    part, train = ("codec", train_codec) if args.codec else ("lm", train_lm)
+    part = part_of(args)
+    train = {"codec": train_codec, "lm": train_lm, "magnet": train_magnet}[part]
     with alone(args.output / "training" / part):
         train(args)
 

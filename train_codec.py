@@ -261,6 +261,22 @@ def make_clip(seed: int, clips: list[synth.Clip]) -> tuple[synth.Clip, np.ndarra
     return clip, (sound * 32767).astype(np.int16)
 
 
+def encode_clips(codec: Encodec, count: int) -> tuple[list[synth.Clip], mx.array]:
+    """Make clips, and encode them: the clips, and codes (B, T, K) in uint16."""
+    clips, sounds, codes = [], [], []
+    seeds = range(10**6, 10**6 + count)  # not those that the codec was trained on
+    made = make_clips(seeds, synth.KNOWN)
+    for clip, sound in counted(made, count, "making and encoding clips", "clips"):
+        clips.append(clip)
+        sounds.append(sound)
+        if len(sounds) == 50 or len(clips) == count:
+            audio = to_float(mx.array(np.stack(sounds)))[..., None]
+            codes.append(codec.encode(audio)[0].codes.astype(mx.uint16))
+            mx.eval(codes[-1])
+            sounds = []
+    return clips, mx.concatenate(codes)
+
+
 def to_float(sound: mx.array) -> mx.array:
     """Samples in int16 -> float32 from -1 to 1."""
     return sound.astype(mx.float32) / 32767

@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ class Training:
     folder: where CHECKPOINT lies.
     state: arrays by name that change in training, but are not parameters.
     settings: what must be the same when the training is resumed.
+    compiled: whether the gradient is compiled, too: for batches of one shape.
 
     With `args.resume` it goes on from the checkpoint, and raises what `resume` does.
     """
@@ -107,6 +109,7 @@ class Training:
         folder: Path,
         state: dict[str, mx.array],
         settings: dict[str, Any],
+        compiled: bool = False,
     ):
         self.optimizer = optim.AdamW(args.lr, betas=[0.9, 0.98], weight_decay=0.01)
         self.optimizer.init(model.trainable_parameters())
@@ -120,7 +123,10 @@ class Training:
         if args.resume:
             self.resume()
         arrays = [model.state, self.optimizer.state]
-        self._update = mx.compile(self._apply, inputs=arrays, outputs=arrays)
+        compile = partial(mx.compile, inputs=arrays, outputs=arrays)
+        self._update = self._apply if compiled else compile(self._apply)
+        self._learn_from = compile(self._learn) if compiled else self._learn
+        self._at_once = compiled  # gradient and update
 
     def _apply(self, gradients: dict) -> None:
         """Update the weights. The gradients' norm is clipped to 1; gradients that are
@@ -129,6 +135,13 @@ class Training:
         finite = mx.isfinite(norm)
         gradients = tree_map(lambda g: mx.where(finite, g, 0), gradients)
         self.optimizer.update(self.model, gradients)
+
+    def _learn(self, *batch: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
+        """Update the weights by a batch; its losses (n,), and the new state."""
+        (_, losses, state), gradients = self._gradient(self.model, *batch)
+        self._updating = True
+        self._update(gradients)
+        return losses, state
 
     def step(self, batch: tuple[mx.array, ...]) -> mx.array:
         """Take one step on a batch, and return the losses (n,).
@@ -140,9 +153,8 @@ class Training:
         decay = 0.51 + 0.49 * math.cos(math.pi * progress)
         warmup = min(1, (self.done + 1) / max(1, min(200, self.steps // 10)))
         self.optimizer.learning_rate = self.rate * decay * warmup
-        (_, losses, state), gradients = self._gradient(self.model, *batch)
-        self._updating = True
-        self._update(gradients)
+        self._updating = self._at_once
+        losses, state = self._learn_from(*batch)
         self.state.update(state)
         mx.async_eval(losses, self.model, self.optimizer.state, self.state)
         self.done += 1

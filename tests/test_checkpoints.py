@@ -272,6 +272,9 @@ class TestCheckpoints(Test):
     def test_tiny_lies_beside_the_scripts(self):
         tiny = Path(checkpoints.__file__).parent / "tiny"
         self.assertEqual((checkpoints.TINY, hub.MODELS["tiny"]), (tiny, str(tiny)))
+        magnet = str(tiny.with_name("tiny-magnet"))
+        self.assertEqual(hub.MODELS["tiny-magnet"], magnet)
+        self.assertEqual(str(hub.local("tiny-magnet")), magnet)
         folder = self.copy("mono-transformers")
         (self.folder / "elsewhere" / "tiny").mkdir(parents=True)  # is not taken
         self.enterContext(chdir(self.folder / "elsewhere"))
@@ -288,7 +291,8 @@ class TestCheckpoints(Test):
         missing = self.folder / "tiny"
         with patch.object(checkpoints, "TINY", missing):
             with patch("hub.hf_hub_download") as fetch:
-                pattern = f"^{missing} must hold .*: copy that folder, too, from where"
-                with self.assertRaisesRegex(FileNotFoundError, pattern):
-                    checkpoints.locate("tiny")
+                for name in hub.BESIDE:
+                    pattern = f"{name} must hold .*: copy that folder, too, from where"
+                    with self.assertRaisesRegex(FileNotFoundError, pattern):
+                        checkpoints.locate(name)
         fetch.assert_not_called()

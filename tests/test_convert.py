@@ -187,11 +187,12 @@ class TestConvert(Test):
         card = convert.model_card(self.folder, "a/b", str(self.folder))
         self.assertNotIn("base_model", card)
         self.assertNotIn(str(self.folder), card)
-        with patch.dict(convert.MODELS, tiny=str(self.folder)):
-            card = convert.model_card(self.folder, "a/b", "tiny")
-        self.assertIn("license: mit", card)
-        self.assertNotIn("Meta", card)
-        self.assertNotIn(str(self.folder), card)
+        for name in ("tiny", "tiny-magnet"):
+            with patch.dict(convert.MODELS, {name: str(self.folder)}):
+                card = convert.model_card(self.folder, "a/b", name)
+            self.assertIn("license: mit", card)
+            self.assertNotIn("Meta", card)
+            self.assertNotIn(str(self.folder), card)
 
     def test_tiny_by_its_short_name(self):
         folder, target = self.copy("mono-transformers"), self.folder / "x"

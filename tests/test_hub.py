@@ -79,7 +79,7 @@ class TestHub(Test):
         names = [*hub.MODELS, "32khz", demucs.REPO]
         for name in names:
             shutil.copytree(REFERENCE / "mono-audiocraft", name)
-        for name in {*hub.MODELS} - {"tiny"}:
+        for name in {*hub.MODELS} - {*hub.BESIDE}:
             self.assertIsNone(hub.local(name))
             hub.check_name(f"./{name}")
             with patch("hub.hf_hub_download", return_value="cache/file") as fetch:
@@ -87,7 +87,7 @@ class TestHub(Test):
                 self.assertEqual(fetch.call_args.args[0], hub.MODELS[name])
             self.assertEqual(str(checkpoints.locate(f"./{name}")), name)
         self.assertEqual(checkpoints.locate("tiny"), checkpoints.TINY)
-        self.assertEqual(hub.MODELS.keys() - {"tiny"}, checkpoints.SHORT_NAMES)
+        self.assertEqual(hub.MODELS.keys() - {*hub.BESIDE}, checkpoints.SHORT_NAMES)
         asked = AssertionError("the Hub is asked")
         with patch("encodec_files.hf_hub_download", side_effect=asked):
             with self.assertRaisesRegex(AssertionError, "the Hub is asked"):
@@ -114,6 +114,7 @@ class TestHub(Test):
         for name, kind in (
             ("small", ""),
             ("tiny", ""),
+            ("tiny-magnet", ""),
             ("facebook/audiogen-medium", ""),
             ("stereo-melody-large", "melody"),
             ("facebook/musicgen-style", "style"),
@@ -124,7 +125,7 @@ class TestHub(Test):
 
     def test_unknown_name(self):
         with self.assertRaisesRegex(
-            ValueError, "one of small, .*, style, .*, tiny, a Hub"
+            ValueError, "one of small, .*, style, .*, tiny, tiny-magnet, a Hub"
         ):
             MusicGen.from_pretrained("nobody knows this")
 

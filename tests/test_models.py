@@ -43,7 +43,7 @@ class TestSizes(Test):
     """The table's figures are those of the files, to the digit that is shown."""
 
     def test_names(self):
-        self.assertEqual({*models.RELEASED}, {*hub.MODELS} - {"tiny"})
+        self.assertEqual({*models.RELEASED}, {*hub.MODELS} - {*hub.BESIDE})
 
     def test_download(self):
         compression = manifests.read()["compression"]
@@ -103,7 +103,7 @@ class TestSizes(Test):
     def test_the_guide_and_the_readme_say_the_same(self):
         guide, readme = (ROOT / f"{name}.md" for name in ("GUIDE", "README"))
         for name, follows, _, download, memory, _ in models.rows():
-            if name == "tiny":
+            if name in hub.BESIDE:
                 continue
             (line,) = self.rows(guide, f"| `{name}` |")
             self.assertIn(f"| {follows} |", line)
@@ -137,7 +137,8 @@ class TestCache(Test):
 
     def test_nothing(self):
         told = self.cached()
-        self.assertEqual(told.pop("tiny"), "beside the scripts")
+        for name in hub.BESIDE:
+            self.assertEqual(told.pop(name), "beside the scripts")
         self.assertEqual({*told.values()}, {"no"})
 
     def test_whole_and_in_part(self):

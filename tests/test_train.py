@@ -80,8 +80,12 @@ class TestTrain(Test):
         self.synth("--codec")
         misheard = Mock(wraps=synth.misheard)
         used = {
-            name: Mock(wraps=getattr(train, name))
-            for name in ("start_small", "make_clips", "lm_loss")
+            name: Mock(wraps=getattr(module, name))
+            for module, name in (
+                (train, "start_small"),
+                (train_codec, "make_clips"),
+                (train, "lm_loss"),
+            )
         }
         with patch.object(synth, "misheard", misheard):
             self.assertEqual(self.synth("--lm", WITHOUT_TEXT=1.0, **used), "")
