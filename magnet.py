@@ -182,7 +182,7 @@ class MAGNeT(MusicGen):
         check_batch_size(batch_size)
         given, T = mx.zeros((1, 0, K), mx.uint32), self.frames_in(options.duration)
         if free is None and options.span_arrangement == "nonoverlap":
-            T -= T % self.masking.span_len
+            T = whole_spans(T, self.masking.span_len)
         if audio_prompt is not None or codes_prompt is not None:
             from prompt import start_with
 
@@ -211,6 +211,16 @@ class MAGNeT(MusicGen):
         bytes_ += 6 * 4 * config.vocab_size  # to draw
         room = memory_size() - mx.get_active_memory() - DECODING_MEMORY
         return max(int(room // (bytes_ * T)), 1)
+
+
+def whole_spans(frames: int, length: int) -> int:
+    """As many of the frames as spans fill. Raises ValueError where they fill none."""
+    if frames < length:
+        raise ValueError(
+            f"duration must be from a span, {length} frames, where spans do not overlap, "
+            f"got {frames}."
+        )
+    return frames - frames % length
 
 
 def check_free(free: mx.array, codes: mx.array | None) -> None:

@@ -300,6 +300,8 @@ class TestFiles(Test):
         self.assertEqual(model.steps("wind").total, 50)
         with self.assertRaisesRegex(ValueError, "the model's own 10 s, got 10.1"):
             model.generate_codes("wind", duration=10.1)
+        with self.assertRaisesRegex(ValueError, "from a span, 3 frames, .* got 2"):
+            model.generate_codes("wind", duration=0.04)
 
 
 class TestPublished(Test):
