@@ -203,7 +203,7 @@ class TestDraws(Test):
     def test_every_pass(self):
         """Up to the last one of each codebook, tokens fall as guided logits say at that
         pass's temperature, given what was seen."""
-        model, rows, sample, drawn = exact(MUSIC), 800, magnet.sample, []
+        model, rows, sample, drawn, used = exact(MUSIC), 800, magnet.sample, [], []
 
         class Recording(Forward):
             def __call__(self, codes: mx.array, stage: int) -> mx.array:
@@ -211,19 +211,21 @@ class TestDraws(Test):
                 drawn.append([np.array(part, np.float64) for part in logits.split(2)])
                 return logits
 
-        def recording(*how):
-            tokens, probs = sample(*how)
+        def recording(logits, temp, keys, *how):
+            tokens, probs = sample(logits, temp, keys, *how)
             drawn[-1].append(tokens)
+            used.extend(keys.tolist())
             return tokens, probs
 
-        options = dict(decoding_steps=[3] * 4, duration=0.12, temp=0.06, top_p=0)
+        options = dict(decoding_steps=[3] * 4, duration=0.12, temp=0.045, top_p=0)
         with patch("magnet.Forward", Recording), patch("magnet.sample", recording):
             model.generate_codes(["drums"] * rows, seed=5, **options)
         self.assertEqual(len(drawn), 12)
+        self.assertEqual(len({tuple(key) for key in used}), 12 * rows)
         for step, (text, null, tokens) in enumerate(drawn):
             share = (1, np.sqrt(0.5), 0)[step % 3]  # of what is masked
             guided = null + (text - null) * (1 + 9 * share)
-            logits = guided / (0.04, 0.02, 0.01)[step % 3]
+            logits = guided / (0.03, 0.015, 0.01)[step % 3]
             probs = np.exp(logits - logits.max(-1, keepdims=True))
             falls = (probs / probs.sum(-1, keepdims=True)).sum(axis=0)
             counts = count_tokens(tokens, 64)
