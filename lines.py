@@ -30,6 +30,7 @@ from strict import in_a_line, small_text
 
 ALIASES = {"guidance": "guidance_coef", "negative": "negative_prompt"}
 DURATIONS = (8.0, 5.0)  # seconds that models take where none are given
+OF_MAGNETS = (10.0, 30.0)  # likewise
 OF_MODEL = {"model": None, "adapter_scale": 1.0}  # defaults of a record
 DEFAULTS = asdict(Options()) | OF_MODEL
 
@@ -234,7 +235,7 @@ def own_settings(model: str) -> dict[str, Any]:
 def own_duration(model: str) -> float:
     """Seconds that a released model takes where none are given."""
     if "magnet" in model:
-        return 30.0 if "30secs" in model else 10.0
+        return OF_MAGNETS["30secs" in model]
     music, sounds = DURATIONS
     return sounds if "audiogen" in model else music
 
@@ -253,9 +254,9 @@ def differences(
 ) -> list[str]:
     """What is other in a sound file's record than the job asks for. `own` is what the
     model takes where nothing is given."""
-    job, defaults = as_recorded(job, record), DEFAULTS
+    job, defaults, durations = as_recorded(job, record), DEFAULTS, DURATIONS
     if is_of_magnet(record):
-        defaults = OF_MODEL
+        defaults, durations = OF_MODEL, OF_MAGNETS
     wanted = dict.fromkeys({*ALL_KEYS} - {"output"}) | job.record() | given
     if job.best_of and "first_seed" in record:  # the file's own is the best one's
         record = record | dict(seed=record["first_seed"])
@@ -266,9 +267,9 @@ def differences(
         if wanted.get(name) is None:
             wanted[name] = value
     unsaid = own == {} and job.options.duration is None
-    if unsaid and record.get("duration") in DURATIONS:
+    if unsaid and record.get("duration") in durations:
         del wanted["duration"]  # only the model's files tell which
-    if job.options.style_start is None:  # drawn by the seed
+    if wanted["style_start"] is None:  # drawn by the seed
         del wanted["style_start"]
     if "fade_out" not in record and wanted["fade_out"] == FADE:
         del wanted["fade_out"]  # older files have none
