@@ -6,8 +6,8 @@ from unittest.mock import patch
 import mlx.core as mx
 import numpy as np
 import soundfile
-from common import Test, exact
-from test_magnet_cli import SHORT, MagnetTest, random_magnet
+from common import Test, exact, random_magnet
+from test_magnet_cli import SHORT, MagnetTest
 
 import fill as script
 import magnet

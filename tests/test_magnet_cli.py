@@ -9,10 +9,9 @@ from unittest.mock import patch
 import mlx.core as mx
 import numpy as np
 import soundfile
-from common import REFERENCE, ScriptTest, Test
+from common import REFERENCE, ScriptTest, Test, random_magnet
 
 import benchmark
-import checkpoints
 import convert
 import engine
 import hub
@@ -28,18 +27,6 @@ from options import Options
 from settings import load_codes, read_settings
 
 SHORT = ["--decoding-steps", "2,1,1,1"]
-
-
-def random_magnet(longest: float = 1.0, name: str = "mono-transformers") -> MAGNeT:
-    """A reference MusicGen's weights, taken for those of a MAGNeT, with a codec that is
-    not so loud."""
-    files = checkpoints.read(str(REFERENCE / name))
-    files.config.masking = dict(span_len=3, subcodes_context=5)
-    files.config.max_duration = files.config.default_duration = longest
-    model = MAGNeT.from_pretrained(REFERENCE / name, mx.float32, files=files)
-    last = model.audio_encoder.decoder.layers[-1].conv
-    last.weight, last.bias = last.weight / 100, last.bias / 100
-    return model
 
 
 class MagnetTest(ScriptTest):
