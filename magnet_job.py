@@ -111,7 +111,10 @@ def fit(given: dict[str, Any], magnet: bool | None) -> "Options | MagnetOptions"
     from magnet import MagnetOptions
 
     names = [field.name for field in fields(MagnetOptions)]
-    return MagnetOptions(**{name: given[name] for name in names if name in given})
+    options = {name: given[name] for name in names if name in given}
+    if "top_k" in given:  # which the default of top_p would put out of force
+        options = {"top_p": 0.0} | options
+    return MagnetOptions(**options)
 
 
 def options_record(options: "Options | MagnetOptions") -> dict[str, Any]:

@@ -101,6 +101,8 @@ def recalled(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
     if args.model != parser.get_default("model"):
         changes = is_magnet(args.model) not in (None, is_of_magnet(record))
         replaced |= DRAWING if changes else set()
+    if is_of_magnet(record) and "top_k" in given:  # see `magnet_job.fit`
+        replaced |= {"top_p"}
     if edited:
         replaced |= NEW_IN_EDIT
         in_sound = {*LEVELS, *FADES}  # already, where the take is no codes

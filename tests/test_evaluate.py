@@ -76,6 +76,16 @@ class TestEvaluate(Test):
         self.assertTrue(all(model.told(text).held_out for text in texts), texts)
         self.given.assert_called_once_with("x", adapter=None)
 
+    def test_a_magnet(self):
+        """Whose guidance is its own."""
+        model = Echo()
+        model.config = SimpleNamespace(text_encoder="there is one", masking={})
+        table = self.table(model, "--prompts", "2")
+        self.assertIn("takes, guidance 10 to 1", table)
+        self.assertEqual({*model.calls[0][2]}, {"seed", "batch_size"})
+        with self.assertRaisesRegex(SystemExit, "leave out --guidance-coef"):
+            self.table(model, "--prompts", "2", "--guidance-coef", "3")
+
     @slow(6)
     def test_a_model_that_does_not(self):
         """What is wrong shows in its own column."""

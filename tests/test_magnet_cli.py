@@ -19,11 +19,13 @@ import lines
 import magnet
 import magnet_job
 import progress
+import ranking
 from audio import save_audio
 from job import make_job, plan
 from magnet import MAGNeT, MagnetOptions
 from musicgen import MusicGen
 from options import Options
+from regenerate import regenerate
 from settings import load_codes, read_settings
 
 SHORT = ["--decoding-steps", "2,1,1,1"]
@@ -85,6 +87,10 @@ class TestMaking(MagnetTest):
         self.assertEqual((status, err), (0, ""))
         self.assertSame(load_codes(again)[0], made)
         self.assertEqual(load_codes(again)[1], record)
+        other = self.folder / "d.wav"
+        status, _, err = super().run_script("--again", sound, "--top-k", 5, "-o", other)
+        told = read_settings(other)
+        self.assertEqual((told["top_k"], told["top_p"], told["temp"]), (5, 0, 2))
         decoded = self.folder / "c.wav"
         status, _, err = super().run_script("--redecode", codes, "-o", decoded)
         self.assertEqual((status, err), (0, ""))
@@ -303,7 +309,12 @@ class TestNames(Test):
         convert.save(random_magnet(), folder)
         self.assertTrue(magnet_job.is_magnet(str(folder)))
         for name in ("mono-transformers", "mono-audiocraft", "solver-audiocraft"):
-            self.assertFalse(magnet_job.is_magnet(str(REFERENCE / name)), name)
+            self.assertIs(magnet_job.is_magnet(str(REFERENCE / name)), False, name)
+        path = self.copy("mono-audiocraft") / "state_dict.bin"
+        path.write_bytes(path.read_bytes()[:-999])
+        self.assertIsNone(magnet_job.is_magnet(str(path.parent)))
+        path.unlink()
+        self.assertIsNone(magnet_job.is_magnet(str(path.parent)))
 
     def test_own_settings(self):
         for name, seconds in (
@@ -344,6 +355,17 @@ class TestNames(Test):
                 adapter=REFERENCE / "peft" / "ours-mono.safetensors",
             )
         self.assertFalse((self.folder / "c").exists())
+
+    def test_how_likely_codes_are_it_does_not_know(self):
+        model = random_magnet()
+        codes = mx.zeros((1, 10, 4), mx.uint32)
+        for ask in (
+            lambda: ranking.log_likelihood(model, "a", codes),
+            lambda: ranking.best_of(model, "a", 2, duration=0.2),
+            lambda: regenerate(model, codes, "a", (0.1, 0.2)),
+        ):
+            with self.assertRaisesRegex(ValueError, "a MAGNeT, .* take a MusicGen"):
+                ask()
 
     def test_benchmark(self):
         folder = self.folder / "m"
@@ -415,6 +437,10 @@ class TestJobs(Test):
         self.assertEqual(met.timed(random_magnet()), met)
         job = make_job(values | dict(magnet=True))
         self.assertEqual(job.options, MagnetOptions(temp=0.5))
+        met = make_job(values | dict(top_k=7)).timed(random_magnet())
+        self.assertEqual((met.options.top_k, met.options.top_p), (7, 0))
+        met = make_job(values | dict(top_k=7, top_p=0.5)).timed(random_magnet())
+        self.assertEqual((met.options.top_k, met.options.top_p), (7, 0.5))
         fault = make_job(values | dict(guidance_coef=2)).timed(random_magnet()).fault
         self.assertIn("guidance_coef does not apply", fault)
         model = MusicGen.from_pretrained(REFERENCE / "mono-transformers")
