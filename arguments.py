@@ -1,11 +1,12 @@
-"""The flags of generate.py: what they are, what goes together, what a file recalls.
+"""The flags of generate.py: what they are, and what goes together.
 
     args = parse_arguments(["happy rock", "--duration", "12"])
     args.prompt, args.duration  # ["happy rock"], 12.0
 
-All that can be known before a model is loaded is checked here. Needs job.py, edit.py, hub.py,
-models.py, settings.py, audio.py, outputs.py, messages.py, options.py, quantize.py and
-what these need beside it; where a folder is given without a prompt, published.py, too.
+All that can be known before a model is loaded is checked here. Needs job.py, edit.py,
+recall.py, magnet_job.py, hub.py, models.py, audio.py, outputs.py, messages.py,
+options.py, quantize.py and what these need beside it; where a folder is given without a
+prompt, published.py, too.
 """
 
 import argparse
@@ -19,23 +20,18 @@ from typing import Any, NoReturn
 
 import mlx.core as mx
 
-import settings
 from audio import SUBTYPES, check_bitrate, choose_subtype
-from edit import check_take, edited_file, set_edit
+from edit import set_edit
 from endings import FADE
 from hub import MODELS, check_name, follows, local
 from job import (
     ALL_KEYS,
-    AUDIO_KEYS,
     BATCH_OF_FILE,
-    ENDING_KEYS,
-    LEVELS,
-    MELODY_KEYS,
     RANKS,
-    STYLE_KEYS,
     check_level,
     make_job,
 )
+from magnet_job import asked_for, is_magnet, refuse
 from messages import one_line
 from models import table
 from options import row_seeds
@@ -43,6 +39,7 @@ from outputs import check_apart
 from outputs import named_path as path
 from outputs import print_result, same_file
 from quantize import BITS, GROUP_SIZES, MODES, asked
+from recall import recalled
 
 
 def name_of_file(text: str) -> str:
@@ -51,6 +48,7 @@ def name_of_file(text: str) -> str:
 
 
 SHORT = dict(prompt="-p", model="-m", duration="-d", output="-o", seed="-s")
+SHORT |= dict(regenerate="--fill")  # of a MAGNeT
 CHUNK = 0.5  # seconds
 SWITCH = dict(action="store_true")
 FLAGS = {  # by groups: name, what it is, and how it is read
@@ -67,7 +65,8 @@ FLAGS = {  # by groups: name, what it is, and how it is read
         ),
         "duration": (
             "length in seconds; beyond the model's 30 (tiny: 8, AudioGen: 10) a window "
-            "slides (default: the model's own: 8, AudioGen: 5)",
+            "slides; a MAGNeT makes no more than its own (default: the model's own: 8, "
+            "AudioGen: 5, MAGNeT: 10 or 30)",
             dict(type=float),
         ),
         "seed": (
@@ -116,7 +115,8 @@ FLAGS = {  # by groups: name, what it is, and how it is read
         "regenerate": (
             "make a part again: its seconds, and the take (codes of --save-codes, or any "
             "sound, or that of --audio-prompt). All else stays; several --takes are the "
-            "best ones",
+            "best ones. A MAGNeT fills it in from both sides, or several parts: --fill "
+            "2:4 8:12",
             dict(nargs="+", metavar=("8:12", "FILE")),
         ),
         "candidates": (
@@ -278,26 +278,45 @@ FLAGS = {  # by groups: name, what it is, and how it is read
     },
     "how it is drawn": {
         "temp": (
-            "sampling temperature; 0 takes the likeliest (default: %(default)s)",
-            dict(type=float, default=1.0),
+            "sampling temperature; 0 takes the likeliest (default: 1; MAGNeT: 3, which "
+            "falls)",
+            dict(type=float),
         ),
         "top_k": (
-            "draw from this many likeliest codes, 1 to 2048 (default: %(default)s)",
-            dict(type=int, default=250),
+            "draw from this many likeliest codes, 1 to 2048 (default: 250; MAGNeT: 0, "
+            "off)",
+            dict(type=int),
         ),
         "top_p": (
             "draw from the likeliest codes that together reach this probability, 0 to 1, "
-            "instead of the top k; 0 is off (default: %(default)s)",
-            dict(type=float, default=0.0),
+            "instead of the top k; 0 is off (default: 0; MAGNeT: 0.9)",
+            dict(type=float),
         ),
         "guidance_coef": (
-            "weight of the prompt; 1 is no guidance (default: %(default)s)",
-            dict(type=float, default=3.0),
+            "weight of the prompt; 1 is no guidance (default: 3)",
+            dict(type=float),
         ),
         "extend_stride": (
             "seconds by which the window of long audio slides (default: 18; tiny: 4.8; "
             "AudioGen: 2)",
             dict(type=float),
+        ),
+        "max_guidance_coef": (
+            "MAGNeT's weight of the prompt where all is masked (default: 10)",
+            dict(type=float),
+        ),
+        "min_guidance_coef": (
+            "... and towards which it falls (default: 1)",
+            dict(type=float),
+        ),
+        "decoding_steps": (
+            "MAGNeT's passes for each codebook (default: 20,10,10,10)",
+            dict(),
+        ),
+        "span_arrangement": (
+            "whether MAGNeT masks spans side by side, or such as begin anywhere "
+            "(default: nonoverlap)",
+            dict(choices=["nonoverlap", "stride1"]),
         ),
     },
     "how it runs": {
@@ -385,6 +404,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         args.output = f"{args.prompts.stem}.wav"
     try:
         set_adapters(args)
+        args.magnet = is_magnet(args.model)
+        args.asked = asked_for(vars(args) | {"stream": wants_stream(args)})
+        if args.magnet is not None:
+            refuse(args.asked, args.magnet)
         set_edit(args)
         if args.regenerate and args.regenerate.path.suffix != ".safetensors":
             args.fade_out = None if args.fade_out == FADE else args.fade_out
@@ -394,6 +417,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def wants_stream(args: argparse.Namespace) -> bool:
+    return args.stream or args.output == "-"
 
 
 def show_models(parser: Parser, argv: list[str]) -> None:
@@ -479,7 +506,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         check_melody(args)
     check_name(args.model)
     asked(args.q_bits, args.q_group_size, args.q_mode)
-    args.stream = args.stream or args.output == "-"
+    args.stream = wants_stream(args)
     if args.play and args.output == "-":
         raise ValueError("--play does not go with --output -: leave one of them out")
     if args.chunk != CHUNK and not args.stream:
@@ -497,117 +524,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     overrides = set() if args.prompts else None
     for prompt in args.prompt or [""]:
         job = make_job(values | {"prompt": prompt}, overrides=overrides)
-    job.options.check(max_duration=math.inf)
+    job.check_options()
     check_level(args.loudness, args.peak)
-
-
-QUANTIZATION = ("q_bits", "q_group_size", "q_mode")
-OF_MODEL = ("model", "dtype", *QUANTIZATION, "adapter", "adapter_scale")
-RECALLED = {*ALL_KEYS, *OF_MODEL} - {
-    "output",
-    "mp3_bitrate",
-    "best_of",
-    "keep_all",
-    "rank",
-}
-FADES = ("fade_in", "fade_out")
-KEPT = {"output", *LEVELS, *FADES, "subtype", "mp3_bitrate"}  # flags beside --redecode
-NEW_IN_EDIT = {
-    "seed",
-    "duration",
-    "loop",
-    "bars",
-    *AUDIO_KEYS,
-    "ending",
-}  # a take's, which its part has not
-UNDECODED = {"dtype", *QUANTIZATION, "adapter", "adapter_scale", "batch_size"}
-REPLACES = {  # flags, and the settings of a file that they put out of force
-    **dict.fromkeys(
-        ("prompt", "text", "prompts"), {"prompt", "section_fade", "section_context"}
-    ),
-    "audio_prompt": {*AUDIO_KEYS},
-    "melody": {*MELODY_KEYS, "notes"},
-    "notes": {*MELODY_KEYS, "notes"},
-    "style": {*STYLE_KEYS},
-    "style_length": {"style_start"},
-    "model": {"adapter", "adapter_scale"},
-    "adapter": {"adapter", "adapter_scale"},
-    "adapter_scale": {"adapter_scale"},
-    "q_bits": {"q_group_size", "q_mode"},
-    "q_mode": {"q_bits", "q_group_size"},
-    "loudness": {"peak"},
-    "peak": {"loudness"},
-    "stream": {"loudness", "peak", "subtype", "drop_prompt", *ENDING_KEYS},
-    "output": {"subtype"},
-}
-
-
-def recalled(parser: Parser, argv: list[str]) -> list[str]:
-    """The settings of --again, --resume or --redecode, as flags to go before those
-    that are given."""
-    args, _ = parser.parse_known_args(argv)
-    sources = [p for p in (args.again, args.resume, args.redecode) if p is not None]
-    sources += (edited := edited_file(args.regenerate))
-    if not sources:
-        return []
-    given = {k for k, v in vars(args).items() if v != parser.get_default(k)}
-    if len(sources) > 1:
-        parser.error(
-            "--again, --resume, --redecode and --regenerate must not come together"
-        )
-    shaping = given & ({"prompts", "takes", *ALL_KEYS, *UNDECODED} - KEPT)
-    if args.redecode and shaping:
-        name = min(shaping).replace("_", "-")
-        parser.error(f"--redecode takes codes as they are: leave out --{name}")
-    if args.resume and args.audio_prompt:
-        parser.error("--resume goes on from codes: leave out --audio-prompt")
-    codes_only = args.resume or args.redecode
-    if codes_only and sources[0].suffix != ".safetensors":
-        flag = "--resume" if args.resume else "--redecode"
-        parser.error(f"{flag} needs a .safetensors of --save-codes, got {sources[0]}")
-    try:
-        record = read_record(sources[0], args)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: error: {one_line(error)}\n")
-    replaced = set().union(*(REPLACES.get(name, ()) for name in given))
-    if edited:
-        replaced |= NEW_IN_EDIT
-        in_sound = {*LEVELS, *FADES}  # already, where the take is no codes
-        replaced |= set() if sources[0].suffix == ".safetensors" else in_sound
-    wanted = {k: record[k] for k in (RECALLED - replaced) & record.keys()}
-    flags = {f"--{k.replace('_', '-')}": v for k, v in wanted.items()}
-    chosen = [
-        (flag, one)
-        for flag, value in flags.items()
-        for one in (value if isinstance(value, list) else [value])
-        if one is not None and one is not False
-    ]
-    found = [flag if value is True else f"{flag}={value}" for flag, value in chosen]
-    parser.source = f"{sources[0]}: "
-    parser.parse_known_args(found)
-    parser.source = ""
-    return found
-
-
-def read_record(source: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """The settings of a take; none of a sound to be edited that has none. Raises OSError
-    or ValueError, also for --again of what settings alone do not make, and for what
-    cannot be edited."""
-    try:
-        record = settings.read_settings(source)
-    except ValueError:
-        if args.regenerate and source.suffix != ".safetensors":
-            return {}
-        raise
-    if args.regenerate:
-        check_take(source, record)
-    if args.again and "regenerated" in record:
-        raise ValueError(
-            f"{source} was made by --regenerate {record.get('part')} of "
-            f"{record['regenerated']!s:.150}: give that again, with --seed "
-            f"{record.get('part_seed', record.get('seed'))} --candidates 1."
-        )
-    return record
 
 
 def check_melody(args: argparse.Namespace) -> None:

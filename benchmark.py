@@ -3,12 +3,13 @@
     python benchmark.py --random small
     python benchmark.py --model medium --duration 30 --q-bits 8
     python benchmark.py --random small --plain
+    python benchmark.py --random magnet-small-30secs --batch 16
     python benchmark.py --random htdemucs --duration 30
 
 `--random` needs no download: the real shapes with random values. `--plain` measures the
 plain step and decode in place of engine.py's and encodec_stream.py's. Needs
-musicgen.py, engine.py, quantize.py, messages.py, outputs.py and all that these need
-beside it; demucs.py, and train.py for `--lora`.
+musicgen.py, magnet.py, engine.py, quantize.py, hub.py, messages.py, outputs.py and all
+that these need beside it; demucs.py, and train.py for `--lora`.
 """
 
 import argparse
@@ -24,14 +25,19 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+import magnet
 from checkpoints import MusicGenConfig
 from decoder import Condition, Decoder, DecoderConfig
+from encodec import EncodecConfig
 from engine import Lane
+from hub import MAGNETS
+from magnet import MAGNeT
 from messages import one_line
 from musicgen import MusicGen, PlainStep, encode_text
 from options import Options
 from outputs import print_result
 from quantize import add_flags, quantize_model
+from t5 import T5Config
 
 SIZES = {  # hidden size, layers
     "small": (1024, 24),
@@ -56,6 +62,8 @@ class Words:
 
 def published_config(name: str) -> MusicGenConfig:
     """The sizes of a published model."""
+    if name in MAGNETS:
+        return magnet_config(name)
     stereo, size = name.startswith("stereo-"), name.removeprefix("stereo-")
     hidden, layers = SIZES[size]
     config = DecoderConfig(
@@ -70,10 +78,26 @@ def published_config(name: str) -> MusicGenConfig:
     return MusicGenConfig(config)
 
 
+def magnet_config(name: str) -> MusicGenConfig:
+    """The sizes of a published MAGNeT: a MusicGen's, and how it is masked. The models of
+    sounds have T5-large, and a codec of 16 kHz."""
+    size = next(size for size in SIZES if size in name)
+    config = published_config(size)
+    config.max_duration = config.default_duration = 30.0 if "30secs" in name else 10.0
+    config.masking = dict(span_len=3, subcodes_context=5)
+    if name.startswith("audio"):
+        large = dict(d_model=1024, d_ff=4096, num_layers=24, num_heads=16)
+        config.text_encoder = T5Config(**large)
+        rate = dict(sampling_rate=16000, upsampling_ratios=(8, 5, 4, 2))
+        config.audio_encoder = EncodecConfig(**rate)
+    return config
+
+
 def random_model(name: str, dtype: mx.Dtype, *quantization: int | str) -> MusicGen:
     """A model of a published size with random weights, decoder in `dtype`, quantized
     where bits, group size or mode are given (see quantize.py)."""
-    model = MusicGen(published_config(name), Words())
+    config = published_config(name)
+    model = (MusicGen if config.masking is None else MAGNeT)(config, Words())
     model.decoder.set_dtype(dtype)
     quantize_model(model, *quantization)
     model.read_now()
@@ -212,6 +236,47 @@ def measure(model: MusicGen, duration: float, batch: int) -> dict[str, str]:
     }
 
 
+def pass_operations(model: MAGNeT, frames: int) -> float:
+    """Multiplications and additions of a pass over the frames of one take, two rows with
+    guidance: two for each weight of the layers and heads and each frame, and attention's
+    products. The text's are few, and left out."""
+    config = model.config.decoder
+    D, F, T = config.hidden_size, config.ffn_dim, frames
+    weights = config.num_hidden_layers * (6 * D * D + 2 * D * F)
+    weights += D * config.num_codebooks * config.vocab_size
+    attention = config.num_hidden_layers * 4 * T * D
+    return 2 * T * (2 * weights + attention)
+
+
+def measure_passes(model: MAGNeT, duration: float, batch: int) -> dict[str, str]:
+    """Rows of the table, for `batch` takes of `duration` seconds of a MAGNeT."""
+    prompts, options = [PROMPT] * batch, dict(seed=0, batch_size=batch)
+    short = dict(decoding_steps=[1] * model.config.decoder.num_codebooks)
+    model.generate_codes(prompts, duration=duration, **short, **options)  # compiles
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    take = model.steps(prompts, duration=duration, **options)
+    for _ in take:
+        pass
+    mx.eval(codes := take.codes)
+    generation, peak = time.perf_counter() - start, mx.get_peak_memory()
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    mx.eval(model.decode(codes))
+    decoding = time.perf_counter() - start
+    operations = batch * take.total * pass_operations(model, codes.shape[1])
+    return {
+        "passes": f"{take.total}, {generation / take.total * 1e3:.2f} ms each",
+        "generation": f"{generation:.2f} s, {generation / batch:.2f} s a take, "
+        f"{batch * duration / generation:.2f} times real time",
+        "arithmetic": f"{operations / batch / 1e12:.2f} T operations a take, "
+        f"{operations / generation / 1e12:.1f} T a second",
+        "decoding": f"{decoding:.2f} s, {decoding / generation:.1%} of the generation",
+        "peak memory": f"{peak / 1e9:.2f} GB, decoding "
+        f"{mx.get_peak_memory() / 1e9:.2f} GB",
+    }
+
+
 def measure_training(model: MusicGen, duration: float, batch: int, rank: int) -> dict:
     """Rows of the table for steps of `train.py lora`, on any codes."""
     from lora import add_adapters
@@ -269,20 +334,26 @@ def measure_model(args: argparse.Namespace) -> dict[str, str]:
     else:
         names = ("q_bits", "q_group_size", "q_mode")
         quantization = {name: getattr(args, name) for name in names}
-        model = MusicGen.from_pretrained(args.model, getattr(mx, dtype), **quantization)
+        model = magnet.load(args.model, getattr(mx, dtype), **quantization)
     if model.config.text_encoder is None:
         raise ValueError(f"{args.model} follows no text; take a model that does.")
     model.plain = args.plain
     load = time.perf_counter() - start
+    in_passes = isinstance(model, MAGNeT)
+    if in_passes and args.lora:
+        raise ValueError(f"{model.name} is a MAGNeT; --lora trains a MusicGen.")
+    args.duration = args.duration or (model.config.max_duration if in_passes else 8.0)
     if args.lora:
         return measure_training(model, args.duration, args.batch, args.lora)
-    model.generate("a", duration=0.1)  # compiles what MLX compiles once
-    mx.reset_peak_memory()
     rows = {
         "decoder": dtype + in_words(model.config.quantization),
         "takes": f"{args.batch} of {args.duration:g} s",
         "load": f"{load:.2f} s",
     }
+    if in_passes:
+        return rows | measure_passes(model, args.duration, args.batch)
+    model.generate("a", duration=0.1)  # compiles what MLX compiles once
+    mx.reset_peak_memory()
     rows |= measure(model, args.duration, args.batch)
     if on_gpu and not args.plain:  # on the CPU each row is alone, so there are none
         times = columns_times(model, min(args.duration, 4.0))
@@ -293,19 +364,19 @@ def measure_model(args: argparse.Namespace) -> dict[str, str]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure generation.")
-    names = [*SIZES, *(f"stereo-{size}" for size in SIZES), DEMUCS]
+    names = [*SIZES, *(f"stereo-{size}" for size in SIZES), *MAGNETS, DEMUCS]
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="short name, Hub id or folder")
     source.add_argument("--random", choices=names, help="a size with random weights")
     add = parser.add_argument
-    add("--duration", type=float, default=8.0, help="seconds (default: %(default)s)")
+    add("--duration", type=float, help="seconds (default: 8; MAGNeT: the model's own)")
     add("--batch", type=int, default=1, help="takes at once (default: %(default)s)")
     add("--lora", type=int, help="measure the training of adapters of this rank")
     add("--dtype", choices=["float16", "bfloat16", "float32"])
     add("--plain", action="store_true", help="measure the plain step and decode")
     add_flags(add)
     args = parser.parse_args()
-    if not 0.02 <= args.duration <= 30 or args.batch < 1:
+    if not 0.02 <= (args.duration or 8) <= 30 or args.batch < 1:
         parser.error("--duration must be from 0.02 to 30, and --batch at least 1")
     return args
 
@@ -313,6 +384,7 @@ def parse_arguments() -> argparse.Namespace:
 def to_send(rows: dict[str, str]) -> str:
     """What an owner of the machine may tell in one line."""
     names = ("device", "model", "decoder", "takes", "step", "step, one take")
+    names += ("passes", "generation") if "passes" in rows else ()
     names += ("separation", "training step", "peak memory")
     texts = [rows[name] for name in names if name in rows]
     system = f"{platform.system()} {platform.mac_ver()[0] or platform.release()}"
@@ -322,7 +394,7 @@ def to_send(rows: dict[str, str]) -> str:
 def main() -> None:
     args = parse_arguments()
     if args.random == DEMUCS:
-        measured = measure_separation(args.duration)
+        measured = measure_separation(args.duration or 8.0)
     else:
         measured = measure_model(args)
     rows = {

@@ -4,7 +4,7 @@
 
 The folder holds `config.json`, `model.safetensors` and `spiece.model`: decoder, T5
 encoder and codec together, in our names and layouts, ready to be loaded by
-`MusicGen.from_pretrained(DIR)` or uploaded. Needs musicgen.py and what that needs,
+`magnet.load(DIR)` or uploaded. Needs musicgen.py, magnet.py and what these need,
 published.py and what that needs, hub.py, outputs.py, messages.py, quantize.py,
 strict.py, and engine.py to quantize, adapters.py for adapters.
 """
@@ -28,6 +28,7 @@ import mlx.core as mx
 from huggingface_hub.utils import logging
 from mlx.utils import tree_flatten
 
+import magnet
 from hub import BESIDE, MODELS, check_name
 from messages import Forgiving, one_line
 from musicgen import MusicGen
@@ -85,7 +86,7 @@ def convert(
         options = dict(lazy=True, adapter=adapter, adapter_scale=adapter_scale)
         if adapter is None:
             options |= dict(q_bits=q_bits, q_group_size=q_group_size, q_mode=q_mode)
-        model = MusicGen.from_pretrained(source, dtype, **options)
+        model = magnet.load(source, dtype, **options)
         if adapter is not None and model.config.quantization:
             raise ValueError(
                 f"An adapter cannot be worked into {source}, which is quantized; take "

@@ -1,10 +1,12 @@
-"""What part of which take is to be made again, as the flags of generate.py say it.
+"""What parts of which take are to be made again, as the flags of generate.py say it.
 
     args = Namespace(regenerate=["8:12", "take.safetensors"], candidates=None, ...)
     set_edit(args)  # raises ValueError
     args.regenerate.part, args.candidates  # (8.0, 12.0), 8
 
-Stands alone.
+`--fill` is `--regenerate` by another name. A MusicGen makes one part again, from what
+comes before it, and `candidates` of it; a MAGNeT fills in one or several, from both
+sides. Stands alone.
 """
 
 import argparse
@@ -26,24 +28,43 @@ OTHERS = (
 
 
 class Edit(NamedTuple):
-    """A part to be made again, and which take's: codes, or some of a sound file."""
+    """Parts to be made again, and which take's: codes, or some of a sound file."""
 
-    part: tuple[float, float]  # first second, end
+    parts: tuple[tuple[float, float], ...]  # of each its first second and its end
     path: Path
     start: float = 0.0  # seconds
     length: float | None = None  # seconds; None: to the end
 
     @property
+    def part(self) -> tuple[float, float]:
+        """The only one. Raises ValueError where there are several."""
+        if len(self.parts) > 1:
+            raise ValueError(
+                f"A MusicGen makes one part again, got {self.name}: give one, or fill "
+                "in several with a MAGNeT, such as --model magnet-small-10secs."
+            )
+        return self.parts[0]
+
+    @property
     def name(self) -> str:
-        """Of the part."""
-        return f"{self.part[0]:g}:{self.part[1]:g}"
+        """Of the parts."""
+        return " ".join(f"{first:g}:{end:g}" for first, end in self.parts)
+
+
+def split(words: list[str]) -> tuple[list[tuple[float, float]], list[str]]:
+    """The parts that stand first, and the other words."""
+    parts = []
+    for i, word in enumerate(words):
+        if not (found := PART.fullmatch(word)):
+            return parts, words[i:]
+        parts.append(tuple(map(float, found.groups())))
+    return parts, []
 
 
 def edited_file(words: list[str] | None) -> list[Path]:
-    """The file that --regenerate names after a part, if it does."""
-    if not words or not PART.fullmatch(words[0]):
-        return []
-    return [Path(os.path.expanduser(word)) for word in words[1:2]]
+    """The file that --regenerate names after its parts, if it does."""
+    parts, files = split(words or [])
+    return [Path(os.path.expanduser(word)) for word in files[:1] if parts]
 
 
 def set_edit(args: argparse.Namespace) -> None:
@@ -52,12 +73,11 @@ def set_edit(args: argparse.Namespace) -> None:
         if args.candidates is not None:
             raise ValueError("--candidates needs --regenerate")
         return
-    part, *files = args.regenerate
-    found = PART.fullmatch(part)
-    if not found:
+    parts, files = split(args.regenerate)
+    if not parts:
         raise ValueError(
             "--regenerate needs the part first, such as 8:12 for the seconds 8 to 12, "
-            f"got {part!r:.40}"
+            f"got {files[0]!r:.40}"
         )
     if len(files) + bool(args.audio_prompt) != 1:
         raise ValueError(
@@ -69,21 +89,27 @@ def set_edit(args: argparse.Namespace) -> None:
             f"{files[0] if files else args.audio_prompt} names no prompt: give --prompt, "
             'which may be ""'
         )
-    count = CANDIDATES if args.candidates is None else args.candidates
-    if not 1 <= count <= MOST_CANDIDATES:
-        raise ValueError(f"--candidates must be 1 to {MOST_CANDIDATES}, got {count}")
-    if args.takes > count:
-        raise ValueError(f"--takes must be at most the {count} --candidates")
     check_edit(args)
+    if not getattr(args, "magnet", None):  # which has no candidates
+        args.candidates = count_candidates(args)
     if files:
         args.audio_prompt = files[0]
     sound = (args.prompt_start or 0.0, args.prompt_length)
     place = Path(os.path.expanduser(args.audio_prompt))
     if place.suffix == ".safetensors" and sound != (0.0, None):
         raise ValueError("--prompt-start and --prompt-length need a sound, not codes")
-    args.regenerate = Edit(tuple(map(float, found.groups())), place, *sound)
+    args.regenerate = Edit(tuple(parts), place, *sound)
     args.audio_prompt = args.prompt_start = args.prompt_length = None
-    args.candidates = count
+
+
+def count_candidates(args: argparse.Namespace) -> int:
+    """How many candidates of the part are made. Raises ValueError for too few or many."""
+    count = CANDIDATES if args.candidates is None else args.candidates
+    if not 1 <= count <= MOST_CANDIDATES:
+        raise ValueError(f"--candidates must be 1 to {MOST_CANDIDATES}, got {count}")
+    if args.takes > count:
+        raise ValueError(f"--takes must be at most the {count} --candidates")
+    return count
 
 
 def check_edit(args: argparse.Namespace) -> None:

@@ -340,7 +340,12 @@ def adjust(
     adapters: "list[Weighted] | None",
 ) -> None:
     """Adapt a model, cast and quantize it, and share it."""
-    beside = []
+    beside, shared = [], group is not None and group.size() > 1
+    if model.config.masking is not None and (adapters or shared):
+        raise ValueError(
+            f"{model.name:.100} is a MAGNeT: it takes no adapter, for these are trained "
+            "on MusicGen, and runs in one process."
+        )
     if adapters:
         from adapters import work_in
 
@@ -350,7 +355,6 @@ def adjust(
         from quantize import quantize_model
 
         quantize_model(model, *quantization)
-    shared = group is not None and group.size() > 1
     if beside:
         from lora import load_adapters
 

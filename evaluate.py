@@ -13,8 +13,8 @@ the lowest note. Other rows say the same of the synthesizer's own clips, as they
 through the codec, and of the takes under other takes' prompts, which is chance.
 
 `--codec` measures how well the codec reconstructs sound. `--timbre` asks for one
-timbre, such as one that an adapter was taught. Needs musicgen.py, train_codec.py,
-synth.py, quantize.py and all that these need beside it.
+timbre, such as one that an adapter was taught. Needs musicgen.py, magnet.py,
+train_codec.py, synth.py, quantize.py and all that these need beside it.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+import magnet
 import synth
 from messages import one_line
 from musicgen import MusicGen
@@ -221,7 +222,7 @@ def follow(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     """
     asked = {name: getattr(args, name) for name in ("q_bits", "q_group_size", "q_mode")}
     asked = {name: value for name, value in asked.items() if value is not None}
-    model = MusicGen.from_pretrained(args.model, adapter=args.adapter, **asked)
+    model = magnet.load(args.model, adapter=args.adapter, **asked)
     if model.config.text_encoder is None:
         raise ValueError(
             f"{args.model} follows no text, and how well a text is followed is measured "
@@ -234,7 +235,12 @@ def follow(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     clips, texts = prompts(args.prompts, clips)
     random = np.random.default_rng(1)
     sounds = [synth.render(clip, random, args.duration) for clip in clips]
-    options = dict(duration=args.duration, guidance_coef=args.guidance_coef)
+    options, guided = dict(duration=args.duration), "guidance 10 to 1"
+    if model.config.masking is None:
+        coef = 3.0 if args.guidance_coef is None else args.guidance_coef
+        options, guided = options | dict(guidance_coef=coef), f"guidance {coef:g}"
+    elif args.guidance_coef is not None:
+        raise ValueError(f"{args.model} is a MAGNeT: leave out --guidance-coef.")
     audio = model.generate(texts, seed=args.seed, batch_size=args.batch, **options)
     judge, takes = Judge(timbres=timbres), measured(np.array(audio[..., 0]))
     others = [clips[i] for i in np.random.default_rng(2).permutation(len(clips))]
@@ -242,7 +248,7 @@ def follow(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     rows = {
         "the synthesizer's clips": (measured(sounds), clips),
         "these, through the codec": (measured(through_codec(model, sounds)), clips),
-        f"takes, guidance {args.guidance_coef:g}": (takes, clips),
+        f"takes, {guided}": (takes, clips),
         "these, by chance": (takes, others),
     }
     return {k: cells(judge, *row, args.timbre) for k, row in rows.items()}
@@ -291,7 +297,7 @@ def reconstruct(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     1, 2 and all of its codebooks."""
     from train_codec import stft_distance
 
-    codec = MusicGen.from_pretrained(args.codec).audio_encoder
+    codec = magnet.load(args.codec).audio_encoder
     sounds = [synth.make(seed, synth.HELD_OUT, 4.0)[2] for seed in range(9000, 9040)]
     audio = mx.array(np.stack(sounds))
     codes = codec.encode(audio[..., None])[0].codes
@@ -338,7 +344,7 @@ def main() -> None:
     add("--timbre", choices=synth.VOICES, help="only prompts of this timbre")
     add("--prompts", type=int, default=200, help="how many (default: %(default)s)")
     add("--duration", type=float, default=4.0, help="seconds (default: %(default)s)")
-    add("--guidance-coef", type=float, default=3.0, help="(default: %(default)s)")
+    add("--guidance-coef", type=float, help="(default: 3; a MAGNeT has its own)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--batch", type=int, default=50, help="takes at once (default: %(default)s)")
     args = parser.parse_args()

@@ -15,10 +15,11 @@
     python generate.py "epic orchestral soundtrack" --model stereo-large
 
 `python generate.py --help` explains every flag. Needs arguments.py, which has the flags,
-edit.py, job.py, jobs.py, lines.py and stream.py, which plan and write takes, progress.py,
-together.py, musicgen.py, encodec_stream.py, quantize.py and all that these need beside it;
-adapters.py for an adapter, melody.py to follow a melody, regenerate.py to make a part
-again, play.py to play.
+recall.py, edit.py, job.py, magnet_job.py, jobs.py, lines.py and stream.py, which plan
+and write takes, progress.py, together.py, musicgen.py, magnet.py, encodec_stream.py,
+quantize.py and all that these need beside it; adapters.py for an adapter, melody.py to
+follow a melody, regenerate.py to make a part again, fill.py to fill it in, play.py to
+play.
 """
 
 import signal
@@ -36,7 +37,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import mlx.core as mx
 import numpy as np
@@ -44,27 +45,24 @@ from huggingface_hub.utils import logging
 
 import jobs
 import lines
+import magnet
 import settings
 import stream
-from arguments import (
-    NO_PROMPT,
-    OF_MODEL,
-    QUANTIZATION,
-    parse_arguments,
-    read_record,
-)
+from arguments import NO_PROMPT, parse_arguments
 from audio import check_writable, save_audio
 from edit import kept, seeds
 from encodec_stream import play as play_take
 from hub import local, same_model
 from job import BATCH_OF_FILE, DIFFER, Job, make_audio_prompt, plan
 from jobs import Result, Sounds, Start
+from magnet_job import refuse
 from messages import Forgiving, one_line
 from musicgen import MusicGen, Take
 from notes import Tune
 from outputs import check_new, in_words, leave_nothing
-from progress import Progress, say
+from progress import PASSES, Progress, say
 from quantize import asked
+from recall import OF_MODEL, QUANTIZATION, read_record
 from together import Peers, signals_at_once
 
 
@@ -195,7 +193,8 @@ def check(
     """Results of what cannot be made: now, not after the minutes of loading."""
     source = args.resume or args.redecode
     failed = jobs.check(wanted, group, args.output != "-", source is None)
-    if args.regenerate and args.candidates > 1 and wanted[0].certain:
+    ranked = args.regenerate and not wanted[0].magnet
+    if ranked and args.candidates > 1 and wanted[0].certain:
         raise ValueError(f"--candidates must differ: {DIFFER}, or give --candidates 1.")
     if args.regenerate:
         read_record(args.regenerate.path, args)
@@ -226,6 +225,8 @@ def make_all(
     model = load(args, group, progress)
     good, sounds = [job.timed(model) for job in good], Sounds(model)
     args.duration = good[0].options.duration
+    if not args.prompts:
+        check_faults(good)
     if not (args.prompts or args.redecode):
         if good[0].melody:
             progress.stage("separating the melody")
@@ -244,6 +245,13 @@ def make_all(
     return make_batches(model, good, sounds, start, stop, args, progress)
 
 
+def check_faults(wanted: list[Job]) -> None:
+    """Raise ValueError for a job that the model, now that it is known, cannot make."""
+    for job in wanted:
+        if job.fault:
+            raise ValueError(job.fault)
+
+
 def load(
     args: argparse.Namespace, group: mx.distributed.Group | None, progress: Progress
 ) -> MusicGen:
@@ -252,9 +260,8 @@ def load(
     dtype = getattr(mx, args.dtype) if args.dtype else None
     adapter = dict(adapter=args.adapter, adapter_scale=args.adapter_scale)
     quantization = {name: getattr(args, name) for name in QUANTIZATION}
-    model = MusicGen.from_pretrained(
-        args.model, dtype, group=group, **quantization, **adapter
-    )
+    model = magnet.load(args.model, dtype, group=group, **quantization, **adapter)
+    refuse(args.asked, magnet=model.config.masking is not None)
     if args.any_music and model.config.text_encoder is not None:
         raise ValueError(NO_PROMPT)
     model.plain = model.plain or args.plain
@@ -357,7 +364,7 @@ def read_take(args: argparse.Namespace, model: MusicGen) -> tuple[mx.array, mx.a
     """Codes (1, T, K) and samples (N, C) of the take that --regenerate edits."""
     from prompt import check_codes, encode_prompt
 
-    path, start, length = args.regenerate[1:]
+    _, path, start, length = args.regenerate
     if path.suffix == ".safetensors":
         codes, record = settings.load_codes(path)
         check_source(path, record, model)
@@ -376,15 +383,17 @@ def remake(
     args: argparse.Namespace,
     progress: Progress,
 ) -> list[Result]:
-    """Make a part of a take again, and write the best of several such."""
+    """Make a part of a take again, and write the best of several such; of a MAGNeT, all
+    of several in which parts are filled in."""
+    if wanted[0].magnet:
+        return fill_in(model, wanted, sounds, stop, args, progress)
     from regenerate import Candidates, check_part, join
 
     began, edit = time.perf_counter(), args.regenerate
     progress.stage("reading the take")
     codes, old = read_take(args, model)
     frames = check_part(model, edit.part, codes.shape[1], edit.path)
-    options = replace(wanted[0].options, duration=codes.shape[1] / model.frame_rate)
-    wanted = [replace(job, options=options) for job in wanted]
+    wanted = lasting(wanted, codes.shape[1] / model.frame_rate)
     seed = wanted[0].seed
     if args.candidates > 1 or not args.seed_is_given:
         own = read_record(edit.path, args).get("seed")
@@ -406,19 +415,76 @@ def remake(
     audio = join(old, model.decode(best), frames, model.config.audio_encoder.hop_length)
     results = []
     for i, job in enumerate(wanted):
-        record = dict(regenerated=str(edit.path), part=edit.name)
-        record |= dict(candidates=args.candidates, score=made.scores[i])
+        told = dict(
+            candidates=args.candidates, score=made.scores[i], scores=made.scores
+        )
         job = jobs.chosen(job, made.seeds[i], named=args.output is not None)
-        record |= jobs.take_settings(model, job, sounds) | dict(scores=made.scores)
-        sound = job.ending.apply(np.array(audio[i]), model.sampling_rate, 0)
-        job = jobs.save(model, job, sound, record)
-        if args.save_codes:
-            settings.save_codes(args.save_codes, best, record, args.force)
-        seconds = len(audio[i]) / model.sampling_rate
-        elapsed = time.perf_counter() - began
-        results.append(Result(job, None, seconds, elapsed))
-        tell(describe(results[-1]), args)
+        told |= jobs.take_settings(model, job, sounds)
+        results.append(
+            save_edit(model, job, audio[i], best[i : i + 1], told, args, began)
+        )
     return results
+
+
+def fill_in(
+    model: MusicGen,
+    wanted: list[Job],
+    sounds: Sounds,
+    stop: Stop,
+    args: argparse.Namespace,
+    progress: Progress,
+) -> list[Result]:
+    """Fill in parts of a take, once for each job, and write all."""
+    from fill import Filling, frames_of_parts, join_parts
+
+    began, edit = time.perf_counter(), args.regenerate
+    progress.stage("reading the take")
+    codes, old = read_take(args, model)
+    frames = frames_of_parts(model, edit.parts, codes.shape[1], edit.path)
+    wanted = lasting(wanted, codes.shape[1] / model.frame_rate)
+    how = jobs.options_of(wanted[:1], sounds) | dict(batch_size=args.batch_size)
+    how |= dict(takes=len(wanted), seed=[job.seed for job in wanted])
+    filling = Filling(model, codes, wanted[0].text, edit.parts, **how)
+    for _ in until(watch(filling, "filling", 0, model, progress), stop):
+        pass
+    if stop.heeded:
+        return []
+    progress.stage("filling: decoding")
+    new, hop = model.decode(filling.codes), model.config.audio_encoder.hop_length
+    audio, results = join_parts(old, new, frames, hop), []
+    for i, job in enumerate(wanted):
+        told, made = jobs.take_settings(model, job, sounds), filling.codes[i : i + 1]
+        results.append(save_edit(model, job, audio[i], made, told, args, began))
+    return results
+
+
+def lasting(wanted: list[Job], seconds: float) -> list[Job]:
+    """The same jobs, as long as the take that is edited."""
+    options = replace(wanted[0].options, duration=seconds)
+    return [replace(job, options=options) for job in wanted]
+
+
+def save_edit(
+    model: MusicGen,
+    job: Job,
+    audio: mx.array,
+    codes: mx.array,
+    told: dict[str, Any],
+    args: argparse.Namespace,
+    began: float,
+) -> Result:
+    """Write a take (N, C) of which parts were made again, and its codes where they are
+    wanted, with the settings `told`."""
+    edit = args.regenerate
+    record = dict(regenerated=str(edit.path), part=edit.name) | told
+    sound = job.ending.apply(np.array(audio), model.sampling_rate, 0)
+    job = jobs.save(model, job, sound, record)
+    if args.save_codes:
+        settings.save_codes(args.save_codes, codes, record, args.force)
+    seconds = len(audio) / model.sampling_rate
+    result = Result(job, None, seconds, time.perf_counter() - began)
+    tell(describe(result), args)
+    return result
 
 
 def make_batches(
@@ -460,12 +526,15 @@ def watch(
     model: MusicGen,
     progress: Progress,
 ) -> Iterator[Take]:
-    """The same steps, shown as so many seconds of sound."""
+    """The same steps, shown as so many seconds of sound, or a MAGNeT's as passes."""
     progress.stage(f"{name}: the first step (a first run compiles MLX's kernels)")
+    in_passes = model.config.masking is not None
     for take in steps:
-        if take.step == 1:
+        if take.step == 1 and in_passes:
+            progress.begin(name, take.total, PASSES)
+        elif take.step == 1:
             progress.begin(name, seconds)
-        progress.to(take.frames / model.frame_rate)
+        progress.to(take.step if in_passes else take.frames / model.frame_rate)
         yield take
 
 

@@ -117,7 +117,7 @@ def shape_of(name: str) -> dict[str, int | str] | None:
         "width": width,
         "codebooks": 8 if stereo else 4,
         "channels": 2 if stereo else 1,
-        "sampling_rate": 16000 if "audiogen" in names[0] else 32000,
+        "sampling_rate": 16000 if "audio" in names[0] else 32000,
         "follows": follows(names[0]),
     }
 

@@ -6,14 +6,14 @@
 
 The settings may be a stranger's: of a command line, a line of a file of prompts, or a
 sound file's comment. Needs audio.py, beat.py, endings.py, loops.py, loudness.py,
-notes.py, options.py, outputs.py, sections.py and strict.py beside it, with what these
-need; to time and level a take, the model's own config.
+magnet_job.py, notes.py, options.py, outputs.py, sections.py and strict.py beside it,
+with what these need; to time and level a take, the model's own config.
 """
 
 import math
 import os
 import warnings
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +25,7 @@ from beat import Beat, make_beat
 from endings import FADE, Ending, make_ending
 from loops import check_loop, take_seconds
 from loudness import CEILING, to_loudness, to_peak
+from magnet_job import MAGNET_KEYS, asked_for, fit, options_record, refuse
 from notes import Tune
 from notes import parse as parse_notes
 from options import STYLE_OPTIONS, Options, row_seeds
@@ -33,6 +34,7 @@ from sections import Sections, check_end, parse, times
 from strict import in_a_line
 
 if TYPE_CHECKING:
+    from magnet import MagnetOptions
     from musicgen import MusicGen
 
 SHORTEST = 0.4  # seconds over which loudness is measured
@@ -64,7 +66,7 @@ class Job:
     prompt: str
     seed: int
     output: Path
-    options: Options
+    options: "Options | MagnetOptions"
     audio_prompt: AudioPrompt | None = None
     melody: MelodyFile | None = None
     style: str | None = None  # sound file
@@ -84,6 +86,8 @@ class Job:
     prompt_is_given: bool = True  # false: for a model without text
     notes: str | None = None  # a typed tune, to the beat
     ending: Ending = Ending()
+    given: dict[str, Any] = field(default_factory=dict, compare=False)  # not by default
+    magnet: bool | None = None  # whether it is for a MAGNeT; None: not known yet
 
     @in_a_line
     def check(self, writes: bool = True, reads: bool = True) -> None:
@@ -97,7 +101,7 @@ class Job:
         if not isinstance(self.prompt, str):
             raise ValueError(f"prompt must be a text, got {self.prompt!r}.")
         row_seeds([self.seed], rows=1)
-        self.options.check(max_duration=math.inf)
+        self.check_options()
         if self.best_of and self.certain:
             raise ValueError(f"best_of needs takes that differ: {DIFFER}.")
         check_level(self.loudness, self.peak)
@@ -123,6 +127,16 @@ class Job:
             if not self.overwrite:
                 check_new(output)
 
+    def check_options(self) -> None:
+        """Raise ValueError for options that no model takes. A MAGNeT takes others than a
+        MusicGen, and which it is may not be known yet."""
+        try:
+            self.options.check(max_duration=math.inf)
+        except ValueError:
+            if self.magnet is not None or not self.given:
+                raise
+            fit(self.given, True).check(max_duration=math.inf)
+
     def outputs(self) -> list[Path]:
         """The files that it writes."""
         return [job.output for job in self.contenders() if job.keep_all or job is self]
@@ -137,11 +151,26 @@ class Job:
         return jobs
 
     def timed(self, model: "MusicGen") -> "Job":
-        """The same, as long as the model's own takes where no duration is given."""
-        own = model.config.default_duration
-        if self.options.duration is not None:
+        """The same, as long as the model's own takes where no duration is given, and
+        with its own options; with a fault where it cannot be this model's."""
+        config = model.config
+        try:
+            job = self.fitted(config.masking is not None)
+        except ValueError as error:
+            job = replace(self, fault=str(error))
+        own = config.max_duration if job.magnet else config.default_duration
+        if job.options.duration is not None:
+            return job
+        return replace(job, options=replace(job.options, duration=own))
+
+    def fitted(self, magnet: bool) -> "Job":
+        """The same for a MAGNeT, or for a MusicGen, if it is not known yet for which it
+        is. Raises ValueError for what does not apply to it."""
+        if self.magnet is not None:
             return self
-        return replace(self, options=replace(self.options, duration=own))
+        refuse(self.given, magnet)
+        options = fit(self.given, True) if magnet else self.options
+        return replace(self, options=options, magnet=magnet)
 
     def level(self, audio: mx.array, sampling_rate: int) -> np.ndarray:
         """Samples (N, C) brought to the loudness or peak that is asked for."""
@@ -213,7 +242,8 @@ class Job:
 
     def record(self) -> dict[str, Any]:
         """Its settings, for the file's comment."""
-        record = asdict(self.options) | dict(prompt=self.prompt, seed=self.seed)
+        record = options_record(self.options)
+        record |= dict(prompt=self.prompt, seed=self.seed)
         record |= dict(loudness=self.loudness, peak=self.peak, subtype=self.subtype)
         record |= dict(mp3_bitrate=self.mp3_bitrate)
         if self.beat:
@@ -251,7 +281,8 @@ def check_level(loudness: float | None, peak: float | None) -> None:
 
 OPTIONS = tuple(field.name for field in fields(Options))
 LEVELS = ("loudness", "peak")
-KEYS = ("prompt", "seed", "output", *OPTIONS, *LEVELS, "subtype", "mp3_bitrate")
+KEYS = ("prompt", "seed", "output", *OPTIONS, *MAGNET_KEYS, *LEVELS, "subtype")
+KEYS += ("mp3_bitrate",)
 AUDIO_KEYS = ("audio_prompt", "prompt_start", "prompt_length", "drop_prompt")
 MELODY_KEYS = ("melody", "melody_start", "no_separate")
 STYLE_KEYS = ("style", *STYLE_OPTIONS)
@@ -410,9 +441,7 @@ def make_job(
     sound = make_audio_prompt(*(values.get(key) for key in AUDIO_KEYS))
     overrides = {*values} if overrides is None else overrides
     melody = make_melody(*(values.get(key) for key in MELODY_KEYS), overrides)
-    style, options = make_style(values, overrides)
-    options |= {k: values[k] for k in OPTIONS if k in values and k not in STYLE_KEYS}
-    options = Options(**options)
+    style, style_options = make_style(values, overrides)
     output = values["output"]
     if not isinstance(output, str | Path) or not str(output) or "\0" in str(output):
         raise ValueError(f"output must name a file, got {output!r}.")
@@ -420,6 +449,12 @@ def make_job(
     beat = make_beat(values.get("bpm"), values.get("beats_per_bar"))
     prompt = make_prompt(values, beat, overrides)
     loop = make_loop(values, beat, overrides)
+    asked = {
+        k: v for k, v in values.items() if k in ALL_KEYS and k not in STYLE_OPTIONS
+    }
+    sections = isinstance(prompt, Sections)
+    given = asked_for(asked | style_options | dict(sections=sections))
+    options = fit(given, values.get("magnet"))
     if loop is not None and options.duration is None:
         options = replace(options, duration=take_seconds(beat, loop))
     return Job(
@@ -441,6 +476,8 @@ def make_job(
         ending=choose_ending(values, beat, loop),
         line=line,
         overwrite=bool(values.get("force")),
+        given=given,
+        magnet=values.get("magnet"),
     )
 
 

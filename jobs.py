@@ -211,6 +211,8 @@ class Batch:
         followed, and no others."""
         for job in list(self._jobs):
             try:
+                if job.fault:  # that was found when the model was met
+                    raise ValueError(job.fault)
                 if self._model.config.text_encoder is None:
                     from textless import without_text
 
@@ -360,6 +362,8 @@ def make_take(
 
 def options_of(jobs: list[Job], sounds: Sounds) -> dict[str, Any]:
     """Options of the take of such jobs, with the sounds that they follow."""
+    if jobs[0].magnet:
+        return asdict(jobs[0].made)
     return asdict(jobs[0].made) | dict(
         melody=sounds_or_none(jobs, sounds.melody),
         separate=False,  # done already

@@ -5,8 +5,8 @@
 
 A line is a prompt, or a JSON object with any of the settings. What was made with the
 settings of its line, which stand in the sound file, is not made again. Needs job.py,
-jobs.py, settings.py, outputs.py, hub.py, options.py, strict.py and what these need
-beside it.
+jobs.py, magnet_job.py, settings.py, outputs.py, hub.py, options.py, strict.py and what
+these need beside it.
 """
 
 import json
@@ -21,6 +21,7 @@ from endings import FADE
 from hub import MODELS, follows, local, same_model
 from job import ALL_KEYS, Job, make_job, numbered
 from jobs import agree
+from magnet_job import is_of_magnet
 from options import Options
 from outputs import identity, in_words, is_there
 from sections import Sections
@@ -29,7 +30,9 @@ from strict import in_a_line, small_text
 
 ALIASES = {"guidance": "guidance_coef", "negative": "negative_prompt"}
 DURATIONS = (8.0, 5.0)  # seconds that models take where none are given
-DEFAULTS = asdict(Options()) | {"model": None, "adapter_scale": 1.0}  # of a record
+OF_MAGNETS = (10.0, 30.0)  # likewise
+OF_MODEL = {"model": None, "adapter_scale": 1.0}  # defaults of a record
+DEFAULTS = asdict(Options()) | OF_MODEL
 
 
 @in_a_line
@@ -216,17 +219,34 @@ def agreed(
 def own_settings(model: str) -> dict[str, Any]:
     """What a model takes where nothing is given, as far as that is known without reading
     its weights: a released one, or a folder with a config.json. Else nothing."""
-    if model in MODELS or model in MODELS.values():
-        music, sounds = DURATIONS
-        return {"duration": sounds if "audiogen" in model else music, "q_bits": None}
     folder = local(model)
+    if folder is None and (model in MODELS or model in MODELS.values()):
+        return {"duration": own_duration(model), "q_bits": None}
     try:
         config = json.loads(small_text(folder / "config.json"))
         stored = config.get("quantization") or {}
-        duration = config.get("default_duration", DURATIONS[0])
+        own = "default_duration" if config.get("masking") is None else "max_duration"
+        duration = config.get(own, DURATIONS[0])
         return {"duration": duration, "q_bits": stored.get("bits")}
     except (AttributeError, OSError, TypeError, ValueError):
         return {}
+
+
+def own_duration(model: str) -> float:
+    """Seconds that a released model takes where none are given."""
+    if "magnet" in model:
+        return OF_MAGNETS["30secs" in model]
+    music, sounds = DURATIONS
+    return sounds if "audiogen" in model else music
+
+
+def as_recorded(job: Job, record: dict[str, Any]) -> Job:
+    """The job as of the kind of model that made the file, where that is not known yet;
+    of another kind the model's name tells."""
+    try:
+        return job.fitted(is_of_magnet(record))
+    except ValueError:
+        return job
 
 
 def differences(
@@ -234,6 +254,9 @@ def differences(
 ) -> list[str]:
     """What is other in a sound file's record than the job asks for. `own` is what the
     model takes where nothing is given."""
+    job, defaults, durations = as_recorded(job, record), DEFAULTS, DURATIONS
+    if is_of_magnet(record):
+        defaults, durations = OF_MODEL, OF_MAGNETS
     wanted = dict.fromkeys({*ALL_KEYS} - {"output"}) | job.record() | given
     if job.best_of and "first_seed" in record:  # the file's own is the best one's
         record = record | dict(seed=record["first_seed"])
@@ -244,9 +267,9 @@ def differences(
         if wanted.get(name) is None:
             wanted[name] = value
     unsaid = own == {} and job.options.duration is None
-    if unsaid and record.get("duration") in DURATIONS:
+    if unsaid and record.get("duration") in durations:
         del wanted["duration"]  # only the model's files tell which
-    if job.options.style_start is None:  # drawn by the seed
+    if wanted["style_start"] is None:  # drawn by the seed
         del wanted["style_start"]
     if "fade_out" not in record and wanted["fade_out"] == FADE:
         del wanted["fade_out"]  # older files have none
@@ -256,7 +279,7 @@ def differences(
         record = {"q_mode": "affine"} | record  # older files do not say so
     changed = []
     for name, value in sorted(wanted.items()):
-        before = record.get(name, DEFAULTS.get(name))
+        before = record.get(name, defaults.get(name))
         if name == "adapter_hash":  # older files do not tell it
             same = None in (before, value) or before == value
         elif name == "model":

@@ -6,7 +6,9 @@ here. A stage for each codebook begins with all frames masked. Each pass fills i
 them and then masks again those of which it was least sure, fewer from pass to pass. So a
 part in the midst of a take is filled as well as one at the end. From the whole to its
 parts: `MAGNeT`; the take that it makes; a stage and its passes; the masks; sampling.
-Needs musicgen.py and what that needs beside it.
+Needs musicgen.py, decoder.py, t5.py, encodec.py, options.py and checkpoints.py beside it;
+engine.py, encodec_stream.py and parallel.py to fill the memory and to decode faster; and
+prompt.py, and what that needs, to begin with a sound or with codes.
 
     model = MAGNeT.from_pretrained("magnet-small-10secs")
     audio = model.generate(["happy rock", "calm piano"], seed=0)
@@ -23,7 +25,7 @@ import mlx.core as mx
 import numpy as np
 
 from checkpoints import MusicGenConfig, read
-from decoder import Condition, Decoder
+from decoder import Condition, Decoder, DecoderConfig
 from musicgen import MusicGen, Texts, encode_text, make_sampler, sampling_keys
 from options import Options, check_batch_size, check_prompts, is_whole, row_seeds
 from t5 import Tokenizer
@@ -85,15 +87,26 @@ class MagnetOptions:
 
     copies = 2  # decoder rows that each take needs
 
-    def check(self, max_duration: float, frame_rate: int, codebooks: int) -> None:
-        """Raise ValueError, saying what must hold, for what cannot be made."""
+    def check(
+        self,
+        max_duration: float = 30.0,
+        frame_rate: int = 50,
+        codebooks: int | None = None,
+    ) -> None:
+        """Raise ValueError, saying what must hold, for what cannot be made. The number
+        of codebooks may be known to the model alone."""
         steps, least = self.decoding_steps, 1 / frame_rate
-        each = isinstance(steps, list | tuple) and len(steps) == codebooks
+        each = isinstance(steps, list | tuple) and len(steps) == (
+            codebooks or len(steps) or 1
+        )
         each = each and all(is_whole(n) and 1 <= n <= 1000 for n in steps)
+        own = self.duration is None or number(self.duration, least, max_duration)
+        longest = (
+            f", to the model's own {max_duration:g} s" if max_duration < 1e6 else ""
+        )
         arranged = self.span_arrangement in ARRANGEMENTS
         for name, holds, rule in (
-            ("duration", number(self.duration, least, max_duration), "from a frame, "
-             f"1/{frame_rate} s, to the model's own {max_duration:g} s"),
+            ("duration", own, f"from a frame, 1/{frame_rate} s{longest or ' up'}"),
             ("temp", self.temp == 0 or number(self.temp, 1e-3, 1e6), "0 (greedy) or "
              "0.001 up"),
             ("top_k", is_whole(self.top_k) and 0 <= self.top_k <= 2048, "from 0 (off) "
@@ -101,7 +114,8 @@ class MagnetOptions:
             ("top_p", number(self.top_p, 0, 1), "between 0 (off) and 1"),
             ("max_guidance_coef", number(self.max_guidance_coef), "a finite number"),
             ("min_guidance_coef", number(self.min_guidance_coef), "a finite number"),
-            ("decoding_steps", each, f"{codebooks} numbers of passes, from 1 to 1000"),
+            ("decoding_steps", each, f"{codebooks or 'a few'} numbers of passes, from 1 "
+             "to 1000"),
             ("span_arrangement", arranged, " or ".join(ARRANGEMENTS)),
             ("negative_prompt", isinstance(self.negative_prompt, str), "a text"),
         ):  # fmt: skip
@@ -204,13 +218,18 @@ class MAGNeT(MusicGen):
         from engine import DECODING_MEMORY, limit_memory, memory_size
 
         limit_memory()
-        config, T = self.config.decoder, self.frames_in(options.duration)
-        wide = config.ffn_dim + 8 * config.hidden_size + config.num_attention_heads * T
-        wide += config.num_codebooks * config.vocab_size
-        bytes_ = options.copies * wide * self.decoder.dtype.size
-        bytes_ += 6 * 4 * config.vocab_size  # to draw
+        frames, size = self.frames_in(options.duration), self.decoder.dtype.size
         room = memory_size() - mx.get_active_memory() - DECODING_MEMORY
-        return max(int(room // (bytes_ * T)), 1)
+        return max(int(room // pass_bytes(self.config.decoder, frames, size)), 1)
+
+
+def pass_bytes(config: DecoderConfig, frames: int, size: int) -> int:
+    """Bytes that a pass over the frames of a take holds at once, in numbers of `size`
+    bytes: a layer's states and scores, the logits, and in float32 what is drawn."""
+    wide = config.ffn_dim + 8 * config.hidden_size + config.num_attention_heads * frames
+    wide += config.num_codebooks * config.vocab_size
+    drawn = 6 * 4 * config.vocab_size
+    return frames * (MagnetOptions.copies * wide * size + drawn)
 
 
 def whole_spans(frames: int, length: int) -> int:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from huggingface_hub import constants, try_to_load_from_cache
 
-from hub import AUDIOCRAFT_FILES, BESIDE, MODELS, follows
+from hub import AUDIOCRAFT_FILES, BESIDE, MAGNETS, MODELS, follows
 from outputs import print_result
 
 CODEC = "facebook/encodec_32khz"
@@ -53,6 +53,10 @@ RELEASED = {
     "stereo-melody-large": Model(4.970, 7.4, parts=(CODEC, T5)),
     "style": Model(2.837, 5.1, parts=(CODEC, T5, MERT)),
     "audiogen-medium": Model(3.678, 6.2, 0.236, (T5_LARGE,)),
+    **dict.fromkeys(MAGNETS[0:4:2], Model(0.841, 2.5, 0.236)),  # of 10 s and of 30 s
+    **dict.fromkeys(MAGNETS[1:4:2], Model(3.678, 5.4, 0.236)),
+    "audio-magnet-small": Model(0.841, 3.4, 0.236, (T5_LARGE,)),
+    "audio-magnet-medium": Model(3.678, 6.2, 0.236, (T5_LARGE,)),
 }
 HEAD = ("--model", "follows", "makes", "download", "memory", "in the cache")
 FOOT = """
@@ -88,7 +92,7 @@ def rows() -> Iterator[tuple[str, ...]]:
     for name in MODELS:
         kind = follows(name)
         told = f"text and {kind}" if kind else "text"
-        makes = "sounds" if name.startswith("audiogen") else "music"
+        makes = "sounds" if name.startswith("audio") else "music"
         makes += ", stereo" if name.startswith("stereo") else ""
         if name in BESIDE:
             yield name, told, makes, "none", "any", "beside the scripts"

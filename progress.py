@@ -23,7 +23,9 @@ STAGE = "{desc}"
 COUNT = (
     "{desc}: {percentage:3.0f}% {bar} {n:.1f} of {total:.1f} {unit}, {remaining} left"
 )
+PASS = "{desc}: {percentage:3.0f}% {bar} pass {n:.0f} of {total:.0f}, {remaining} left"
 SOUND = "s of audio"  # what is counted, unless told otherwise
+PASSES = "passes"  # of a MAGNeT, which are whole
 SHAPE = dict(ncols=80, nrows=24)  # of a terminal that does not tell its own
 MINUTE = 60.0  # seconds between two lines where there is no terminal
 
@@ -58,7 +60,8 @@ class Progress:
         """Count from 0 to `total` from now on."""
         self._text, self._total, self._unit = text, total, unit
         if self._moves:
-            self._bar.bar_format, self._bar.unit = COUNT, unit
+            self._bar.bar_format = PASS if unit == PASSES else COUNT
+            self._bar.unit = unit
             self._bar.set_description_str(text, refresh=False)
             self._bar.reset(total)
 
@@ -66,7 +69,10 @@ class Progress:
         """So much of the total is done."""
         if self._moves:
             self._bar.update(amount - self._bar.n)
-        self._say(f"{self._text}: {amount:.1f} of {self._total:.1f} {self._unit}")
+        if self._unit == PASSES:
+            self._say(f"{self._text}: pass {amount:.0f} of {self._total:.0f}")
+        else:
+            self._say(f"{self._text}: {amount:.1f} of {self._total:.1f} {self._unit}")
 
     def _say(self, text: str) -> None:
         """A line a minute, where there is no terminal."""

@@ -103,6 +103,16 @@ def may_lack_text(folder: Path) -> bool:
         return True
 
 
+def is_magnet(folder: Path) -> bool | None:
+    """Whether a folder in audiocraft's layout holds a MAGNeT; None for what is damaged,
+    which is told when it is loaded."""
+    try:
+        package = load_torch(audiocraft.find_decoder(folder), ("xp.cfg",))
+        return ported.is_magnet(audiocraft.read_settings(package))
+    except (AttributeError, OSError, TypeError, ValueError):
+        return None
+
+
 # audiocraft's layout
 
 

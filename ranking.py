@@ -68,8 +68,14 @@ def log_likelihood(
             nothing.
         batch_size: rows to run at once; None: as many as memory holds.
 
-    Raises ValueError for codes that are not the model's, or frames that they have not.
+    Raises ValueError for codes that are not the model's, for frames that they have not,
+    and for a MAGNeT, which makes no frame after the other.
     """
+    if model.config.masking is not None:
+        raise ValueError(
+            f"{model.name or 'This model':.100} is a MAGNeT, which does not know how "
+            "likely codes are after those before them: take a MusicGen."
+        )
     check_codes(model, codes)
     B, T, K = codes.shape
     last = T if last is None else last

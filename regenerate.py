@@ -177,6 +177,20 @@ def check_part(
     Raises ValueError for one that is empty, reaches the take's beginning, or is outside
     of the take. Its end may be at the end of the take's last frame.
     """
+    first, end = frames_of(model, part, frames, take)
+    if first == 0:
+        raise ValueError(
+            f"The part {part[0]:g}:{part[1]:g} reaches the take's beginning, so that "
+            "nothing stands before it: begin later, or make a new take with --again and "
+            "another --seed."
+        )
+    return first, end
+
+
+def frames_of(
+    model: MusicGen, part: tuple[float, float], frames: int, take: object = "The take"
+) -> tuple[int, int]:
+    """The same of a part that may begin with the take."""
     if not all(is_number(seconds) for seconds in part) or len(part) != 2:
         raise ValueError(f"The part must be two numbers of seconds, got {part!r:.80}.")
     (first, end), rate = map(model.frames_in, part), model.frame_rate
@@ -188,11 +202,6 @@ def check_part(
     if first < 0 or end > frames:
         raise ValueError(
             f"{take!s:.150} is {length} long; the part {name} is not in it."
-        )
-    if first == 0:
-        raise ValueError(
-            f"The part {name} reaches the take's beginning, so that nothing stands "
-            "before it: begin later, or make a new take with --again and another --seed."
         )
     return first, end
 

@@ -14,7 +14,7 @@ import os
 import runpy
 import sys
 import traceback
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
@@ -126,7 +126,7 @@ def try_edit(edit):
     flags |= dict.fromkeys(("prompt_start", "prompt_length", "candidates"))
     args = Namespace(regenerate=["8:12", "a.wav"], prompt=[""], takes=1, **flags)
     edit.set_edit(args)
-    assert args.regenerate == ((8.0, 12.0), Path("a.wav"), 0.0, None)
+    assert args.regenerate == (((8.0, 12.0),), Path("a.wav"), 0.0, None)
 
 
 def try_encodec(encodec):
@@ -187,6 +187,23 @@ def try_evaluate_score(evaluate_score):
 def try_fidelity(fidelity):
     case = ["--model", TINY, "--duration", "0.1", "--q-mode", "mxfp4"]
     run("fidelity.py", *case)
+
+
+def tiny_magnet(magnet: ModuleType) -> nn.Module:
+    """Tiny, taken for a MAGNeT."""
+    files = magnet.read(str(TINY))
+    files.config.masking = dict(span_len=3, subcodes_context=5)
+    return magnet.MAGNeT.from_pretrained(TINY, files=files)
+
+
+def try_fill(fill):
+    import magnet
+
+    model = tiny_magnet(magnet)
+    codes = mx.zeros((1, 30, 4), mx.uint32)
+    how = dict(parts=[(0.2, 0.4)], seed=0, decoding_steps=(1, 1, 1, 1))
+    filled = fill.fill(model, codes, "bell", **how)
+    assert filled.shape == (1, 30, 4) and (filled[:, 20:] == 0).all()
 
 
 def try_generate(generate):
@@ -271,6 +288,21 @@ def try_mert(mert):
     soundfile.write("a.wav", NOISE, 32000)
     folder = REFERENCE / "style-audiocraft" / "MERT-v1-95M"
     run("mert.py", "a.wav", "--model", folder)
+
+
+def try_magnet(magnet):
+    model = tiny_magnet(magnet)
+    options = dict(duration=0.3, seed=0, decoding_steps=(2, 1, 1, 1))
+    assert model.generate(["bell", "saw"], **options).shape == (2, 9600, 1)
+
+
+def try_magnet_job(magnet_job):
+    assert magnet_job.is_magnet("magnet-small-10secs") and not magnet_job.is_magnet(
+        "a/b"
+    )
+    given = magnet_job.asked_for(dict(temp=0, decoding_steps="2,1", output="a.wav"))
+    options = magnet_job.fit(given, magnet=True)
+    assert (options.temp, options.decoding_steps, options.top_p) == (0, (2, 1), 0.9)
 
 
 def try_models(models):
@@ -373,6 +405,13 @@ def try_ranking(ranking):
     codes = model.generate_codes(["bell", "saw"], duration=0.2)
     assert ranking.log_likelihood(model, ["bell", "saw"], codes).shape == (2,)
     assert ranking.order([1.0, 2.0]) == [1, 0]
+
+
+def try_recall(recall):
+    parser = ArgumentParser()
+    for name in ("again", "resume", "redecode", "regenerate", "model", "output"):
+        parser.add_argument(f"--{name}")
+    assert recall.recalled(parser, ["--output", "a.wav"]) == []
 
 
 def try_regenerate(regenerate):

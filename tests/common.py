@@ -17,7 +17,9 @@ import soundfile
 import sounds
 
 import generate
+from checkpoints import read
 from decoder import Condition, Decoder, DecoderConfig
+from magnet import MAGNeT
 from musicgen import MusicGen
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +41,18 @@ def last(array: mx.array) -> mx.array:
 def exact(name: str) -> MusicGen:
     """A model of the reference in float32, which is not every device's own choice."""
     return MusicGen.from_pretrained(REFERENCE / name, mx.float32)
+
+
+def random_magnet(longest: float = 1.0, name: str = "mono-transformers") -> MAGNeT:
+    """A reference MusicGen's weights, taken for those of a MAGNeT, with a codec that is
+    not so loud."""
+    files = read(str(REFERENCE / name))
+    files.config.masking = dict(span_len=3, subcodes_context=5)
+    files.config.max_duration = files.config.default_duration = longest
+    model = MAGNeT.from_pretrained(REFERENCE / name, mx.float32, files=files)
+    last = model.audio_encoder.decoder.layers[-1].conv
+    last.weight, last.bias = last.weight / 100, last.bias / 100
+    return model
 
 
 # Runs generate.py so that it tells of every step, as a terminal would see it.

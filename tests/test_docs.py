@@ -17,8 +17,9 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import numpy as np
-from common import REFERENCE, ROOT, Test, slow
+from common import REFERENCE, ROOT, Test, random_magnet, slow
 
+import convert
 import synth
 from audio import save_audio
 
@@ -117,7 +118,8 @@ def shorten(text: str) -> str:
         first, end = float(match[2]) / SHORTER, float(match[4]) / SHORTER
         return f"{match[1]}{first:g}{match[3]}{end:g}"
 
-    part = r"(part=\(|--regenerate )([\d.]+)(, |:)([\d.]+)"
+    before = r"part=\(|parts = \[\(|--(?:regenerate|fill) |(?<=\d) "
+    part = rf"({before})([\d.]+)(, |:)([\d.]+)"
     return re.sub(part, divide_both, re.sub(number, divide, text))
 
 
@@ -130,7 +132,9 @@ def cheapen(command: str) -> list[str]:
         if flag == "--bars":
             words[i] = "0.25"
     if words[0] == "generate.py":
-        kept = {"--again", "--redecode", "--regenerate"}
+        kept = {"--again", "--redecode", "--regenerate", "--fill"}
+        if "tiny-magnet" in words and "--decoding-steps" not in words:
+            words += ["--decoding-steps", "2,1,1,1"]
         if not {"--duration", "--loop", *kept} & {*words}:
             whole = WHOLE & {*words} or " | " in command
             words += ["--duration", str((8 if whole else 4) / SHORTER)]
@@ -155,6 +159,9 @@ class TestDocuments(Test):
             save_audio(path, clip[: 40000 if path.startswith("clips") else None], 32000)
         (self.folder / "clips/a.txt").write_text("a bell melody")
         (self.folder / "prompts.txt").write_text("slow guitar\nfast bell\n")
+        if not (ROOT / "tiny-magnet").is_dir():
+            (self.folder / "tiny-magnet").mkdir()
+            convert.save(random_magnet(8.0), self.folder / "tiny-magnet")
 
     def follow(self, document: str):
         """Do all that a document says, in its order and in one folder."""

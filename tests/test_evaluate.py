@@ -23,7 +23,7 @@ class Echo:
         encode=lambda audio: [Mock(codes=audio)], decode_chunk=lambda codes: codes
     )
 
-    config = SimpleNamespace(text_encoder="there is one")
+    config = SimpleNamespace(text_encoder="there is one", masking=None)
 
     def __init__(self, wrong=lambda clip: clip):
         self.wrong, self.calls = wrong, []
@@ -50,7 +50,7 @@ class TestEvaluate(Test):
 
     def table(self, model: Echo, *flags: str) -> dict[str, list[float]]:
         """The rows that the script prints; its messages where it fails."""
-        given = patch.object(evaluate.MusicGen, "from_pretrained", return_value=model)
+        given = patch.object(evaluate.magnet, "load", return_value=model)
         argv = ["evaluate.py", "--model", "x", *flags]
         with given as self.given, patch.object(evaluate, "Judge", self.judge):
             with redirect_stdout(io.StringIO()) as out, patch.object(sys, "argv", argv):
@@ -75,6 +75,16 @@ class TestEvaluate(Test):
         self.assertEqual((len(texts), duration, options["guidance_coef"]), (12, 4, 2))
         self.assertTrue(all(model.told(text).held_out for text in texts), texts)
         self.given.assert_called_once_with("x", adapter=None)
+
+    def test_a_magnet(self):
+        """Whose guidance is its own."""
+        model = Echo()
+        model.config = SimpleNamespace(text_encoder="there is one", masking={})
+        table = self.table(model, "--prompts", "2")
+        self.assertIn("takes, guidance 10 to 1", table)
+        self.assertEqual({*model.calls[0][2]}, {"seed", "batch_size"})
+        with self.assertRaisesRegex(SystemExit, "leave out --guidance-coef"):
+            self.table(model, "--prompts", "2", "--guidance-coef", "3")
 
     @slow(6)
     def test_a_model_that_does_not(self):
@@ -113,7 +123,7 @@ class TestEvaluate(Test):
         codec = Mock(encode=lambda audio: [Mock(codes=mx.repeat(audio, 4, 2))])
         codec.decode_chunk = lambda codes: codes.shape[2] / 8 * codes[..., :1]
         model = Mock(audio_encoder=codec)
-        given = patch.object(evaluate.MusicGen, "from_pretrained", return_value=model)
+        given = patch.object(evaluate.magnet, "load", return_value=model)
         argv = ["evaluate.py", "--codec", "x"]
         make = synth.make
         short = patch.object(synth, "make", lambda *its: make(*its[:2], seconds=1.0))

@@ -32,17 +32,17 @@ LAYERS = """
     prompt published conditioning
     checkpoints
     musicgen
-    convert evaluate ranking magnet
-    train loops regenerate
-    job benchmark evaluate_score
-    arguments jobs fidelity
-    lines
+    ranking magnet
+    convert evaluate loops regenerate magnet_job
+    train job evaluate_score fill
+    benchmark jobs recall
+    arguments fidelity lines
     generate
 """
 
 # Those of many files, which say "and what these need".
 ON_TOP = """
-    generate job jobs lines arguments train convert evaluate evaluate_score benchmark fidelity
+    generate job jobs lines arguments recall train convert evaluate evaluate_score benchmark fidelity
 """.split()
 
 TEXT_TO_MUSIC = ("musicgen", "decoder", "t5", "encodec", "options", "checkpoints")

@@ -17,7 +17,9 @@ import mert
 import models
 import t5_files
 from arguments import parse_arguments
+from benchmark import published_config
 from engine import DECODING_MEMORY
+from magnet import pass_bytes
 
 GB = 10**9
 WIDTH = {"float16": 2, "float32": 4, "int64": 8}
@@ -36,7 +38,16 @@ def size(name: str, prefix: str = "") -> float:
 
 
 def manifest(name: str) -> str:
+    """Of its tensors: a MAGNeT has those of the MusicGen or AudioGen of its size, and
+    `audio-magnet-small` those of `small`, but for the projection of T5-large."""
+    if name in hub.MAGNETS:
+        size = "medium" if "medium" in name else "small"
+        kind = "audiogen" if name == "audio-magnet-medium" else "musicgen"
+        return f"{kind}-{size}"
     return hub.MODELS[name].partition("/")[2]
+
+
+WIDER = 2 * 1024 * (1024 - 768) / GB  # the projection of T5-large in audio-magnet-small
 
 
 class TestSizes(Test):
@@ -50,12 +61,13 @@ class TestSizes(Test):
         for name, model in models.RELEASED.items():
             with self.subTest(name):
                 decoder = size(f"{manifest(name)}.audiocraft")
+                decoder += WIDER * (name == "audio-magnet-small")
                 self.assertAlmostEqual(model.decoder, decoder, delta=0.0015)
                 points = "pretrained" in compression[manifest(name)]
                 self.assertEqual(models.CODEC in model.parts, points)
                 self.assertEqual(model.codec == 0, points)
                 if not points:
-                    kind = "16khz_audiogen" if "audiogen" in name else "32khz"
+                    kind = "16khz_audiogen" if name.startswith("audio") else "32khz"
                     codec = size(f"encodec_{kind}.audiocraft")
                     self.assertAlmostEqual(model.codec, codec, delta=0.0005)
 
@@ -71,6 +83,9 @@ class TestSizes(Test):
         self.assertEqual(models.MERT, mert.REPO)
         self.assertEqual(models.CODEC, encodec_files.REPOS["32khz"])
         for name, model in models.RELEASED.items():
+            if name == "audio-magnet-small":  # whose list of tensors is that of `small`
+                self.assertIn(models.T5_LARGE, model.parts)
+                continue
             width = tensors(f"{manifest(name)}.audiocraft")[
                 "condition_provider.conditioners.description.output_proj.weight"
             ][1][1]
@@ -88,11 +103,15 @@ class TestSizes(Test):
                 own = [k for k in tensors(source) if k.startswith("transformer.layers")]
                 layers = 1 + max(int(k.split(".")[2]) for k in own)
                 large = models.T5_LARGE in model.parts
-                steps = (500 if large else 1500) + 3
+                short = large or "10secs" in name
+                steps = (500 if short else 1500) + 3
                 steps += PREFIXES.get(hub.follows(name), 0)
                 caches = (
                     2 * layers * 2 * width * steps * 2 / GB
                 )  # rows, keys and values
+                if name in hub.MAGNETS:  # no caches, but a pass over all frames
+                    config = published_config(name).decoder
+                    caches = pass_bytes(config, steps - 3, 2) / GB
                 t5 = f"t5-{'large' if large else 'base'}.transformers"
                 need = size(source) + size(t5, "encoder.") + size(t5, "shared.")
                 need += size("encodec_32khz.audiocraft")

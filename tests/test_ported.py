@@ -17,7 +17,13 @@ DECODER, CODEC = audiocraft.FILES
 # What a released model's settings say -> what the file of another model says, and the
 # setting that is named. audiocraft makes other codes or samples of each, or fails.
 DECODERS = (
-    ("lm_model: transformer_lm\n", "lm_model: transformer_lm_magnet\n", "lm_model"),
+    ("lm_model: transformer_lm\n", "lm_model: transformer_lm_flow\n", "lm_model"),
+    (  # a MAGNeT, by its name, whose attention looks back alone
+        "lm_model: transformer_lm\n",
+        "lm_model: transformer_lm_magnet\n",
+        "transformer_lm.causal",
+    ),
+    ("modeling: delay", "modeling: parallel", "codebooks_pattern.modeling"),
     ("past_context: null", "past_context: 5", "transformer_lm.past_context"),
     ("\n  causal: true", "\n  causal: false", "transformer_lm.causal"),
     ("layer_scale: null", "layer_scale: 0.1", "transformer_lm.layer_scale"),
@@ -117,9 +123,16 @@ class TestPorted(Test):
                 audiocraft.read_codec(Path("x"), changed)
         self.refused(CODEC, "lstm: 2", "lstm: 1", f"{CODEC} does not load: seanet.lstm")
 
-    def test_magnet_is_named(self):
-        with self.assertRaisesRegex(ValueError, "no MAGNeT is loaded here.*_magnet"):
-            ported.check_decoder({"lm_model": "transformer_lm_magnet"})
+    def test_magnet_is_told_by_its_settings(self):
+        """By one of them, and then the others must be its own, too."""
+        self.assertTrue(ported.is_magnet(ported.MAGNET))
+        ported.check_decoder(ported.MAGNET)
+        ported.check_decoder({"lm_model": "transformer_lm_magnet"})
+        self.assertFalse(ported.is_magnet({"codebooks_pattern.modeling": "parallel"}))
+        for name in ported.MAGNET.keys() - {"lm_model"}:
+            other = ported.MAGNET | {name: ported.SETTINGS[name]}
+            with self.assertRaisesRegex(ValueError, f"{name} must be "):
+                ported.check_decoder(other)
 
     def test_the_same_in_other_words(self):
         """Numbers and truths may be spelled in several ways, as YAML and Python do."""

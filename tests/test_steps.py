@@ -155,7 +155,7 @@ class TestSteps(Test):
         loading = inspect.signature(MusicGen.from_pretrained).parameters
         names = (
             "path_or_repo dtype q_bits q_group_size lazy group adapter adapter_scale "
-            "q_mode"
+            "q_mode files"
         )
         self.assertEqual([*loading], names.split())
 

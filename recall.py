@@ -1,0 +1,144 @@
+"""What a file's settings recall: flags of generate.py that go before those given.
+
+    recalled(parser, ["--again", "take.wav", "--temp", "0.8"])
+    # ["--prompt=slow bell", "--seed=7", ...]
+
+A flag that is given puts what it replaces out of force, so that a file's melody does not
+come with notes that are typed. Needs edit.py, job.py, magnet_job.py, messages.py,
+settings.py and what these need beside it.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import settings
+from edit import check_take, edited_file
+from job import (
+    ALL_KEYS,
+    AUDIO_KEYS,
+    ENDING_KEYS,
+    LEVELS,
+    MELODY_KEYS,
+    STYLE_KEYS,
+)
+from magnet_job import MAGNET_KEYS, is_magnet, is_of_magnet
+from messages import one_line
+
+QUANTIZATION = ("q_bits", "q_group_size", "q_mode")
+OF_MODEL = ("model", "dtype", *QUANTIZATION, "adapter", "adapter_scale")
+RECALLED = {*ALL_KEYS, *OF_MODEL} - {
+    "output",
+    "mp3_bitrate",
+    "best_of",
+    "keep_all",
+    "rank",
+}
+FADES = ("fade_in", "fade_out")
+KEPT = {"output", *LEVELS, *FADES, "subtype", "mp3_bitrate"}  # flags beside --redecode
+NEW_IN_EDIT = {
+    "seed",
+    "duration",
+    "loop",
+    "bars",
+    *AUDIO_KEYS,
+    "ending",
+}  # a take's, which its part has not
+DRAWING = {  # of one kind of model: another has its own
+    *("temp", "top_k", "top_p", "guidance_coef", "extend_stride", "duration"),
+    *MAGNET_KEYS,
+}
+UNDECODED = {"dtype", *QUANTIZATION, "adapter", "adapter_scale", "batch_size"}
+REPLACES = {  # flags, and the settings of a file that they put out of force
+    **dict.fromkeys(
+        ("prompt", "text", "prompts"), {"prompt", "section_fade", "section_context"}
+    ),
+    "audio_prompt": {*AUDIO_KEYS},
+    "melody": {*MELODY_KEYS, "notes"},
+    "notes": {*MELODY_KEYS, "notes"},
+    "style": {*STYLE_KEYS},
+    "style_length": {"style_start"},
+    "model": {"adapter", "adapter_scale"},
+    "adapter": {"adapter", "adapter_scale"},
+    "adapter_scale": {"adapter_scale"},
+    "q_bits": {"q_group_size", "q_mode"},
+    "q_mode": {"q_bits", "q_group_size"},
+    "loudness": {"peak"},
+    "peak": {"loudness"},
+    "stream": {"loudness", "peak", "subtype", "drop_prompt", *ENDING_KEYS},
+    "output": {"subtype"},
+}
+
+
+def recalled(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
+    """The settings of --again, --resume or --redecode, as flags to go before those
+    that are given."""
+    args, _ = parser.parse_known_args(argv)
+    sources = [p for p in (args.again, args.resume, args.redecode) if p is not None]
+    sources += (edited := edited_file(args.regenerate))
+    if not sources:
+        return []
+    given = {k for k, v in vars(args).items() if v != parser.get_default(k)}
+    if len(sources) > 1:
+        parser.error(
+            "--again, --resume, --redecode and --regenerate must not come together"
+        )
+    shaping = given & ({"prompts", "takes", *ALL_KEYS, *UNDECODED} - KEPT)
+    if args.redecode and shaping:
+        name = min(shaping).replace("_", "-")
+        parser.error(f"--redecode takes codes as they are: leave out --{name}")
+    if args.resume and args.audio_prompt:
+        parser.error("--resume goes on from codes: leave out --audio-prompt")
+    codes_only = args.resume or args.redecode
+    if codes_only and sources[0].suffix != ".safetensors":
+        flag = "--resume" if args.resume else "--redecode"
+        parser.error(f"{flag} needs a .safetensors of --save-codes, got {sources[0]}")
+    try:
+        record = read_record(sources[0], args)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: error: {one_line(error)}\n")
+    replaced = set().union(*(REPLACES.get(name, ()) for name in given))
+    if args.model != parser.get_default("model"):
+        changes = is_magnet(args.model) not in (None, is_of_magnet(record))
+        replaced |= DRAWING if changes else set()
+    if is_of_magnet(record) and "top_k" in given:  # see `magnet_job.fit`
+        replaced |= {"top_p"}
+    if edited:
+        replaced |= NEW_IN_EDIT
+        in_sound = {*LEVELS, *FADES}  # already, where the take is no codes
+        replaced |= set() if sources[0].suffix == ".safetensors" else in_sound
+    wanted = {k: record[k] for k in (RECALLED - replaced) & record.keys()}
+    flags = {f"--{k.replace('_', '-')}": v for k, v in wanted.items()}
+    chosen = [
+        (flag, one)
+        for flag, value in flags.items()
+        for one in (value if isinstance(value, list) else [value])
+        if one is not None and one is not False
+    ]
+    found = [flag if value is True else f"{flag}={value}" for flag, value in chosen]
+    parser.source = f"{sources[0]}: "
+    parser.parse_known_args(found)
+    parser.source = ""
+    return found
+
+
+def read_record(source: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a take; none of a sound to be edited that has none. Raises OSError
+    or ValueError, also for --again of what settings alone do not make, and for what
+    cannot be edited."""
+    try:
+        record = settings.read_settings(source)
+    except ValueError:
+        if args.regenerate and source.suffix != ".safetensors":
+            return {}
+        raise
+    if args.regenerate:
+        check_take(source, record)
+    if args.again and "regenerated" in record:
+        alone = "" if is_of_magnet(record) else " --candidates 1"
+        raise ValueError(
+            f"{source} was made by --regenerate {record.get('part')} of "
+            f"{record['regenerated']!s:.150}: give that again, with --seed "
+            f"{record.get('part_seed', record.get('seed'))}{alone}."
+        )
+    return record
