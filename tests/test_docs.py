@@ -17,9 +17,8 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import numpy as np
-from common import REFERENCE, ROOT, Test, random_magnet, slow
+from common import REFERENCE, ROOT, Test, slow
 
-import convert
 import synth
 from audio import save_audio
 
@@ -159,9 +158,6 @@ class TestDocuments(Test):
             save_audio(path, clip[: 40000 if path.startswith("clips") else None], 32000)
         (self.folder / "clips/a.txt").write_text("a bell melody")
         (self.folder / "prompts.txt").write_text("slow guitar\nfast bell\n")
-        if not (ROOT / "tiny-magnet").is_dir():
-            (self.folder / "tiny-magnet").mkdir()
-            convert.save(random_magnet(8.0), self.folder / "tiny-magnet")
 
     def follow(self, document: str):
         """Do all that a document says, in its order and in one folder."""

@@ -112,6 +112,20 @@ class TestFilling(Test):
             pass
         self.assertSame(filling.codes[0, :50], take.codes[0])
 
+    def test_a_window_hears_what_the_one_before_it_filled_in(self):
+        codes, parts = self.codes(100), [(0.2, 0.4), (0.44, 1.0), (1.04, 1.2)]
+        row = fill(self.model, codes, "a", parts, seed=3, **FREE)
+        start, end = 31, 81  # of the second, see test_windows
+        between = mx.where(mx.arange(100)[:, None] < 52, row, codes)
+        free = free_frames(50, [(52 - start, 60 - start)])
+        how = dict(seed=3, free=free, **FREE)
+        for given, same in ((between, True), (codes, False)):
+            take = self.model.steps("a", codes_prompt=given[:, start:end], **how)
+            for _ in take:
+                pass
+            made = (take.codes[:, 21:29] == row[:, 52:60]).all().item()
+            self.assertEqual(made, same)
+
     def test_windows(self):
         for frames, count, want in (
             ([(10, 20)], 40, [(0, 40, [(10, 20)])]),

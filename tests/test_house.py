@@ -34,10 +34,10 @@ LAYERS = """
     musicgen
     ranking magnet
     convert evaluate loops regenerate magnet_job
-    train job evaluate_score fill
-    benchmark jobs recall
-    arguments fidelity lines
-    generate
+    job evaluate_score fill train_magnet
+    train jobs recall
+    benchmark arguments lines
+    fidelity generate
 """
 
 # Those of many files, which say "and what these need".

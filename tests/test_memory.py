@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 import benchmark
 import engine
+import magnet
 import quantize
 from musicgen import MusicGen
 from options import Options
@@ -128,12 +129,16 @@ class TestBudget(Test):
 
 def needs(name: str, bits: int) -> int:
     """Bytes that a take of 30 s takes: nothing is computed."""
-    model = MusicGen(benchmark.published_config(name), benchmark.Words())
+    config = benchmark.published_config(name)
+    kind = MusicGen if config.masking is None else magnet.MAGNeT
+    model = kind(config, benchmark.Words())
     model.decoder.set_dtype(mx.float16)
     if bits < 16:
         quantize.quantize(model.decoder, bits)
     weights = sum(weight.nbytes for _, weight in tree_flatten(model.parameters()))
     caches = 2 * engine.cache_bytes(model.decoder, 30 * 50 + 3)
+    if kind is not MusicGen:
+        caches = magnet.pass_bytes(config.decoder, model.longest_window, 2)
     return weights + max(caches, engine.DECODING_MEMORY)
 
 
@@ -141,13 +146,15 @@ class TestTable(Test):
     def test_which_mac_holds_which_model(self):
         """What the README says, by the sizes, and by the budget of each Mac."""
         text = (ROOT / "README.md").read_text()
-        rows = re.findall(r"^(\| `(\w+)`, `stereo-\2` \|.*)$", text, re.MULTILINE)
+        row = r"^(\| `(\w+)`, `stereo-\2`(?:, `[\w-]+`)* \|.*)$"
+        rows = re.findall(row, text, re.MULTILINE)
         self.assertEqual([name for _, name in rows], [*benchmark.SIZES])
         for row, name in rows:
             told = re.findall(r"\| ([\d.]+) GB: (\d+) GB ", row)
             for bits, (size, mac) in zip((16, 8, 4), told, strict=True):
                 with self.subTest(name, bits=bits):
-                    need = max(needs(name, bits), needs(f"stereo-{name}", bits))
+                    names = re.findall(r"`([\w-]+)`", row)
+                    need = max(needs(one, bits) for one in names)
                     self.assertEqual(f"{need / GB:.1f}", size)
                     macs = []
                     for ram in (8, 16, 24, 32):

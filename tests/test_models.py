@@ -38,16 +38,7 @@ def size(name: str, prefix: str = "") -> float:
 
 
 def manifest(name: str) -> str:
-    """Of its tensors: a MAGNeT has those of the MusicGen or AudioGen of its size, and
-    `audio-magnet-small` those of `small`, but for the projection of T5-large."""
-    if name in hub.MAGNETS:
-        size = "medium" if "medium" in name else "small"
-        kind = "audiogen" if name == "audio-magnet-medium" else "musicgen"
-        return f"{kind}-{size}"
     return hub.MODELS[name].partition("/")[2]
-
-
-WIDER = 2 * 1024 * (1024 - 768) / GB  # the projection of T5-large in audio-magnet-small
 
 
 class TestSizes(Test):
@@ -61,7 +52,6 @@ class TestSizes(Test):
         for name, model in models.RELEASED.items():
             with self.subTest(name):
                 decoder = size(f"{manifest(name)}.audiocraft")
-                decoder += WIDER * (name == "audio-magnet-small")
                 self.assertAlmostEqual(model.decoder, decoder, delta=0.0015)
                 points = "pretrained" in compression[manifest(name)]
                 self.assertEqual(models.CODEC in model.parts, points)
@@ -83,9 +73,6 @@ class TestSizes(Test):
         self.assertEqual(models.MERT, mert.REPO)
         self.assertEqual(models.CODEC, encodec_files.REPOS["32khz"])
         for name, model in models.RELEASED.items():
-            if name == "audio-magnet-small":  # whose list of tensors is that of `small`
-                self.assertIn(models.T5_LARGE, model.parts)
-                continue
             width = tensors(f"{manifest(name)}.audiocraft")[
                 "condition_provider.conditioners.description.output_proj.weight"
             ][1][1]
