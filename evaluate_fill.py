@@ -13,8 +13,8 @@ The table tells how often tempo and timbre of the whole take are judged to be wh
 were, as evaluate.py judges; how far the sounds on both sides of the right seam are from
 each other, each 60 ms long, by the spectrum, and how much farther than in the take as it
 was; and how far the onsets a second, from 2 s before the seam to 2 s after it, are from
-the take's. Needs evaluate.py, evaluate_score.py, regenerate.py, magnet.py, musicgen.py,
-training.py, synth.py and what these need beside it.
+the take's. Needs evaluate.py, evaluate_score.py, fill.py, regenerate.py, magnet.py,
+musicgen.py, training.py, synth.py and what these need beside it.
 """
 
 import sys
@@ -30,6 +30,7 @@ import magnet
 import synth
 from evaluate import Judge, Measures, Parser, measure, onset_rate, prompts, show
 from evaluate_score import AROUND, PART, Table, spectral_distance
+from fill import fill
 from messages import one_line
 from musicgen import MusicGen
 from regenerate import join, regenerate
@@ -67,13 +68,6 @@ def codes_of(model: MusicGen, clip: synth.Clip, seed: int) -> mx.array:
     return model.audio_encoder.encode(mx.array(sound)[None, :, None])[0].codes
 
 
-def fill(model: magnet.MAGNeT, codes: mx.array, text: str, **options) -> mx.array:
-    """Codes (1, T, K) with PART filled in."""
-    (first, end), place = map(model.frames_in, PART), mx.arange(codes.shape[1])
-    free = (place >= first) & (place < end)
-    return model.generate_codes(text, codes_prompt=codes, free=free, **options)
-
-
 def put_in(model: MusicGen, codes: mx.array, other: mx.array) -> mx.array:
     """Codes (1, T, K) with those of another take in PART."""
     first, end = map(model.frames_in, PART)
@@ -94,7 +88,7 @@ def versions(
         codes, how = codes_of(model, clip, seed + i), dict(seed=seed + i)
         alone = regenerate(beside, codes, text, PART, candidates=1, **how)
         made = {
-            FILLED: fill(model, codes, text, **how, **options),
+            FILLED: fill(model, codes, text, [PART], **how, **options),
             CONTINUED: alone.codes,
             OTHER: put_in(model, codes, other),
         }

@@ -2,6 +2,7 @@
 
     python train.py synth --codec --output tiny-new
     python train.py synth --lm --output tiny-new
+    python train.py synth --magnet --model tiny-new --output tiny-magnet-new
     python generate.py --model tiny-new --prompt "slow sad bell melody with drums"
 
     python train.py lora --model small --data clips/ --output brass.safetensors
@@ -9,10 +10,11 @@
 
 `synth` trains a small model on the clips of `synth.py`. First the codec learns to
 reconstruct sound through its codebooks, then T5 and the decoder together learn to write
-its codes. `lora` trains an adapter of a model (see lora.py) on sounds and captions of
-your own, with `--format peft` as the library PEFT loads it. `--resume` goes on from the
-last checkpoint. It lies in the output folder under `training`, or for an adapter in the
-folder `OUTPUT.training`. Needs training.py, train_codec.py, synth.py, lora.py,
+its codes; a MAGNeT learns them on the same codec and T5 (see train_magnet.py). `lora`
+trains an adapter of a model (see lora.py) on sounds and captions of your own, with
+`--format peft` as the library PEFT loads it. `--resume` goes on from the last checkpoint.
+It lies in the output folder under `training`, or for an adapter in the folder
+`OUTPUT.training`. Needs training.py, train_codec.py, train_magnet.py, synth.py, lora.py,
 peft_files.py, convert.py, prompt.py, musicgen.py and all that these need, outputs.py and
 messages.py beside it.
 """
@@ -518,18 +520,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description="Train a tiny model, or an adapter.")
     commands = parser.add_subparsers(dest="command", required=True)
     tiny = commands.add_parser("synth", help="train the tiny model from nothing")
-    part = tiny.add_mutually_exclusive_group(required=True)
-    part.add_argument("--codec", action="store_true", help="train the codec: first")
-    part.add_argument("--lm", action="store_true", help="train T5 and decoder: second")
-    text = "train a MAGNeT on the codec and the T5 of --model"
-    part.add_argument("--magnet", action="store_true", help=text)
-    part.add_argument("--listen", type=int, help="only write this many clips to OUTPUT")
-    add = tiny.add_argument
-    add("--output", type=named_path, default="tiny-new", help="(default: %(default)s)")
-    text = "of which --magnet takes the codec and the T5 (default: %(default)s)"
-    add("--model", default="tiny", help=text)
-    counts = ", ".join(f"{count} for --{name}" for name, count in CLIPS.items())
-    add("--clips", type=int, help=f"clips to make (default: {counts})")
+    add_parts(tiny)
     lora = commands.add_parser("lora", help="teach a model your own clips")
     add = lora.add_argument
     add("--model", required=True, help="short name, Hub id or folder")
@@ -569,6 +560,22 @@ def parse_arguments() -> argparse.Namespace:
         args.clips = CLIPS[part_of(args)]
     check_numbers(parser, args)
     return args
+
+
+def add_parts(tiny: argparse.ArgumentParser) -> None:
+    """Add the flags of what is trained on clips of synth.py."""
+    part = tiny.add_mutually_exclusive_group(required=True)
+    part.add_argument("--codec", action="store_true", help="train the codec: first")
+    part.add_argument("--lm", action="store_true", help="train T5 and decoder: second")
+    text = "train a MAGNeT on the codec and the T5 of --model"
+    part.add_argument("--magnet", action="store_true", help=text)
+    part.add_argument("--listen", type=int, help="only write this many clips to OUTPUT")
+    add = tiny.add_argument
+    add("--output", type=named_path, default="tiny-new", help="(default: %(default)s)")
+    text = "of which --magnet takes the codec and the T5 (default: %(default)s)"
+    add("--model", default="tiny", help=text)
+    counts = ", ".join(f"{count} for --{name}" for name, count in CLIPS.items())
+    add("--clips", type=int, help=f"clips to make (default: {counts})")
 
 
 def part_of(args: argparse.Namespace) -> str:

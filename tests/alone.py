@@ -184,6 +184,13 @@ def try_evaluate_score(evaluate_score):
     assert evaluate_score.spectral_distance(sounds[0], sounds[0]) == 0
 
 
+def try_evaluate_fill(evaluate_fill):
+    run("evaluate_fill.py", "--help")
+    sound = np.tile(NOISE[:, 0], 8)  # the same on both sides of any seam
+    found = evaluate_fill.find(sound)
+    assert found.jump > 1 and found.measures is not None
+
+
 def try_fidelity(fidelity):
     case = ["--model", TINY, "--duration", "0.1", "--q-mode", "mxfp4"]
     run("fidelity.py", *case)
@@ -510,6 +517,14 @@ def try_train_codec(train_codec):
         codec, state, mx.array(NOISE[None, :6400, 0])
     )
     assert mx.isfinite(loss).item() and losses.shape == (3,)
+
+
+def try_train_magnet(train_magnet):
+    spans = train_magnet.Spans(30, 3)
+    sizes = [mx.array(x) for x in ([0.5, 0.5], [0, 10], [30, 5])]
+    masked = spans(*sizes, mx.random.key(0))
+    assert masked.shape == (2, 30) and 5 <= masked[0].sum().item() <= 25
+    assert not masked[1, :10].any() and masked[1, 10:15].any()
 
 
 def try_training(training):

@@ -23,10 +23,11 @@ import synth
 from audio import save_audio
 
 DOCUMENTS = ("README.md", "GUIDE.md", "TRAINING.md", "SPEED.md", "tiny/README.md")
+DOCUMENTS += ("tiny-magnet/README.md",)
 FENCE = re.compile(r"^```(\w*) ?(.*)\n([\s\S]*?)^```$", re.MULTILINE)
 COMMAND = re.compile(r"\bpython (\w+\.py\b.*?)(?= \| (?![\dA-G])|$)", re.MULTILINE)
 NOT_RUN = re.compile(
-    r"synth --(codec|lm)|tiny-new|--tensor-parallel|--random|evaluate(_score)?\.py|test\.py"
+    r"synth --(codec|lm|magnet)|tiny-new|--tensor-parallel|--random|evaluate(_\w+)?\.py|test\.py"
 )
 READ = re.compile(r".+\.(wav|mp3|txt|jsonl|safetensors)")  # unless a flag says WRITTEN
 WRITTEN = re.compile(r"--(output|save-\w+)")
