@@ -213,10 +213,11 @@ def wraps(model: MusicGen, takes: int, cuts: int = 20, seed: int = 0) -> Table:
     random, found = np.random.default_rng(seed), []
     for i, text in enumerate(prompts(takes)[1]):
         beat = Beat(float(random.integers(80, 161)))
-        codes = model.generate_codes(beat.named(text), take_seconds(beat, 2), seed=i)
+        named, seconds = beat.named(text), take_seconds(beat, 2)
+        codes = model.generate_codes(named, seconds, seed=seed + i)
         frames = loop_frames(beat, 2, model.frame_rate)
         count = loop_samples(beat, 2, model.sampling_rate)
-        first, _ = best_cut(model, beat.named(text), codes, frames)
+        first, _ = best_cut(model, named, codes, frames)
         loop = decode_round(model, codes[:, first : first + frames], count)
         sound = np.array(model.decode(codes))[0, :, 0]
         places = random.integers(0, len(sound) - count, cuts)

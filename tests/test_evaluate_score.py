@@ -4,12 +4,13 @@ import io
 from contextlib import redirect_stderr, redirect_stdout
 from unittest.mock import patch
 
+import mlx.core as mx
 import numpy as np
 from common import Test, slow
 
 import evaluate_score
 from evaluate import Judge
-from evaluate_score import seam, seams, spectral_distance, wrap_jumps
+from evaluate_score import seam, seams, spectral_distance, wrap_jumps, wraps
 from musicgen import MusicGen
 
 
@@ -44,6 +45,26 @@ class TestTables(Test):
         self.assertLess(spectrum, 1)
         self.assertGreater(wrap_jumps(cut)[0], 0.9)
         self.assertGreater(wrap_jumps(cut)[1], 20)
+
+    def test_wraps_of_other_takes(self):
+        """Another seed is of other takes. A loop of silence has no jump of the level."""
+        model, made = MusicGen.from_pretrained("tiny"), []
+        codes = mx.random.randint(0, 512, (1, 500, 4), key=mx.random.key(0))
+
+        def generate_codes(prompt, seconds, seed):
+            made.append(seed)
+            return codes[:, : model.frames_in(seconds)]
+
+        def silence(model, codes, count):
+            return mx.zeros((count, 1))
+
+        with patch.object(model, "generate_codes", generate_codes):
+            with patch.object(evaluate_score, "best_cut", return_value=(0, -1.0)):
+                with patch.object(evaluate_score, "decode_round", silence):
+                    table = wraps(model, 2, cuts=3, seed=7)
+        self.assertEqual(made, [7, 8])
+        self.assertEqual(table["the loop"]["level"], "0.000")
+        self.assertEqual(table["the loop is better than a cut"]["level"], "100%")
 
     @slow(6)
     def test_a_seam(self):

@@ -11,7 +11,7 @@ from common import ROOT, ScriptTest, Test, exact, slow
 import loops
 from audio import save_audio
 from beat import Beat
-from loops import best_cut, cut_scores, decode_round, loop_frames, loop_samples
+from loops import best_cut, cut_scores, decode_round, loop_frames, loop_samples, splash
 from ranking import log_likelihood
 from sections import Sections
 from settings import load_codes, read_settings, to_comment
@@ -75,7 +75,7 @@ class TestCut(Test):
         model = exact("mono-audiocraft")
         rng = np.random.default_rng(0)
         other, loop = rng.integers(0, 60, (1, 7, 4)), rng.integers(0, 60, (1, 20, 4))
-        codes = mx.array(np.concatenate([other, loop, loop[:, :5]], axis=1))
+        codes = mx.array(np.concatenate([other, loop, loop[:, :3]], axis=1))
 
         def known(model, prompt, rows, first):
             """1 for each code that follows as in the loop."""
@@ -96,6 +96,46 @@ class TestCut(Test):
             self.assertEqual(best_cut(model, "a", codes, 20), (7, 1.0))
             first, score = best_cut(model, "a", codes, 19)
         self.assertLess(score, 1)
+
+    def test_the_likeliest_few_are_heard(self):
+        """Of the likeliest sixth of the places that one is taken which has the least
+        over the wrap, as it sounds when it is repeated."""
+        model = exact("mono-audiocraft")
+        codes = model.generate_codes("drums", duration=1.0, seed=7)
+        hop, firsts = model.config.audio_encoder.hop_length, [*range(25)]
+        scores = cut_scores(model, "drums", codes, 26, firsts).tolist()
+        heard = []
+        for first in firsts:
+            loop = codes[:, first : first + 26]
+            sound = np.array(model.decode(mx.concatenate([loop] * 6, axis=1))[0])
+            heard.append(splash(sound, 4 * 26 * hop, model.sampling_rate))
+        got = loops.cut_splashes(model, codes, 26, firsts)
+        self.assertTrue(np.allclose(got, heard, atol=0.01), np.subtract(got, heard))
+        likeliest = sorted(firsts, key=scores.__getitem__)[-4:]
+        first, score = best_cut(model, "drums", codes, 26)
+        self.assertEqual(first, min(likeliest, key=heard.__getitem__))
+        self.assertAlmostEqual(score, scores[first], 4)
+        self.assertNotIn(first, (likeliest[-1], int(np.argmin(heard))))
+
+    def test_splash(self):
+        """A click is heard, whatever the sound; what goes on is not, nor its level."""
+        time = np.arange(19200) / 32000
+        noise = np.random.default_rng(0).normal(size=(19200, 2)) / 10
+        saw = sum(np.sin(2 * np.pi * 220 * k * time) / k for k in range(1, 60))[:, None]
+        for sound in (noise, saw, np.repeat(saw, 2, axis=1)):
+            self.assertLess(abs(splash(sound, 9600, 32000)), 1)
+            self.assertAlmostEqual(
+                splash(sound, 9600, 32000), splash(3 * sound, 9600, 32000), 1
+            )
+            found = []
+            for height in (3, 10, 30):
+                clicks = sound.copy()
+                clicks[9600] += height
+                found.append(splash(clicks, 9600, 32000))
+                beside = splash(clicks, 9600 - 1600, 32000)
+                self.assertLess(beside, 0.5)
+            self.assertEqual(found, sorted(found))
+            self.assertGreater(found[-1], 10)
 
     def test_sections_stay_where_they_are(self):
         model = exact("mono-audiocraft")
