@@ -21,7 +21,7 @@ from endings import FADE
 from hub import MODELS, follows, local, same_model
 from job import ALL_KEYS, Job, make_job, numbered
 from jobs import agree
-from magnet_job import is_of_magnet
+from magnet_job import DRAWING, is_of_magnet
 from options import Options
 from outputs import identity, in_words, is_there
 from sections import Sections
@@ -261,6 +261,9 @@ def differences(
     if job.best_of and "first_seed" in record:  # the file's own is the best one's
         record = record | dict(seed=record["first_seed"])
     wanted["keep_all"] = record.get("keep_all")  # of files beside this one
+    if job.magnet not in (None, is_of_magnet(record)):  # which the model's name tells
+        for name in DRAWING & wanted.keys():
+            del wanted[name]
     if not job.seed_is_given:
         del wanted["seed"]
     for name, value in own.items():

@@ -104,18 +104,18 @@ class MagnetOptions:
         longest = (
             f", to the model's own {max_duration:g} s" if max_duration < 1e6 else ""
         )
-        arranged = self.span_arrangement in ARRANGEMENTS
+        count = f"{codebooks} " if codebooks else ""
+        arranged = self.span_arrangement in [*ARRANGEMENTS]
         for name, holds, rule in (
             ("duration", own, f"from a frame, 1/{frame_rate} s{longest or ' up'}"),
-            ("temp", self.temp == 0 or number(self.temp, 1e-3, 1e6), "0 (greedy) or "
+            ("temp", number(self.temp, 0, 0) or number(self.temp, 1e-3), "0 (greedy) or "
              "0.001 up"),
             ("top_k", is_whole(self.top_k) and 0 <= self.top_k <= 2048, "from 0 (off) "
              "to 2048"),
             ("top_p", number(self.top_p, 0, 1), "between 0 (off) and 1"),
             ("max_guidance_coef", number(self.max_guidance_coef), "a finite number"),
             ("min_guidance_coef", number(self.min_guidance_coef), "a finite number"),
-            ("decoding_steps", each, f"{codebooks or 'a few'} numbers of passes, from 1 "
-             "to 1000"),
+            ("decoding_steps", each, f"{count}numbers of passes, from 1 to 1000"),
             ("span_arrangement", arranged, " or ".join(ARRANGEMENTS)),
             ("negative_prompt", isinstance(self.negative_prompt, str), "a text"),
         ):  # fmt: skip

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 COEFS = ("max_guidance_coef", "min_guidance_coef")
 MAGNET_KEYS = (*COEFS, "decoding_steps", "span_arrangement")
+DRAWING = {  # what one kind of model has otherwise than the other
+    *("temp", "top_k", "top_p", "guidance_coef", "extend_stride", *MAGNET_KEYS),
+}
 REFUSED = {  # settings and flags that are MusicGen's, and what to do
     "stream": "all frames are made at once, so none can be heard before: leave it out",
     "resume": "its takes have one length: give --fill 8:12 to make a part of one again",

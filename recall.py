@@ -22,7 +22,7 @@ from job import (
     MELODY_KEYS,
     STYLE_KEYS,
 )
-from magnet_job import MAGNET_KEYS, is_magnet, is_of_magnet
+from magnet_job import DRAWING, is_magnet, is_of_magnet
 from messages import one_line
 
 QUANTIZATION = ("q_bits", "q_group_size", "q_mode")
@@ -44,10 +44,6 @@ NEW_IN_EDIT = {
     *AUDIO_KEYS,
     "ending",
 }  # a take's, which its part has not
-DRAWING = {  # of one kind of model: another has its own
-    *("temp", "top_k", "top_p", "guidance_coef", "extend_stride", "duration"),
-    *MAGNET_KEYS,
-}
 UNDECODED = {"dtype", *QUANTIZATION, "adapter", "adapter_scale", "batch_size"}
 REPLACES = {  # flags, and the settings of a file that they put out of force
     **dict.fromkeys(
@@ -100,7 +96,7 @@ def recalled(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
     replaced = set().union(*(REPLACES.get(name, ()) for name in given))
     if args.model != parser.get_default("model"):
         changes = is_magnet(args.model) not in (None, is_of_magnet(record))
-        replaced |= DRAWING if changes else set()
+        replaced |= {*DRAWING, "duration"} if changes else set()
     if is_of_magnet(record) and "top_k" in given:  # see `magnet_job.fit`
         replaced |= {"top_p"}
     if edited:

@@ -161,6 +161,22 @@ class TestMaking(MagnetTest):
         self.assertIn("temp was 3.0 and is 1.0", err)
         self.assertEqual(out.count("s of audio"), 3)
 
+    def test_a_file_of_prompts_of_another_kind_of_model(self):
+        """The model is told, not what each kind has of its own."""
+        path, output = self.folder / "q.txt", self.folder / "q.wav"
+        path.write_text("bell\n")
+        own = ["--prompts", path, "-o", output, "--duration", 0.3]
+        status, _, err = self.run_script(*own, *SHORT)
+        self.assertEqual(status, 0, err)
+        status, _, err = super().run_script(*own, "--model", "tiny")
+        told = f"q-1.wav is made again: model was '{self.model}' and is 'tiny'\n"
+        self.assertEqual(status, 0, err)
+        self.assertTrue(err.endswith(told), err)
+        status, _, err = self.run_script(*own, *SHORT)
+        told = f"q-1.wav is made again: model was 'tiny' and is '{self.model}'\n"
+        self.assertEqual(status, 0, err)
+        self.assertTrue(err.endswith(told), err)
+
     def test_ctrl_c_leaves_nothing(self):
         """And says so."""
         passes, forward = [], magnet.Forward.__call__
@@ -446,6 +462,26 @@ class TestJobs(Test):
         model = MusicGen.from_pretrained(REFERENCE / "mono-transformers")
         fault = make_job(values | dict(decoding_steps="1,1,1,1")).timed(model).fault
         self.assertIn("decoding_steps applies to MAGNeT alone", fault)
+
+    def test_what_no_magnet_takes(self):
+        for name, value in (
+            ("temp", False),
+            ("temp", 0.0001),
+            ("temp", "hot"),
+            ("top_k", True),
+            ("top_p", None),
+            ("span_arrangement", ["stride1"]),
+            ("span_arrangement", None),
+            ("decoding_steps", 20),
+            ("decoding_steps", ()),
+            ("max_guidance_coef", float("inf")),
+            ("min_guidance_coef", "1"),
+            ("negative_prompt", 1),
+            ("duration", 31.0),
+        ):
+            with self.assertRaisesRegex(ValueError, f"^{name} must be ", msg=value):
+                MagnetOptions(**{name: value}).check()
+        MagnetOptions(temp=0, decoding_steps=[1, 2]).check()
 
     def test_passes(self):
         for value in ("20,10,10,10", [20, 10, 10, 10], (20, 10, 10, 10)):
