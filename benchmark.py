@@ -269,8 +269,8 @@ def measure_passes(model: MAGNeT, duration: float, batch: int) -> dict[str, str]
         "passes": f"{take.total}, {generation / take.total * 1e3:.2f} ms each",
         "generation": f"{generation:.2f} s, {generation / batch:.2f} s a take, "
         f"{batch * duration / generation:.2f} times real time",
-        "arithmetic": f"{operations / batch / 1e12:.2f} T operations a take, "
-        f"{operations / generation / 1e12:.1f} T a second",
+        "arithmetic": f"{operations / batch / 1e12:.3g} T operations a take, "
+        f"{operations / generation / 1e12:.3g} T a second",
         "decoding": f"{decoding:.2f} s, {decoding / generation:.1%} of the generation",
         "peak memory": f"{peak / 1e9:.2f} GB, decoding "
         f"{mx.get_peak_memory() / 1e9:.2f} GB",

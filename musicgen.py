@@ -66,7 +66,9 @@ class MusicGen(nn.Module):
 
     def __repr__(self) -> str:
         dtype = str(self.decoder.dtype).removeprefix("mlx.core.")
-        return f"MusicGen({self.name!r}, {dtype}, channels={self.channels})"
+        return (
+            f"{type(self).__name__}({self.name!r}, {dtype}, channels={self.channels})"
+        )
 
     @property
     def sampling_rate(self) -> int:
