@@ -332,6 +332,13 @@ class TestNames(Test):
         path.unlink()
         self.assertIsNone(magnet_job.is_magnet(str(path.parent)))
 
+    def test_shapes(self):
+        """By which an adapter finds its model."""
+        shape = hub.shape_of("audio-magnet-small")
+        self.assertEqual((shape["width"], shape["sampling_rate"]), (1024, 16000))
+        shape = hub.shape_of("facebook/magnet-medium-30secs")
+        self.assertEqual((shape["width"], shape["sampling_rate"]), (1536, 32000))
+
     def test_own_settings(self):
         for name, seconds in (
             ("magnet-small-10secs", 10.0),
