@@ -2,6 +2,7 @@
 
     python evaluate_fill.py
     python evaluate_fill.py --model tiny-magnet --beside tiny --takes 200
+    python evaluate_fill.py --temp 1 3 --max-guidance-coef 3 10
 
 The takes are 8 s of the synthesizer that went through the codec, under prompts that name
 a combination of traits which was not in the training (`synth.HELD_OUT`). Of each, 2 s in
@@ -9,14 +10,16 @@ the middle are made anew: a MAGNeT fills them in, for it hears both sides; the m
 beside it, which must have the same codec, goes on from the left side alone, until the
 right side comes. The last row has the same 2 s of another take in their place.
 
-The table tells how often tempo and timbre of the whole take are judged to be what they
-were, as evaluate.py judges; how far the sounds on both sides of the right seam are from
-each other, each 60 ms long, by the spectrum, and how much farther than in the take as it
-was; and how far the onsets a second, from 2 s before the seam to 2 s after it, are from
-the take's. Needs evaluate.py, evaluate_score.py, fill.py, regenerate.py, magnet.py,
-musicgen.py, training.py, synth.py and what these need beside it.
+Several settings of the filling have a row each. The table tells how often tempo and
+timbre of the whole take are judged to be what they were, as evaluate.py judges; how far
+the sounds on both sides of the right seam are from each other, each 60 ms long, by the
+spectrum, and how much farther than in the take as it was; and how far the onsets a
+second, from 2 s before the seam to 2 s after it, are from the take's. Needs evaluate.py,
+evaluate_score.py, fill.py, regenerate.py, magnet.py, musicgen.py, training.py, synth.py
+and what these need beside it.
 """
 
+import itertools
 import sys
 import warnings
 from collections.abc import Iterator
@@ -38,12 +41,11 @@ from training import counted
 
 SECONDS = 8.0  # of a take
 BESIDE = 0.06  # seconds on each side of the seam
-WHOLE, FILLED, CONTINUED, OTHER = (
-    "the takes as they were",
-    "filled in from both sides",
-    "continued from the left side",
-    "the part of another take",
-)
+WHOLE = "the takes as they were"
+FILLED = "filled in from both sides, temp {temp:g}, guidance {max_guidance_coef:g} to 1"
+CONTINUED = "continued from the left side"
+OTHER = "the part of another take"
+Settings = list[dict[str, float]]  # of the filling: temp, max_guidance_coef
 
 
 class Found(NamedTuple):
@@ -76,10 +78,15 @@ def put_in(model: MusicGen, codes: mx.array, other: mx.array) -> mx.array:
 
 
 def versions(
-    model: magnet.MAGNeT, beside: MusicGen, takes: int, seed: int, **options
+    model: magnet.MAGNeT,
+    beside: MusicGen,
+    takes: int,
+    seed: int,
+    settings: Settings,
+    **options,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Of each take its sound (N,) as it was, and with PART made anew, by name; `options`
-    are of the filling."""
+    are of each filling."""
     clips, texts = prompts(takes)
     hop = model.config.audio_encoder.hop_length
     frames = tuple(map(model.frames_in, PART))
@@ -88,10 +95,12 @@ def versions(
         codes, how = codes_of(model, clip, seed + i), dict(seed=seed + i)
         alone = regenerate(beside, codes, text, PART, candidates=1, **how)
         made = {
-            FILLED: fill(model, codes, text, [PART], **how, **options),
-            CONTINUED: alone.codes,
-            OTHER: put_in(model, codes, other),
+            FILLED.format(**own): fill(
+                model, codes, text, [PART], **how | own | options
+            )
+            for own in settings
         }
+        made |= {CONTINUED: alone.codes, OTHER: put_in(model, codes, other)}
         whole, other = model.decode(codes)[0], codes
         sounds = {
             name: join(whole, model.decode(new), frames, hop)[0]
@@ -102,13 +111,18 @@ def versions(
 
 
 def fills(
-    model: magnet.MAGNeT, beside: MusicGen, takes: int, seed: int = 0, **options
+    model: magnet.MAGNeT,
+    beside: MusicGen,
+    takes: int,
+    seed: int,
+    settings: Settings,
+    **options,
 ) -> Table:
     """The table of how parts fit that are filled in, and others."""
     check_pair(model, beside)
     with get_context("spawn").Pool() as pool:  # all cores measure while one makes
         judge, rows = pool.apply_async(Judge), {}
-        made = versions(model, beside, takes, seed, **options)
+        made = versions(model, beside, takes, seed, settings, **options)
         for sounds in counted(made, takes, "filling in parts", "takes"):
             for name, sound in sounds.items():
                 found = pool.apply_async(find, (sound,))
@@ -162,17 +176,21 @@ def main() -> None:
     add("--model", default="tiny-magnet", help="a MAGNeT (default: %(default)s)")
     add("--beside", default="tiny", help="with the same codec (default: %(default)s)")
     add("--takes", type=int, default=200, help="how many (default: %(default)s)")
-    add("--temp", type=float, default=options.temp, help="(default: %(default)s)")
-    text = "weight of the text at first (default: %(default)s)"
-    add("--max-guidance-coef", type=float, default=options.max_guidance_coef, help=text)
+    several = dict(type=float, nargs="+")
+    text = f"one or several (default: {options.temp:g})"
+    add("--temp", **several, default=[options.temp], help=text)
+    most = options.max_guidance_coef
+    text = f"weight of the text at first, one or several (default: {most:g})"
+    add("--max-guidance-coef", **several, default=[most], help=text)
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     args = parser.parse_args()
     if args.takes < 2:
         parser.error(f"--takes must be 2 or more, got {args.takes}")
-    how = dict(temp=args.temp, max_guidance_coef=args.max_guidance_coef)
+    pairs = itertools.product(args.temp, args.max_guidance_coef)
+    settings = [dict(zip(("temp", "max_guidance_coef"), pair)) for pair in pairs]
     try:
         model, beside = magnet.load(args.model), magnet.load(args.beside)
-        show(fills(model, beside, args.takes, args.seed, **how))
+        show(fills(model, beside, args.takes, args.seed, settings))
     except (OSError, RuntimeError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: error: {one_line(error)}\n")
     except KeyboardInterrupt:

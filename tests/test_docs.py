@@ -214,6 +214,7 @@ class TestDocuments(Test):
 
     def test_tiny(self):
         self.follow("tiny/README.md")
+        self.follow("tiny-magnet/README.md")
 
     def test_faults_are_found(self):
         """The last line is as long as its take, so there is nothing to be made."""

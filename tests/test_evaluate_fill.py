@@ -16,6 +16,10 @@ from evaluate import Judge
 from evaluate_fill import Found, cells, check_pair, fills, find, put_in, versions
 
 QUICK = dict(decoding_steps=(1, 1, 1, 1))
+SETTINGS = [
+    dict(temp=1.0, max_guidance_coef=3.0),
+    dict(temp=3.0, max_guidance_coef=9.0),
+]
 
 
 class TestMeasures(Test):
@@ -73,13 +77,15 @@ class TestFills(Test):
         """All differ within the part, and nowhere else but for what the codec hears."""
         made = []
         with patch.object(evaluate_fill, "fill", wraps=evaluate_fill.fill) as filling:
-            made += versions(self.model, self.beside, 2, 5, **QUICK)
+            made += versions(self.model, self.beside, 2, 5, SETTINGS, **QUICK)
         self.assertEqual(len(made), 2)
         texts = [call.args[2] for call in filling.call_args_list]
-        self.assertEqual(texts, evaluate_fill.prompts(2)[1])
+        self.assertEqual(texts[::2], evaluate_fill.prompts(2)[1])
+        temps = [call.kwargs["temp"] for call in filling.call_args_list]
+        self.assertEqual(temps, [1.0, 3.0] * 2)
         hop, edge = 640, 4
         for sounds in made:
-            self.assertEqual(len(sounds), 4)
+            self.assertEqual(len(sounds), 5)
             whole = sounds.pop(evaluate_fill.WHOLE)
             self.assertEqual(whole.shape, (8 * synth.RATE,))
             for name, sound in sounds.items():
@@ -115,12 +121,12 @@ class TestFills(Test):
             patch.object(evaluate_fill, "regenerate", same),
             patch.object(evaluate_fill, "Judge", lambda: Judge(60)),
         ):
-            table = fills(self.model, self.beside, 2, **QUICK)
+            table = fills(self.model, self.beside, 2, 0, SETTINGS[:1], **QUICK)
         self.assertEqual(
             [*table],
             [
                 "the takes as they were",
-                "filled in from both sides",
+                "filled in from both sides, temp 1, guidance 3 to 1",
                 "continued from the left side",
                 "the part of another take",
             ],
