@@ -574,6 +574,8 @@ def add_parts(tiny: argparse.ArgumentParser) -> None:
     add("--output", type=named_path, default="tiny-new", help="(default: %(default)s)")
     text = "of which --magnet takes the codec and the T5 (default: %(default)s)"
     add("--model", default="tiny", help=text)
+    text = "share of --magnet's rows that are masked in one part (default: %(default)s)"
+    add("--holes", type=float, default=0.2, help=text)
     counts = ", ".join(f"{count} for --{name}" for name, count in CLIPS.items())
     add("--clips", type=int, help=f"clips to make (default: {counts})")
 
@@ -588,7 +590,7 @@ def check_numbers(parser: Parser, args: argparse.Namespace) -> None:
     for name in ("steps", "batch", "lr", "seconds", "clips", "rank", "crop", "listen"):
         if (value := getattr(args, name, None)) is not None and not value > 0:
             parser.error(f"--{name} must be above 0, got {value}")
-    for name, most in (("lr", 1), ("crop", 600), ("seed", 2**32)):
+    for name, most in (("lr", 1), ("crop", 600), ("holes", 1), ("seed", 2**32)):
         if not 0 <= getattr(args, name, 0) <= most:
             parser.error(
                 f"--{name} must be from 0 to {most}, got {getattr(args, name)}"

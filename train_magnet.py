@@ -17,8 +17,9 @@ A row of 12 frames in stage 1 of 4, in spans of 3, a dot is masked and ? counts:
 Three things are not as in audiocraft's training. There a batch has one stage, and all
 stages are as frequent; here each row has its own, and FIRST of them have the first, which
 makes the tune. A span may begin before the first frame here, so that each frame is masked
-as often. And HOLES of the rows are masked in one part only, as in takes of which a part
-is filled. Needs magnet.py, convert.py, train_codec.py, training.py, synth.py, audio.py,
+as often. And some rows, `--holes` of them, are masked in one part only, as in takes of
+which a part is filled. On a MAGNeT of the same sizes the training goes on from its
+decoder. Needs magnet.py, convert.py, train_codec.py, training.py, synth.py, audio.py,
 decoder.py and what these need beside it.
 """
 
@@ -47,7 +48,6 @@ SIZES = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, ffn_di
 MASKING = MaskingConfig()  # the paper's
 TEXTS = 100  # captions of each kind of clip
 FIRST = 0.4  # share of rows whose stage is the first; the others are alike
-HOLES = 0.2  # share of rows that are masked in one part only
 WITHOUT_TEXT = 0.15  # share of rows without text, as in `train_lm`
 MISHEARD = 0.05  # share of traits that a caption guesses, as there
 
@@ -61,17 +61,18 @@ def train_magnet(args: argparse.Namespace) -> None:
     folder = args.output / "training" / "magnet"
     check_new(args, folder, *(args.output / name for name in FILES))
     mx.random.seed(args.seed)
-    model = magnet_on(load(args.model))
+    source = load(args.model)
+    model = magnet_on(source)
     K = model.config.decoder.num_codebooks
     check_batch(args.batch, K)
     settings = dict(batch=args.batch, clips=args.clips, seed=args.seed)
-    settings["model"] = content(model)
+    settings |= dict(holes=args.holes, model=content(source))
     training = Training(
         model.decoder, magnet_loss, args, folder, {}, settings, compiled=True
     )
     texts = encode_texts(model, args.seed)
     clips, codes = encode_clips(model.audio_encoder, args.clips)
-    batch = Batches(clips, codes, texts, args.batch, training.random)
+    batch = Batches(clips, codes, texts, args.batch, args.holes, training.random)
 
     def write() -> None:
         save_model(model, args.output)
@@ -85,8 +86,9 @@ def train_magnet(args: argparse.Namespace) -> None:
 
 
 def magnet_on(source: MusicGen) -> MAGNeT:
-    """A MAGNeT with new weights on the codec and the T5 of a model. Raises ValueError for
-    one that has no text, or another sound than the clips."""
+    """A MAGNeT on the codec and the T5 of a model, with the decoder of a MAGNeT of the
+    same sizes, else with new weights. Raises ValueError for a model that has no text, or
+    another sound than the clips."""
     config = source.config
     if config.text_encoder is None or config.conditioner is not None:
         raise ValueError(f"{source.name} must follow a text, and nothing else.")
@@ -100,6 +102,9 @@ def magnet_on(source: MusicGen) -> MAGNeT:
     model = MAGNeT(MusicGenConfig(*parts, masking=asdict(MASKING)), source.tokenizer)
     shape = model.decoder.emb.weight.shape
     model.decoder.emb.weight = 0.3 * mx.random.normal(shape)  # K of them are summed
+    if isinstance(source, MAGNeT) and source.config.decoder == decoder:
+        model.decoder.update(source.decoder.parameters())
+        model.decoder.set_dtype(mx.float32)
     model.text_encoder, model.audio_encoder = source.text_encoder, source.audio_encoder
     return model
 
@@ -114,13 +119,13 @@ def check_batch(rows: int, codebooks: int) -> None:
         )
 
 
-def content(model: MAGNeT) -> str:
-    """A hash of the parts that are not trained."""
+def content(source: MusicGen) -> str:
+    """A hash of what is taken from a model."""
     sha = hashlib.sha256()
-    for part in (model.text_encoder, model.audio_encoder):
-        for name, weight in sorted(tree_flatten(part.parameters())):
+    for name, weight in sorted(tree_flatten(source.parameters())):
+        if isinstance(source, MAGNeT) or not name.startswith("decoder."):
             sha.update(name.encode())
-            sha.update(np.array(weight))
+            sha.update(np.array(weight.astype(mx.float32)).tobytes())
     return sha.hexdigest()
 
 
@@ -165,9 +170,11 @@ class Batches:
         codes: mx.array,
         texts: Texts,
         size: int,
+        holes: float,
         random: np.random.Generator,
     ):
         self.codes, self.texts, self.size, self.random = codes, texts, size, random
+        self.holes = holes  # share of rows that are masked in one part only
         places = {clip: place for place, clip in enumerate(texts.clips)}
         self.kinds = np.array([places[clip] for clip in clips])
         self.shares = stage_shares(codes.shape[2])
@@ -189,7 +196,7 @@ class Batches:
         frames of the parts in which that is."""
         random, size, T = self.random, self.size, self.spans.frames
         rates = np.cos(np.pi / 2 * random.random(size))
-        holes = random.random(size) < HOLES
+        holes = random.random(size) < self.holes
         lengths = np.where(holes, random.integers(1, T + 1, size), T)
         firsts = random.integers(T - lengths + 1)
         return mx.array(rates, mx.float32), mx.array(firsts), mx.array(lengths)

@@ -23,7 +23,6 @@ from convert import save_model
 from decoder import Condition, Decoder, DecoderConfig
 from magnet import Forward, load
 from train_magnet import (
-    HOLES,
     Batches,
     Spans,
     Texts,
@@ -127,7 +126,7 @@ class TestBatches(Test):
         states = mx.broadcast_to(mx.arange(5.0)[:, None, None, None], (5, 7, 6, 8))
         texts = Texts(kinds, states, mx.ones((5, 7, 6), mx.bool_))
         with patch.object(train_magnet, "TEXTS", 7):
-            return Batches(clips, codes.astype(mx.uint16), texts, size, random)
+            return Batches(clips, codes.astype(mx.uint16), texts, size, 0.3, random)
 
     def test_each_row_has_its_text(self):
         with patch.object(train_magnet, "TEXTS", 7):
@@ -149,7 +148,7 @@ class TestBatches(Test):
             self.assertAlmostEqual(rates[rows].mean(), 2 / math.pi, delta=0.03)
             low = (rates[rows] < math.cos(3 / 8 * math.pi)).mean()
             self.assertAlmostEqual(low, 0.25, delta=0.04)
-        self.assertAlmostEqual((lengths < 90).mean(), HOLES * 89 / 90, delta=0.02)
+        self.assertAlmostEqual((lengths < 90).mean(), 0.3 * 89 / 90, delta=0.02)
         self.assertTrue(((firsts >= 0) & (firsts + lengths <= 90)).all())
         self.assertEqual({0, 90} & {*(firsts + lengths)[lengths < 90]}, {90})
 
@@ -354,6 +353,28 @@ class TestTrainMagnet(Test):
         mx.save_safetensors(str(other / "model.safetensors"), weights)
         message = self.run_main("--steps", "2", "--resume", "--model", str(other))
         self.assertRegex(message, "model must be as it was")
+        message = self.run_main("--steps", "2", "--resume", "--holes", "0.5")
+        self.assertRegex(message, "holes must be as it was, 0.2, to resume")
+        self.assertRegex(self.run_main("--holes", "2"), "^2$")
+
+    def test_it_goes_on_from_a_magnet(self):
+        """Of the same sizes; of others, and of what is none, it takes no decoder."""
+        sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+        old = load("tiny-magnet")
+        weight = old.decoder.linears.weight
+        new = train_magnet.magnet_on(old).decoder.linears.weight
+        self.assertEqual(new.dtype, mx.float32)
+        self.assertSame(new, weight)
+        with patch.object(train_magnet, "SIZES", sizes | dict(ffn_dim=48)):
+            other = train_magnet.magnet_on(old)
+        self.assertEqual(other.config.decoder.hidden_size, 32)
+        whole, part = (train_magnet.content(old), train_magnet.content(load("tiny")))
+        self.assertNotEqual(whole, part)
+        old.decoder.linears.weight = weight + 1
+        self.assertNotEqual(train_magnet.content(old), whole)
+        tiny = load("tiny")
+        tiny.decoder.linears.weight = tiny.decoder.linears.weight + 1
+        self.assertEqual(train_magnet.content(tiny), part)
 
     def test_what_it_cannot_be_trained_on(self):
         message = self.run_main("--steps", "1", "--batch", "4")
