@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import sys
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from itertools import combinations
 from unittest.mock import Mock, patch
 
@@ -291,10 +291,11 @@ class TestTrainMagnet(Test):
             stack.enter_context(patch.object(train_codec, "make_clips", clips))
             stack.enter_context(patch.object(sys, "argv", argv))
             self.printed = stack.enter_context(redirect_stdout(io.StringIO()))
+            errors = stack.enter_context(redirect_stderr(io.StringIO()))
             try:
                 return train.main() or ""
             except SystemExit as error:
-                return str(error.code)
+                return errors.getvalue() or str(error.code)
 
     def test_a_model_comes_of_it(self):
         """A MAGNeT whose codec and T5 are tiny's, as they were."""
@@ -355,7 +356,8 @@ class TestTrainMagnet(Test):
         self.assertRegex(message, "model must be as it was")
         message = self.run_main("--steps", "2", "--resume", "--holes", "0.5")
         self.assertRegex(message, "holes must be as it was, 0.2, to resume")
-        self.assertRegex(self.run_main("--holes", "2"), "^2$")
+        message = self.run_main("--holes", "2")
+        self.assertIn("--holes must be from 0 to 1, got 2.0", message)
 
     def test_it_goes_on_from_a_magnet(self):
         """Of the same sizes; of others, and of what is none, it takes no decoder."""
