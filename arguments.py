@@ -11,12 +11,11 @@ prompt, published.py, too.
 
 import argparse
 import difflib
-import math
 import os
 import platform
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import mlx.core as mx
 

@@ -15,11 +15,10 @@
     python generate.py "epic orchestral soundtrack" --model stereo-large
 
 `python generate.py --help` explains every flag. Needs arguments.py, which has the flags,
-recall.py, edit.py, job.py, magnet_job.py, jobs.py, lines.py and stream.py, which plan
+recall.py, job.py, magnet_job.py, jobs.py, lines.py, stream.py and sources.py, which plan
 and write takes, progress.py, together.py, musicgen.py, magnet.py, encodec_stream.py,
-quantize.py and all that these need beside it; adapters.py for an adapter, melody.py to
-follow a melody, regenerate.py to make a part again, fill.py to fill it in, play.py to
-play.
+quantize.py and all that these need beside it; remake.py to edit a take, adapters.py for
+an adapter, melody.py to follow a melody, play.py to play.
 """
 
 import signal
@@ -28,7 +27,6 @@ if __name__ == "__main__":  # Ctrl-C while the rest is imported is no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
-import math
 import secrets
 import shlex
 import sys
@@ -37,7 +35,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import mlx.core as mx
 import numpy as np
@@ -50,10 +48,9 @@ import settings
 import stream
 from arguments import NO_PROMPT, parse_arguments
 from audio import check_writable, save_audio
-from edit import kept, seeds
 from encodec_stream import play as play_take
-from hub import local, same_model
-from job import BATCH_OF_FILE, DIFFER, Job, make_audio_prompt, plan
+from hub import local
+from job import BATCH_OF_FILE, DIFFER, Job, plan
 from jobs import Result, Sounds, Start
 from magnet_job import refuse
 from messages import Forgiving, one_line
@@ -63,6 +60,7 @@ from outputs import check_new, in_words, leave_nothing
 from progress import PASSES, Progress, say
 from quantize import asked
 from recall import OF_MODEL, QUANTIZATION, read_record
+from sources import check_adapter, read_start
 from together import Peers, signals_at_once
 
 
@@ -233,11 +231,14 @@ def make_all(
         tell_melody(args, model, sounds.melody(good[0]))
     if args.again:
         check_adapter(args.again, settings.read_settings(args.again), model)
-    start = read_start(args, model)
+    start = None
+    if args.resume or args.redecode:
+        seconds = args.duration if args.resume else None
+        start = read_start(args.resume or args.redecode, model, seconds)
     if not (args.prompts or group):
         stop.arm()
     if args.regenerate:
-        return remake(model, good, sounds, stop, args, progress)
+        return edit(model, good, sounds, stop, args, progress)
     if args.redecode:
         return redecode(model, good[0], sounds, start, args, progress)
     if args.stream:
@@ -286,56 +287,6 @@ def tell_melody(
         save_audio(args.save_melody, melody, model.sampling_rate)
 
 
-def read_start(args: argparse.Namespace, model: MusicGen) -> Start | None:
-    """Saved codes to begin with, if any. Raises ValueError for codes of another model,
-    or as long as the take is to be."""
-    source = args.resume or args.redecode
-    if source is None:
-        return None
-    from prompt import check_codes
-
-    codes, record = settings.load_codes(source)
-    check_source(source, record, model)
-    check_codes(model, codes)
-    prompt_frames = min(record.get("prompt_frames", 0), codes.shape[1])
-    if args.resume:
-        codes = sure_codes(args, model, codes, prompt_frames)
-    return Start(codes, prompt_frames, kept(record))
-
-
-def check_source(source: Path, record: dict, model: MusicGen) -> None:
-    """Raise ValueError for codes of another model; warn of another revision."""
-    name = str(record.get("model"))
-    if not same_model(name, model.name):
-        raise ValueError(f"{source} holds codes of {name}, not of {model.name}.")
-    if record.get("revision") != model.revision:
-        warn(f"{source} is of revision {record.get('revision')}, not {model.revision}.")
-    check_adapter(source, record, model)
-
-
-def check_adapter(source: Path, record: dict, model: MusicGen) -> None:
-    """Warn where the adapter is named as in a file's settings, but is not the same."""
-    before, now = record.get("adapter_hash"), getattr(model, "_adapter_hash", None)
-    name = model.adapter.get("adapter")
-    if None not in (before, now) and record.get("adapter") == name and before != now:
-        warn(f"{source} was made with another adapter {name} than is there now.")
-
-
-def sure_codes(
-    args: argparse.Namespace, model: MusicGen, codes: mx.array, prompt_frames: int
-) -> mx.array:
-    """Codes to go on from, less the last two frames that were generated: where a take
-    ends, its later codebooks saw blanks instead of what comes now."""
-    T = codes.shape[1]
-    if T >= model.frames_in(args.duration):
-        raise ValueError(
-            f"{args.resume} is {T / model.frame_rate:g} s long already; --duration "
-            f"must be more, got {args.duration:g}."
-        )
-    unsure = max(max(model.config.decoder.delays) - 1, 0)
-    return codes[:, : max(T - unsure, prompt_frames)]
-
-
 def redecode(
     model: MusicGen,
     job: Job,
@@ -360,22 +311,7 @@ def redecode(
     return [result]
 
 
-def read_take(args: argparse.Namespace, model: MusicGen) -> tuple[mx.array, mx.array]:
-    """Codes (1, T, K) and samples (N, C) of the take that --regenerate edits."""
-    from prompt import check_codes, encode_prompt
-
-    _, path, start, length = args.regenerate
-    if path.suffix == ".safetensors":
-        codes, record = settings.load_codes(path)
-        check_source(path, record, model)
-        check_codes(model, codes)
-        return codes, model.decode(codes)[0]
-    audio = jobs.read_part(model, make_audio_prompt(path, start, length, False))
-    hop = model.config.audio_encoder.hop_length
-    return encode_prompt(model, audio, math.ceil(len(audio) / hop) + 1), audio
-
-
-def remake(
+def edit(
     model: MusicGen,
     wanted: list[Job],
     sounds: Sounds,
@@ -383,108 +319,31 @@ def remake(
     args: argparse.Namespace,
     progress: Progress,
 ) -> list[Result]:
-    """Make a part of a take again, and write the best of several such; of a MAGNeT, all
-    of several in which parts are filled in."""
-    if wanted[0].magnet:
-        return fill_in(model, wanted, sounds, stop, args, progress)
-    from regenerate import Candidates, check_part, join
+    """Make parts of a take again, and write what comes of it."""
+    import remake
 
-    began, edit = time.perf_counter(), args.regenerate
+    began = time.perf_counter()
     progress.stage("reading the take")
-    codes, old = read_take(args, model)
-    frames = check_part(model, edit.part, codes.shape[1], edit.path)
-    wanted = lasting(wanted, codes.shape[1] / model.frame_rate)
-    seed = wanted[0].seed
-    if args.candidates > 1 or not args.seed_is_given:
-        own = read_record(edit.path, args).get("seed")
-        seed = seeds(seed, args.candidates, own)
-    how = dict(seed=seed, batch_size=args.batch_size)
-    how |= jobs.options_of(wanted[:1], sounds)
-    candidates = Candidates(
-        model, codes, wanted[0].text, edit.part, args.candidates, **how
-    )
-    seconds = frames[1] / model.frame_rate
-    for _ in until(watch(candidates, "generating", seconds, model, progress), stop):
+    making = remake.start(model, wanted, sounds, args)
+    steps = watch(making, making.doing, making.seconds, model, progress)
+    for _ in until(steps, stop):
         pass
     if stop.heeded:
         return []
-    progress.stage("ranking")
-    made = candidates.ranked()
-    tell(made.describe(), args)
-    best = made.codes[: len(wanted)]
-    audio = join(old, model.decode(best), frames, model.config.audio_encoder.hop_length)
+    progress.stage(making.then)
+    if scores := making.finish():
+        tell(scores, args)
     results = []
-    for i, job in enumerate(wanted):
-        told = dict(
-            candidates=args.candidates, score=made.scores[i], scores=made.scores
-        )
-        job = jobs.chosen(job, made.seeds[i], named=args.output is not None)
-        told |= jobs.take_settings(model, job, sounds)
-        results.append(
-            save_edit(model, job, audio[i], best[i : i + 1], told, args, began)
-        )
+    for job, audio, codes, record in making.results():
+        sound = job.ending.apply(np.array(audio), model.sampling_rate, 0)
+        job = jobs.save(model, job, sound, record)
+        if args.save_codes:
+            settings.save_codes(args.save_codes, codes, record, args.force)
+        seconds = len(audio) / model.sampling_rate
+        elapsed = time.perf_counter() - began
+        results.append(Result(job, None, seconds, elapsed))
+        tell(describe(results[-1]), args)
     return results
-
-
-def fill_in(
-    model: MusicGen,
-    wanted: list[Job],
-    sounds: Sounds,
-    stop: Stop,
-    args: argparse.Namespace,
-    progress: Progress,
-) -> list[Result]:
-    """Fill in parts of a take, once for each job, and write all."""
-    from fill import Filling, frames_of_parts, join_parts
-
-    began, edit = time.perf_counter(), args.regenerate
-    progress.stage("reading the take")
-    codes, old = read_take(args, model)
-    frames = frames_of_parts(model, edit.parts, codes.shape[1], edit.path)
-    wanted = lasting(wanted, codes.shape[1] / model.frame_rate)
-    how = jobs.options_of(wanted[:1], sounds) | dict(batch_size=args.batch_size)
-    how |= dict(takes=len(wanted), seed=[job.seed for job in wanted])
-    filling = Filling(model, codes, wanted[0].text, edit.parts, **how)
-    for _ in until(watch(filling, "filling", 0, model, progress), stop):
-        pass
-    if stop.heeded:
-        return []
-    progress.stage("filling: decoding")
-    new, hop = model.decode(filling.codes), model.config.audio_encoder.hop_length
-    audio, results = join_parts(old, new, frames, hop), []
-    for i, job in enumerate(wanted):
-        told, made = jobs.take_settings(model, job, sounds), filling.codes[i : i + 1]
-        results.append(save_edit(model, job, audio[i], made, told, args, began))
-    return results
-
-
-def lasting(wanted: list[Job], seconds: float) -> list[Job]:
-    """The same jobs, as long as the take that is edited."""
-    options = replace(wanted[0].options, duration=seconds)
-    return [replace(job, options=options) for job in wanted]
-
-
-def save_edit(
-    model: MusicGen,
-    job: Job,
-    audio: mx.array,
-    codes: mx.array,
-    told: dict[str, Any],
-    args: argparse.Namespace,
-    began: float,
-) -> Result:
-    """Write a take (N, C) of which parts were made again, and its codes where they are
-    wanted, with the settings `told`."""
-    edit = args.regenerate
-    record = dict(regenerated=str(edit.path), part=edit.name) | told
-    sound = job.ending.apply(np.array(audio), model.sampling_rate, 0)
-    job = jobs.save(model, job, sound, record)
-    if args.save_codes:
-        settings.save_codes(args.save_codes, codes, record, args.force)
-    seconds = len(audio) / model.sampling_rate
-    result = Result(job, None, seconds, time.perf_counter() - began)
-    tell(describe(result), args)
-    return result
 
 
 def make_batches(

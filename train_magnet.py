@@ -26,7 +26,7 @@ decoder.py and what these need beside it.
 import argparse
 import hashlib
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import NamedTuple
 
 import mlx.core as mx

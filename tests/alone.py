@@ -429,9 +429,31 @@ def try_regenerate(regenerate):
     assert made.codes.shape == (2, *codes.shape[1:])
 
 
+def try_remake(remake):
+    from edit import Edit
+    from options import Options
+
+    model, path = remake.MusicGen.from_pretrained(TINY), Path("bell.safetensors")
+    codes = model.generate_codes("bell", duration=0.5)
+    remake.jobs.settings.save_codes(path, codes, dict(model=str(TINY)))
+    job = remake.Job("bell", 0, Path("a.wav"), Options())
+    args = dict(regenerate=Edit(((0.2, 0.3),), path), again=None, output=None)
+    args = Namespace(candidates=2, seed_is_given=True, batch_size=None, **args)
+    edit = remake.start(model, [job], remake.Sounds(model), args)
+    assert len([*edit]) > 2 and edit.finish().startswith("2 candidates")
+    assert [made.codes.shape for made in edit.results()] == [codes.shape]
+
+
 def try_resample(resample):
     assert resample.resample(NOISE, 32000, 16000).shape == (16000, 1)
     assert resample.true_peak(NOISE) >= abs(NOISE).max()
+
+
+def try_sources(sources):
+    model, path = sources.MusicGen.from_pretrained(TINY), Path("codes.safetensors")
+    codes = model.generate_codes("bell", duration=0.2)
+    sources.settings.save_codes(path, codes, dict(model=str(TINY)))
+    assert sources.read_start(path, model, 1.0).codes.shape == (1, 8, 4)
 
 
 def try_sections(sections):

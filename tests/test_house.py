@@ -36,13 +36,14 @@ LAYERS = """
     convert evaluate loops regenerate magnet_job
     job evaluate_score fill train_magnet
     train jobs recall evaluate_fill
-    benchmark arguments lines
-    fidelity generate
+    benchmark arguments lines sources
+    fidelity remake
+    generate
 """
 
 # Those of many files, which say "and what these need".
 ON_TOP = """
-    generate job jobs lines arguments recall train train_magnet convert evaluate evaluate_score evaluate_fill benchmark fidelity
+    generate remake sources job jobs lines arguments recall train train_magnet convert evaluate evaluate_score evaluate_fill benchmark fidelity
 """.split()
 
 TEXT_TO_MUSIC = ("musicgen", "decoder", "t5", "encodec", "options", "checkpoints")

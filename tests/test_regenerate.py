@@ -245,7 +245,7 @@ class TestCommand(ScriptTest):
         (old, _), codes = load_codes(self.codes), self.folder / "b.safetensors"
         flags = ["--seed", 3, "--save-codes", codes, "-o", self.folder / "b.wav"]
         flags += ["--regenerate", "1:2", self.codes, "--candidates"]
-        with patch.object(script, "Candidates", wraps=Candidates) as made:
+        with patch("remake.Candidates", wraps=Candidates) as made:
             self.make(*flags, 3)
         self.assertEqual(made.call_args.kwargs["seed"], [4, 5, 6])
         self.assertTrue((load_codes(codes)[0] != old).any())

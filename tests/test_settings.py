@@ -14,6 +14,7 @@ from common import REFERENCE, ScriptTest, exact
 import generate
 import hub
 import settings
+import sources
 from audio import load_audio, save_audio
 from prompt import encode_prompt
 
@@ -77,10 +78,10 @@ class TestSettings(ScriptTest):
         source, told = Path("x.safetensors"), {"model": "tiny"}
         model = Mock(revision=None)
         for model.name in ("tiny", "../tiny", tiny):
-            generate.check_source(source, told, model)
+            sources.check_source(source, told, model)
         for model.name in ("./tiny", "small"):
             with self.assertRaisesRegex(ValueError, "holds codes of tiny, not of"):
-                generate.check_source(source, told, model)
+                sources.check_source(source, told, model)
 
     def test_resume(self):
         path, longer = (self.folder / f"{n}.safetensors" for n in ("codes", "longer"))
