@@ -309,7 +309,6 @@ class MagnetTake:
         codes = mx.repeat(codes, len(rows), axis=0)
         for stage in range(codes.shape[2]):
             for codes in stage_passes(forward, codes, stage, spans, keys, options):
-                mx.async_eval(codes)
                 yield codes
 
     @property
@@ -357,7 +356,9 @@ def stage_passes(
         tokens, probs = sample(logits, temp, next(keys), options)
         own = mx.where(masked, tokens, own)
         scores = spans.scores(probs, masked)
-        yield put(codes, stage, own)
+        made = put(codes, stage, own)
+        mx.async_eval(made, scores)  # the next pass may come from another thread
+        yield made
 
 
 def put(codes: mx.array, stage: int, own: mx.array) -> mx.array:
