@@ -236,8 +236,8 @@ def whole_spans(frames: int, length: int) -> int:
     """As many of the frames as spans fill. Raises ValueError where they fill none."""
     if frames < length:
         raise ValueError(
-            f"duration must be from a span, {length} frames, where spans do not overlap, "
-            f"got {frames}."
+            f"A take must have a span of {length} frames or more where spans do not "
+            f"overlap, got {frames}: give a longer duration."
         )
     return frames - frames % length
 

@@ -65,8 +65,8 @@ class MusicGen(nn.Module):
         self.read_text_encoder: Callable[[], dict] | None = None  # after it was freed
 
     def __repr__(self) -> str:
-        dtype = str(self.decoder.dtype).removeprefix("mlx.core.")
-        return f"MusicGen({self.name!r}, {dtype}, channels={self.channels})"
+        kind, dtype = type(self).__name__, str(self.decoder.dtype).split(".")[-1]
+        return f"{kind}({self.name!r}, {dtype}, channels={self.channels})"
 
     @property
     def sampling_rate(self) -> int:

@@ -174,6 +174,7 @@ class TestFilling(Test):
             ("The take is 0.8 s long; the part 0.5:0.9", [(0.1, 0.2), (0.5, 0.9)], 40),
             ("part 0.5:0.5 is empty", [(0.5, 0.5)], 40),
             ("two numbers", [(0.5, float("nan"))], 40),
+            ("two numbers of seconds, got 0.2", (0.2, 0.4), 40),
             ("There must be a part", [], 40),
             ("part 0.2:1.1 is too long: .* own 1 s .* at most 0.8 s", [(0.2, 1.1)], 60),
             ("part 0.2:1.1 is too long", [(0.2, 0.7), (0.7, 1.1)], 60),

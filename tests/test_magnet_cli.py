@@ -364,8 +364,12 @@ class TestNames(Test):
             lambda: ranking.best_of(model, "a", 2, duration=0.2),
             lambda: regenerate(model, codes, "a", (0.1, 0.2)),
         ):
-            with self.assertRaisesRegex(ValueError, "a MAGNeT, .* take a MusicGen"):
+            with (
+                patch.object(MAGNeT, "steps") as steps,
+                self.assertRaisesRegex(ValueError, "a MAGNeT, .* take a MusicGen"),
+            ):
                 ask()
+            steps.assert_not_called()  # it is refused before anything is made
 
     def test_benchmark(self):
         folder = self.folder / "m"
