@@ -280,7 +280,7 @@ class TestFiles(Test):
             self.assertIs(type(model), kind)
             self.assertTrue(repr(model).startswith(f"{kind.__name__}("))
         for path, kind, pattern in (
-            (MUSIC, MusicGen, "it is a MAGNeT, which magnet.py loads"),
+            (MUSIC, MusicGen, "it is a MAGNeT, not a MusicGen: magnet.load"),
             ("mono-audiocraft", MAGNeT, "it is a MusicGen, which musicgen.py loads"),
         ):
             with self.assertRaisesRegex(ValueError, f"{path}.* {pattern}"):

@@ -343,7 +343,7 @@ class TestNames(Test):
         self.assertIsInstance(model, MAGNeT)
         how = dict(seed=0, duration=0.3, decoding_steps=(1, 1, 1, 1), temp=0)
         self.assertEqual(model.generate_codes("a", **how).shape, (1, 15, 4))
-        with self.assertRaisesRegex(ValueError, "a MAGNeT, which magnet.py loads"):
+        with self.assertRaisesRegex(ValueError, "a MAGNeT, not a MusicGen"):
             MusicGen.from_pretrained(second)
         again = magnet.load(first, q_bits=8, q_group_size=32)
         self.assertSame(
