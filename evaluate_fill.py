@@ -17,6 +17,7 @@ the take's. Needs evaluate.py, evaluate_score.py, fill.py, regenerate.py, magnet
 musicgen.py, training.py, synth.py and what these need beside it.
 """
 
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -106,7 +107,8 @@ def fills(
 ) -> Table:
     """The table of how parts fit that are filled in, and others."""
     check_pair(model, beside)
-    with get_context("spawn").Pool() as pool:  # all cores measure while one makes
+    deaf = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # one hears Ctrl-C for all
+    with get_context("spawn").Pool(None, *deaf) as pool:  # they measure while one makes
         judge, rows = pool.apply_async(Judge), {}
         made = versions(model, beside, takes, seed, **options)
         for sounds in counted(made, takes, "filling in parts", "takes"):

@@ -5,7 +5,7 @@ The masked language model over EnCodec codes of Ziv et al.
 here. A stage for each codebook begins with all frames masked. Each pass fills in all of
 them and then masks again those of which it was least sure, fewer from pass to pass. So a
 part in the midst of a take is filled as well as one at the end. From the whole to its
-parts: `MAGNeT`; the take that it makes; a stage and its passes; the masks; sampling.
+parts: `MAGNeT`; the take that it makes; a stage and its passes; sampling; the masks.
 Needs musicgen.py, decoder.py, t5.py, encodec.py, options.py and checkpoints.py beside it;
 engine.py, encodec_stream.py and parallel.py to fill the memory and to decode faster; and
 prompt.py, and what that needs, to begin with a sound or with codes.
