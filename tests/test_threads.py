@@ -179,6 +179,7 @@ MAGNET = """
         next(steps), next(steps)
         in_threads(lambda: [None for _ in steps])
         same(take.codes, want)
+        same(model.generate_codes("drums", **options), want)
 """
 
 
