@@ -116,7 +116,7 @@ FLAGS = {  # by groups: name, what it is, and how it is read
             "sound, or that of --audio-prompt). All else stays; several --takes are the "
             "best ones. A MAGNeT fills it in from both sides, or several parts: --fill "
             "2:4 8:12",
-            dict(nargs="+", metavar=("8:12", "FILE")),
+            dict(nargs="+", action="extend", metavar=("8:12", "FILE")),
         ),
         "candidates": (
             "how many parts --regenerate makes, 1 to 64, to choose from (default: 8)",

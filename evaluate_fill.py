@@ -20,6 +20,7 @@ and what these need beside it.
 """
 
 import itertools
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -120,7 +121,8 @@ def fills(
 ) -> Table:
     """The table of how parts fit that are filled in, and others."""
     check_pair(model, beside)
-    with get_context("spawn").Pool() as pool:  # all cores measure while one makes
+    deaf = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # one hears Ctrl-C for all
+    with get_context("spawn").Pool(None, *deaf) as pool:  # they measure while one makes
         judge, rows = pool.apply_async(Judge), {}
         made = versions(model, beside, takes, seed, settings, **options)
         for sounds in counted(made, takes, "filling in parts", "takes"):

@@ -49,7 +49,8 @@ class Filling:
         takes: how many.
         seed: of the first; counted up, or a list. None: any.
         batch_size: rows to run at once; None: as many as memory holds.
-        options: as of `MAGNeT.steps`, such as temp and decoding_steps.
+        options: as of `MAGNeT.steps`, such as temp and decoding_steps; but the take
+            keeps its length.
 
     Raises ValueError for what cannot be made.
     """

@@ -5,7 +5,7 @@ The masked language model over EnCodec codes of Ziv et al.
 here. A stage for each codebook begins with all frames masked. Each pass fills in all of
 them and then masks again those of which it was least sure, fewer from pass to pass. So a
 part in the midst of a take is filled as well as one at the end. From the whole to its
-parts: `MAGNeT`; the take that it makes; a stage and its passes; the masks; sampling.
+parts: `MAGNeT`; the take that it makes; a stage and its passes; sampling; the masks.
 Needs musicgen.py, decoder.py, t5.py, encodec.py, options.py and checkpoints.py beside it;
 engine.py, encodec_stream.py and parallel.py to fill the memory and to decode faster; and
 prompt.py, and what that needs, to begin with a sound or with codes.
@@ -236,8 +236,8 @@ def whole_spans(frames: int, length: int) -> int:
     """As many of the frames as spans fill. Raises ValueError where they fill none."""
     if frames < length:
         raise ValueError(
-            f"duration must be from a span, {length} frames, where spans do not overlap, "
-            f"got {frames}."
+            f"A take must have a span of {length} frames or more where spans do not "
+            f"overlap, got {frames}: give a longer duration."
         )
     return frames - frames % length
 
@@ -309,7 +309,6 @@ class MagnetTake:
         codes = mx.repeat(codes, len(rows), axis=0)
         for stage in range(codes.shape[2]):
             for codes in stage_passes(forward, codes, stage, spans, keys, options):
-                mx.async_eval(codes)
                 yield codes
 
     @property
@@ -357,7 +356,9 @@ def stage_passes(
         tokens, probs = sample(logits, temp, next(keys), options)
         own = mx.where(masked, tokens, own)
         scores = spans.scores(probs, masked)
-        yield put(codes, stage, own)
+        made = put(codes, stage, own)
+        mx.async_eval(made, scores)  # the next pass may come from another thread
+        yield made
 
 
 def put(codes: mx.array, stage: int, own: mx.array) -> mx.array:

@@ -46,7 +46,7 @@ class MusicGen(nn.Module):
     def __init__(self, config: MusicGenConfig, tokenizer: Tokenizer | None):
         super().__init__()
         if config.masking is not None and type(self) is MusicGen:
-            raise ValueError("it is a MAGNeT, which magnet.py loads")
+            raise ValueError("it is a MAGNeT, not a MusicGen: magnet.load takes both")
         self.config, self.tokenizer, text = config, tokenizer, config.text_encoder
         self.text_encoder = text and T5(text)
         self.decoder = Decoder(config.decoder, text.d_model if text else 0)

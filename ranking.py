@@ -71,11 +71,7 @@ def log_likelihood(
     Raises ValueError for codes that are not the model's, for frames that they have not,
     and for a MAGNeT, which makes no frame after the other.
     """
-    if model.config.masking is not None:
-        raise ValueError(
-            f"{model.name or 'This model':.100} is a MAGNeT, which does not know how "
-            "likely codes are after those before them: take a MusicGen."
-        )
+    check_autoregressive(model)
     check_codes(model, codes)
     B, T, K = codes.shape
     last = T if last is None else last
@@ -181,8 +177,18 @@ def check_best_of(model: MusicGen, count: int, rank: str = "text") -> None:
         raise ValueError(f"rank must be one of {', '.join(RANKS)}, got {rank!r:.40}.")
     if not (is_whole(count) and 1 <= count <= MOST):
         raise ValueError(f"best_of must be from 1 to {MOST}, got {count!r:.40}.")
+    check_autoregressive(model)
     if rank == "text":
         check_has_text(model)
+
+
+def check_autoregressive(model: MusicGen) -> None:
+    """Raise ValueError for a model that makes no frame after the other."""
+    if model.config.masking is not None:
+        raise ValueError(
+            f"{model.name or 'This model':.100} is a MAGNeT, which does not know how "
+            "likely codes are after those before them: take a MusicGen."
+        )
 
 
 def check_has_text(model: MusicGen) -> None:

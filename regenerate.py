@@ -21,7 +21,7 @@ import mlx.core as mx
 from musicgen import MusicGen, Take
 from options import Options, check_batch_size, is_number, is_whole, row_seeds
 from prompt import check_codes
-from ranking import log_likelihood, order, text_scores
+from ranking import check_autoregressive, log_likelihood, order, text_scores
 
 REACH = 3.75  # frames around its own on which a sample of the 32 kHz codec depends
 FOLLOW = 5.0  # seconds after the part that rank the candidates
@@ -89,6 +89,7 @@ class Candidates:
         batch_size: int | None = None,
         **options,
     ):
+        check_autoregressive(model)
         check_codes(model, codes)
         if len(codes) != 1:
             raise ValueError(f"codes must be of one take, got {len(codes)}.")
@@ -191,7 +192,8 @@ def frames_of(
     model: MusicGen, part: tuple[float, float], frames: int, take: object = "The take"
 ) -> tuple[int, int]:
     """The same of a part that may begin with the take."""
-    if not all(is_number(seconds) for seconds in part) or len(part) != 2:
+    pair = isinstance(part, list | tuple) and len(part) == 2
+    if not (pair and all(map(is_number, part))):
         raise ValueError(f"The part must be two numbers of seconds, got {part!r:.80}.")
     (first, end), rate = map(model.frames_in, part), model.frame_rate
     name, length = f"{part[0]:g}:{part[1]:g}", f"{frames / rate:g} s"

@@ -44,7 +44,10 @@ def check_source(source: Path, record: dict, model: MusicGen) -> None:
     """Raise ValueError for codes of another model; warn of another revision."""
     name = str(record.get("model"))
     if not same_model(name, model.name):
-        raise ValueError(f"{source} holds codes of {name}, not of {model.name}.")
+        raise ValueError(
+            f"{source} holds codes of {name}, not of {model.name}: leave out --model, or "
+            "give the sound of the take, which goes with any model."
+        )
     if record.get("revision") != model.revision:
         warnings.warn(
             f"{source} is of revision {record.get('revision')}, not {model.revision}."

@@ -614,8 +614,8 @@ def run(args: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     if args.command == "lora":
         return train_lora(args)
-    args.output.mkdir(parents=True, exist_ok=True)
     if args.listen:
+        args.output.mkdir(parents=True, exist_ok=True)
         synth.listen(args.listen, args.output, overwrite=args.force)
         return
     part = part_of(args)

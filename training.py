@@ -61,6 +61,7 @@ def alone(folder: Path) -> Iterator[None]:
 
     Raises FileExistsError while another one runs in it.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     place = os.open(folder, os.O_RDONLY)
     try:
@@ -68,8 +69,9 @@ def alone(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(OSError):  # it holds what was kept
-                folder.rmdir()
+            with suppress(OSError):  # one holds what was kept
+                for path in made or [folder]:
+                    path.rmdir()
     finally:
         os.close(place)
 

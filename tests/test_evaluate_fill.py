@@ -1,6 +1,7 @@
 """evaluate_fill.py: what is beside what, and what is counted."""
 
 import io
+import signal
 from contextlib import redirect_stderr, redirect_stdout
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -107,7 +108,10 @@ class TestFills(Test):
     def test_the_table(self):
         """One take of each kind; in the second model's place the take itself."""
 
+        made = []
+
         class Pool:
+            __init__ = lambda self, *given: made.append(given)
             __enter__ = lambda self: self
             __exit__ = lambda *_: None
 
@@ -131,6 +135,8 @@ class TestFills(Test):
                 "the part of another take",
             ],
         )
+        deaf = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is heard once
+        self.assertEqual(made, [(None, *deaf)])
         first, filled, continued, other = table.values()
         self.assertEqual(first["... more than it was"], "0.00")
         self.assertEqual(continued, first)

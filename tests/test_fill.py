@@ -174,6 +174,7 @@ class TestFilling(Test):
             ("The take is 0.8 s long; the part 0.5:0.9", [(0.1, 0.2), (0.5, 0.9)], 40),
             ("part 0.5:0.5 is empty", [(0.5, 0.5)], 40),
             ("two numbers", [(0.5, float("nan"))], 40),
+            ("two numbers of seconds, got 0.2", (0.2, 0.4), 40),
             ("There must be a part", [], 40),
             ("part 0.2:1.1 is too long: .* own 1 s .* at most 0.8 s", [(0.2, 1.1)], 60),
             ("part 0.2:1.1 is too long", [(0.2, 0.7), (0.7, 1.1)], 60),
@@ -269,6 +270,11 @@ class TestCommand(MagnetTest):
             for first, end in ((6400, 9600), (19200, 22400)):
                 self.assertTrue((new[first:end] != old[first:end]).mean() > 0.9)
 
+    def test_the_flag_given_twice(self):
+        """No part is lost."""
+        told = self.fill("--fill", "0.6:0.7", "--fill", "0.2:0.3", self.codes)
+        self.assertEqual(told["part"], "0.6:0.7 0.2:0.3")
+
     def test_another_sound(self):
         song = self.folder / "song.wav"
         save_audio(
@@ -315,7 +321,7 @@ class TestCommand(MagnetTest):
             ("leave out --duration", "0.2:0.4", codes, "--duration", 1),
             ("stream does not apply", "0.2:0.4", codes, "--stream"),
             ("There is no file", "0.2:0.4", self.folder / "x.wav"),
-            ("holds codes of", "0.2:0.4", self.other_codes()),
+            ("leave out --model, or give the sound", "0.2:0.4", self.other_codes()),
         ):
             with self.subTest(message):
                 self.refused(message, "--fill", *flags, "-o", self.folder / "x.wav")

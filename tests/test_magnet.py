@@ -276,9 +276,11 @@ class TestFilling(Test):
 class TestFiles(Test):
     def test_kind_is_told_by_settings(self):
         for path, kind in ((MUSIC, MAGNeT), ("mono-audiocraft", MusicGen)):
-            self.assertIs(type(magnet.load(REFERENCE / path)), kind)
+            model = magnet.load(REFERENCE / path)
+            self.assertIs(type(model), kind)
+            self.assertTrue(repr(model).startswith(f"{kind.__name__}("))
         for path, kind, pattern in (
-            (MUSIC, MusicGen, "it is a MAGNeT, which magnet.py loads"),
+            (MUSIC, MusicGen, "it is a MAGNeT, not a MusicGen: magnet.load"),
             ("mono-audiocraft", MAGNeT, "it is a MusicGen, which musicgen.py loads"),
         ):
             with self.assertRaisesRegex(ValueError, f"{path}.* {pattern}"):
@@ -302,7 +304,7 @@ class TestFiles(Test):
         self.assertEqual(model.steps("wind").total, 50)
         with self.assertRaisesRegex(ValueError, "the model's own 10 s, got 10.1"):
             model.generate_codes("wind", duration=10.1)
-        with self.assertRaisesRegex(ValueError, "from a span, 3 frames, .* got 2"):
+        with self.assertRaisesRegex(ValueError, "a span of 3 frames or more .* got 2"):
             model.generate_codes("wind", duration=0.04)
 
 

@@ -159,6 +159,28 @@ PARTS = """
         for part, right in zip(got, first):
             same(part, right)
 """
+MAGNET = """
+    from magnet import MAGNeT
+
+    model = MAGNeT.from_pretrained(REFERENCE / "magnet-audiocraft")
+    for arrangement in ("nonoverlap", "stride1"):
+        options = dict(duration=0.3, decoding_steps=(3, 2, 2, 1), seed=0)
+        options["span_arrangement"] = arrangement
+        want = np.array(model.generate_codes("drums", **options))
+        made = in_threads(*[lambda: model.generate_codes("drums", **options)] * 3)
+        for codes in made:
+            same(codes, want)
+        for plan in (in_turns, iter):  # begun here, made by others
+            take = model.steps("drums", **options)
+            steps = [step.step for step in plan(iter(take))]
+            assert steps == [*range(1, 9)], steps
+            same(take.codes, want)
+        steps = iter(take := model.steps("drums", **options))
+        next(steps), next(steps)
+        in_threads(lambda: [None for _ in steps])
+        same(take.codes, want)
+        same(model.generate_codes("drums", **options), want)
+"""
 
 
 class TestThreads(Test):
@@ -203,6 +225,10 @@ class TestThreads(Test):
         """MLX keeps what it compiled by thread and by a function's address: a function
         at the same address must not meet what another one left there."""
         self.run_program(WORKERS)
+
+    @slow(2)
+    def test_magnet(self):
+        self.run_program(MAGNET)
 
     @slow(2)
     def test_parts(self):

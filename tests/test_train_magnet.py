@@ -381,6 +381,7 @@ class TestTrainMagnet(Test):
     def test_what_it_cannot_be_trained_on(self):
         message = self.run_main("--steps", "1", "--batch", "4")
         self.assertIn("--batch must be 5 or more with --magnet, got 4: each", message)
+        self.assertFalse(self.out.exists())  # nothing is left behind
         tiny = load("tiny")
         decoder = dataclasses.replace(tiny.config.decoder, audio_channels=2)
         codec = dataclasses.replace(tiny.config.audio_encoder, sampling_rate=16000)
