@@ -17,14 +17,8 @@ from typing import Any, NamedTuple
 
 PART = re.compile(r"(\d+(?:\.\d*)?):(\d+(?:\.\d*)?)s?")
 CANDIDATES, MOST_CANDIDATES = 8, 64
-OTHERS = (
-    "prompts",
-    "again",
-    "resume",
-    "redecode",
-    "best_of",
-    "loop",
-)  # other ways to begin
+# Other ways to begin; --again is one, too, but for takes that were filled in.
+OTHERS = ("prompts", "resume", "redecode", "best_of", "loop")
 
 
 class Edit(NamedTuple):
@@ -76,7 +70,7 @@ def set_edit(args: argparse.Namespace) -> None:
     parts, files = split(args.regenerate)
     if not parts:
         raise ValueError(
-            "--regenerate needs the part first, such as 8:12 for the seconds 8 to 12, "
+            "--regenerate, or --fill, needs the part first, such as 8:12 for the seconds 8 to 12, "
             f"got {files[0]!r:.40}"
         )
     if len(files) + bool(args.audio_prompt) != 1:
@@ -118,7 +112,7 @@ def check_edit(args: argparse.Namespace) -> None:
         if getattr(args, name):
             raise ValueError(f"--regenerate goes without --{name.replace('_', '-')}")
     if args.duration is not None:
-        raise ValueError("--regenerate keeps the take's length: leave out --duration")
+        raise ValueError("an edit keeps the take's length: leave out --duration")
     if len(args.prompt) > 1:
         raise ValueError("--regenerate takes one prompt; --takes gives the best of it")
     if args.save_codes and args.takes > 1:

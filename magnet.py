@@ -113,8 +113,8 @@ class MagnetOptions:
             ("top_k", is_whole(self.top_k) and 0 <= self.top_k <= 2048, "from 0 (off) "
              "to 2048"),
             ("top_p", number(self.top_p, 0, 1), "between 0 (off) and 1"),
-            ("max_guidance_coef", number(self.max_guidance_coef), "a finite number"),
-            ("min_guidance_coef", number(self.min_guidance_coef), "a finite number"),
+            ("max_guidance_coef", number(self.max_guidance_coef), "a number below 1e6"),
+            ("min_guidance_coef", number(self.min_guidance_coef), "a number below 1e6"),
             ("decoding_steps", each, f"{count}numbers of passes, from 1 to 1000"),
             ("span_arrangement", arranged, " or ".join(ARRANGEMENTS)),
             ("negative_prompt", isinstance(self.negative_prompt, str), "a text"),

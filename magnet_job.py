@@ -27,7 +27,8 @@ DRAWING = {  # what one kind of model has otherwise than the other
     *("temp", "top_k", "top_p", "guidance_coef", "extend_stride", *MAGNET_KEYS),
 }
 REFUSED = {  # settings and flags that are MusicGen's, and what to do
-    "stream": "all frames are made at once, so none can be heard before: leave it out",
+    "stream": "all frames are made at once, so none can be heard before: leave it out, "
+    "and give output a file",
     "resume": "its takes have one length: give --fill 8:12 to make a part of one again",
     "tensor_parallel": "it runs in one process: leave it out",
     "adapter": "adapters are trained on MusicGen: take the model of the adapter",

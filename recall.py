@@ -94,9 +94,11 @@ def recalled(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: error: {one_line(error)}\n")
     replaced = set().union(*(REPLACES.get(name, ()) for name in given))
+    filled = refilled(record) if args.again else []
+    if filled:
+        replaced |= NEW_IN_EDIT - {"seed"}
     if args.model != parser.get_default("model"):
-        changes = is_magnet(args.model) not in (None, is_of_magnet(record))
-        replaced |= {*DRAWING, "duration"} if changes else set()
+        replaced |= of_other_kind(args.model, record)
     if is_of_magnet(record) and "top_k" in given:  # see `magnet_job.fit`
         replaced |= {"top_p"}
     if edited:
@@ -112,10 +114,20 @@ def recalled(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
         if one is not None and one is not False
     ]
     found = [flag if value is True else f"{flag}={value}" for flag, value in chosen]
+    found += filled
     parser.source = f"{sources[0]}: "
     parser.parse_known_args(found)
     parser.source = ""
     return found
+
+
+def of_other_kind(model: str, record: dict[str, Any]) -> set[str]:
+    """Settings of a file that go where a model of another kind is given. A MAGNeT may
+    not be able to last as long."""
+    magnet = is_magnet(model)
+    if magnet in (None, is_of_magnet(record)):
+        return set()
+    return {*DRAWING, "duration"} if magnet else {*DRAWING}
 
 
 def read_record(source: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -130,11 +142,19 @@ def read_record(source: Path, args: argparse.Namespace) -> dict[str, Any]:
         raise
     if args.regenerate:
         check_take(source, record)
-    if args.again and "regenerated" in record:
-        alone = "" if is_of_magnet(record) else " --candidates 1"
+    if args.again and "regenerated" in record and not refilled(record):
         raise ValueError(
             f"{source} was made by --regenerate {record.get('part')} of "
             f"{record['regenerated']!s:.150}: give that again, with --seed "
-            f"{record.get('part_seed', record.get('seed'))}{alone}."
+            f"{record.get('part_seed', record.get('seed'))} --candidates 1."
         )
     return record
+
+
+def refilled(record: dict[str, Any]) -> list[str]:
+    """Flags that fill in the parts of a MAGNeT's take again, of its settings; none of a
+    take in which none were filled in."""
+    told = [record.get(name) for name in ("part", "regenerated")]
+    if not (is_of_magnet(record) and all(isinstance(text, str) for text in told)):
+        return []
+    return ["--regenerate", *told[0].split(), told[1]]

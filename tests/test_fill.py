@@ -293,13 +293,13 @@ class TestCommand(MagnetTest):
         self.assertEqual(soundfile.info(self.folder / "f.wav").frames, 0.8 * 32000)
 
     def test_again(self):
-        """What a filled take says is how to fill it again."""
-        self.fill("--fill", "0.2:0.4", self.sound, "--seed", 9)
-        sound = self.folder / "f.wav"
-        self.refused(
-            f"--regenerate 0.2:0.4 of {self.sound}: give that again, with --seed 9.",
-            *("--again", sound, "-o", self.folder / "g.wav"),
-        )
+        """A take that was filled in is filled in again as it was, or with other flags."""
+        self.fill("--fill", "0.2:0.4", self.sound, "--seed", 9, "--temp", 20)
+        sound, path = self.folder / "f.wav", self.folder / "g.wav"
+        for flags, same in ((), True), (("--seed", 8), False):
+            self.make("--again", sound, *flags, "-o", path, "--force")
+            self.assertEqual(path.read_bytes() == sound.read_bytes(), same)
+            self.assertEqual(read_settings(path)["part"], "0.2:0.4")
 
     def test_errors(self):
         long, codes = self.folder / "long.wav", self.codes

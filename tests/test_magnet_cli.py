@@ -239,7 +239,7 @@ class TestRefused(MagnetTest):
             ("from 1 to 1000, got (0, 1, 1, 1)", "--decoding-steps", "0,1,1,1"),
             ("top_p must be between 0", "--top-p", 2),
             ("temp must be 0", "--temp", -1),
-            ("max_guidance_coef must be a finite", "--max-guidance-coef", "nan"),
+            ("max_guidance_coef must be a number", "--max-guidance-coef", "nan"),
             ("invalid choice: 'stride3'", "--span-arrangement", "stride3"),
         ):
             with self.subTest(flags):
