@@ -130,12 +130,15 @@ class Job:
     def check_options(self) -> None:
         """Raise ValueError for options that no model takes. A MAGNeT takes others than a
         MusicGen, and which it is may not be known yet."""
+        unknown = self.magnet is None and self.given
+        magnets = unknown and self.given.keys() & {*MAGNET_KEYS}
         try:
-            self.options.check(max_duration=math.inf)
+            if not magnets:
+                return self.options.check(max_duration=math.inf)
         except ValueError:
-            if self.magnet is not None or not self.given:
+            if not unknown:
                 raise
-            fit(self.given, True).check(max_duration=math.inf)
+        fit(self.given, True).check(max_duration=math.inf)
 
     def outputs(self) -> list[Path]:
         """The files that it writes."""
