@@ -280,7 +280,7 @@ class TestRefused(MagnetTest):
             ):
                 text = [] if "-p" in flags else ["bell"]
                 told = ScriptTest.run_script(self, *text, *own, *flags)
-                self.assertEqual(told[:2], (1, ""))
+                self.assertTrue(told[0] in (1, 2) and told[1] == "", told)
                 self.assertIn(message, told[2])
                 self.assertEqual(told[2].count("\n"), 1, told[2])
             how = ["--top-k", 0, "--top-p", 0.5]
