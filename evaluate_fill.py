@@ -34,7 +34,7 @@ import magnet
 import synth
 from evaluate import Judge, Measures, Parser, measure, onset_rate, prompts, show
 from evaluate_score import AROUND, PART, Table, spectral_distance
-from fill import fill
+from fill import fill, put_in
 from messages import one_line
 from musicgen import MusicGen
 from regenerate import join, regenerate
@@ -71,11 +71,10 @@ def codes_of(model: MusicGen, clip: synth.Clip, seed: int) -> mx.array:
     return model.audio_encoder.encode(mx.array(sound)[None, :, None])[0].codes
 
 
-def put_in(model: MusicGen, codes: mx.array, other: mx.array) -> mx.array:
+def put_part_in(model: MusicGen, codes: mx.array, other: mx.array) -> mx.array:
     """Codes (1, T, K) with those of another take in PART."""
     first, end = map(model.frames_in, PART)
-    parts = codes[:, :first], other[:, first:end], codes[:, end:]
-    return mx.concatenate(parts, axis=1)
+    return put_in(codes, other[:, first:end], first)
 
 
 def versions(
@@ -101,7 +100,7 @@ def versions(
             )
             for own in settings
         }
-        made |= {CONTINUED: alone.codes, OTHER: put_in(model, codes, other)}
+        made |= {CONTINUED: alone.codes, OTHER: put_part_in(model, codes, other)}
         whole, other = model.decode(codes)[0], codes
         sounds = {
             name: join(whole, model.decode(new), frames, hop)[0]

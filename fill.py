@@ -49,6 +49,7 @@ class Filling:
         takes: how many.
         seed: of the first; counted up, or a list. None: any.
         batch_size: rows to run at once; None: as many as memory holds.
+        take: what messages call it, such as its file.
         options: as of `MAGNeT.steps`, such as temp and decoding_steps; but the take
             keeps its length.
 
@@ -64,6 +65,7 @@ class Filling:
         takes: int = 1,
         seed: int | list[int] | None = None,
         batch_size: int | None = None,
+        take: object = "The take",
         **options,
     ):
         if model.config.masking is None:
@@ -77,14 +79,13 @@ class Filling:
             raise ValueError(f"takes must be 1 or more, got {takes!r:.40}.")
         check_batch_size(batch_size)
         self.seeds = row_seeds(seed, takes)
-        self.frames = frames_of_parts(model, parts, codes.shape[1])
+        self.frames = frames_of_parts(model, parts, codes.shape[1], take)
         self._windows = windows(self.frames, codes.shape[1], model.longest_window)
         self._model, self._codes, self._prompt = model, codes, prompt
         self._options = options | dict(batch_size=batch_size)
-        groups = [
-            [seed] for seed in self.seeds
-        ]  # each take hears what it has filled in
-        self._groups = groups if len(self._windows) > 1 else [self.seeds]
+        self._groups = [self.seeds]
+        if len(self._windows) > 1:  # each take hears what it has filled in
+            self._groups = [[seed] for seed in self.seeds]
         first = self._steps(codes, *self._windows[0], self._groups[0])
         turns = len(self._windows) * len(self._groups)
         self.step, self.total = 0, first.total * turns  # passes made, and in all

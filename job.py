@@ -13,7 +13,7 @@ with what these need; to time and level a take, the model's own config.
 import math
 import os
 import warnings
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,7 +25,7 @@ from beat import Beat, make_beat
 from endings import FADE, Ending, make_ending
 from loops import check_loop, take_seconds
 from loudness import CEILING, to_loudness, to_peak
-from magnet_job import MAGNET_KEYS, asked_for, fit, options_record, refuse
+from magnet_job import MAGNET_KEYS, OPTIONS, asked_for, fit, options_record, refuse
 from notes import Tune
 from notes import parse as parse_notes
 from options import STYLE_OPTIONS, Options, row_seeds
@@ -282,7 +282,6 @@ def check_level(loudness: float | None, peak: float | None) -> None:
         raise ValueError("loudness and peak must not be given together.")
 
 
-OPTIONS = tuple(field.name for field in fields(Options))
 LEVELS = ("loudness", "peak")
 KEYS = ("prompt", "seed", "output", *OPTIONS, *MAGNET_KEYS, *LEVELS, "subtype")
 KEYS += ("mp3_bitrate",)

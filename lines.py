@@ -31,8 +31,8 @@ from strict import in_a_line, small_text
 ALIASES = {"guidance": "guidance_coef", "negative": "negative_prompt"}
 DURATIONS = (8.0, 5.0)  # seconds that models take where none are given
 OF_MAGNETS = (10.0, 30.0)  # likewise
-OF_MODEL = {"model": None, "adapter_scale": 1.0}  # defaults of a record
-DEFAULTS = asdict(Options()) | OF_MODEL
+MODEL_DEFAULTS = {"model": None, "adapter_scale": 1.0}  # defaults of a record
+DEFAULTS = asdict(Options()) | MODEL_DEFAULTS
 
 
 @in_a_line
@@ -256,7 +256,7 @@ def differences(
     model takes where nothing is given."""
     job, defaults, durations = as_recorded(job, record), DEFAULTS, DURATIONS
     if is_of_magnet(record):
-        defaults, durations = OF_MODEL, OF_MAGNETS
+        defaults, durations = MODEL_DEFAULTS, OF_MAGNETS
     wanted = dict.fromkeys({*ALL_KEYS} - {"output"}) | job.record() | given
     if job.best_of and "first_seed" in record:  # the file's own is the best one's
         record = record | dict(seed=record["first_seed"])

@@ -15,7 +15,7 @@ what these need beside it; fill.py for a MAGNeT.
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
@@ -27,6 +27,9 @@ from musicgen import MusicGen
 from recall import read_record
 from regenerate import Candidates, check_part, join
 from sources import read_take
+
+if TYPE_CHECKING:
+    from fill import Filling
 
 
 class Edited(NamedTuple):
@@ -47,10 +50,8 @@ def start(
     return kind(model, wanted, sounds, args)
 
 
-class PartAgain:
-    """A part made again, several times, of which the best ones are kept."""
-
-    doing, then = "generating", "ranking"
+class Remake:
+    """What both ways have in common: the take that is edited, and the jobs for it."""
 
     def __init__(
         self,
@@ -60,25 +61,44 @@ class PartAgain:
         args: argparse.Namespace,
     ):
         self._model, self._sounds, self._args = model, sounds, args
-        edit, count = args.regenerate, args.candidates
-        codes, self._old = read_take(edit, model)
-        self._frames = check_part(model, edit.part, codes.shape[1], edit.path)
-        self.seconds = self._frames[1] / model.frame_rate  # that are made, at most
-        self._wanted = lasting(wanted, codes.shape[1] / model.frame_rate)
-        seed = wanted[0].seed
-        if count > 1 or not args.seed_is_given:
-            seed = seeds(seed, count, read_record(edit.path, args).get("seed"))
-        how = dict(seed=seed, batch_size=args.batch_size)
-        how |= jobs.options_of(self._wanted[:1], sounds)
-        text = self._wanted[0].text
-        self._candidates = Candidates(model, codes, text, edit.part, count, **how)
+        self._codes, self._old = read_take(args.regenerate, model)
+        self._wanted = lasting(wanted, self._codes.shape[1] / model.frame_rate)
+        self._steps = self.plan()
 
     def __iter__(self) -> Iterator:
-        return iter(self._candidates)
+        return iter(self._steps)
+
+    def options(self) -> dict[str, Any]:
+        """Options of the takes, with the sounds that they follow."""
+        how = jobs.options_of(self._wanted[:1], self._sounds)
+        return how | dict(batch_size=self._args.batch_size)
+
+    def settings(self, job: Job, **ranked) -> dict[str, Any]:
+        """What is told of a take in its file."""
+        edit = self._args.regenerate
+        told = dict(regenerated=str(edit.path), part=edit.name) | ranked
+        return told | jobs.take_settings(self._model, job, self._sounds)
+
+
+class PartAgain(Remake):
+    """A part made again, several times, of which the best ones are kept."""
+
+    doing, then = "generating", "ranking"
+
+    def plan(self) -> Candidates:
+        args, model, codes = self._args, self._model, self._codes
+        edit, count, first = args.regenerate, args.candidates, self._wanted[0]
+        self._frames = check_part(model, edit.part, codes.shape[1], edit.path)
+        self.seconds = self._frames[1] / model.frame_rate  # that are made, at most
+        seed = first.seed
+        if count > 1 or not args.seed_is_given:
+            seed = seeds(seed, count, read_record(edit.path, args).get("seed"))
+        how = self.options() | dict(seed=seed)
+        return Candidates(model, codes, first.text, edit.part, count, **how)
 
     def finish(self) -> str:
         """Rank the candidates; a line that tells their scores."""
-        self._made = self._candidates.ranked()
+        self._made = self._steps.ranked()
         return self._made.describe()
 
     def results(self) -> Iterator[Edited]:
@@ -88,40 +108,27 @@ class PartAgain:
         new, hop = self._model.decode(best), hop_length(self._model)
         audio = join(self._old, new, self._frames, hop)
         for i, job in enumerate(self._wanted):
-            told = dict(candidates=args.candidates, score=made.scores[i])
-            told |= dict(scores=made.scores)
             job = jobs.chosen(job, made.seeds[i], named=args.output is not None)
-            told |= jobs.take_settings(self._model, job, self._sounds)
-            yield Edited(job, audio[i], best[i : i + 1], where(args) | told)
+            ranked = dict(score=made.scores[i], scores=made.scores)
+            told = self.settings(job, candidates=args.candidates, **ranked)
+            yield Edited(job, audio[i], best[i : i + 1], told)
 
 
-class PartsFilled:
+class PartsFilled(Remake):
     """Parts filled in by a MAGNeT, once for each job."""
 
     doing, then = "filling", "filling: decoding"
     seconds = 0.0  # for passes are counted
 
-    def __init__(
-        self,
-        model: MusicGen,
-        wanted: list[Job],
-        sounds: Sounds,
-        args: argparse.Namespace,
-    ):
-        from fill import Filling, frames_of_parts
+    def plan(self) -> "Filling":
+        from fill import Filling
 
-        self._model, self._sounds, self._args = model, sounds, args
-        edit = args.regenerate
-        codes, self._old = read_take(edit, model)
-        self._frames = frames_of_parts(model, edit.parts, codes.shape[1], edit.path)
-        self._wanted = lasting(wanted, codes.shape[1] / model.frame_rate)
-        how = jobs.options_of(self._wanted[:1], sounds)
-        how |= dict(takes=len(wanted), seed=[job.seed for job in wanted])
-        how |= dict(batch_size=args.batch_size)
-        self._filling = Filling(model, codes, wanted[0].text, edit.parts, **how)
-
-    def __iter__(self) -> Iterator:
-        return iter(self._filling)
+        how = self.options() | dict(takes=len(self._wanted))
+        how |= dict(seed=[job.seed for job in self._wanted])
+        edit, text = self._args.regenerate, self._wanted[0].text
+        return Filling(
+            self._model, self._codes, text, edit.parts, take=edit.path, **how
+        )
 
     def finish(self) -> None:
         """Nothing is ranked."""
@@ -130,21 +137,15 @@ class PartsFilled:
         """All of them."""
         from fill import join_parts
 
-        codes, hop = self._filling.codes, hop_length(self._model)
-        audio = join_parts(self._old, self._model.decode(codes), self._frames, hop)
+        made, hop = self._steps, hop_length(self._model)
+        audio = join_parts(self._old, self._model.decode(made.codes), made.frames, hop)
         for i, job in enumerate(self._wanted):
-            told = jobs.take_settings(self._model, job, self._sounds)
-            yield Edited(job, audio[i], codes[i : i + 1], where(self._args) | told)
+            yield Edited(job, audio[i], made.codes[i : i + 1], self.settings(job))
 
 
 def hop_length(model: MusicGen) -> int:
     """Samples of a frame."""
     return model.config.audio_encoder.hop_length
-
-
-def where(args: argparse.Namespace) -> dict[str, str]:
-    """What was edited, for a file's settings."""
-    return dict(regenerated=str(args.regenerate.path), part=args.regenerate.name)
 
 
 def lasting(wanted: list[Job], seconds: float) -> list[Job]:

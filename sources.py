@@ -30,14 +30,20 @@ def read_start(source: Path, model: MusicGen, seconds: float | None = None) -> S
 
     Raises ValueError for codes of another model, or as long as the take is to be.
     """
-    codes, record = settings.load_codes(source)
-    check_source(source, record, model)
-    check_codes(model, codes)
+    codes, record = own_codes(source, model)
     prompt_frames = min(record.get("prompt_frames", 0), codes.shape[1])
     if seconds is not None:
         check_longer(source, model, codes, seconds)
         codes = sure_codes(model, codes, prompt_frames)
     return Start(codes, prompt_frames, kept(record))
+
+
+def own_codes(source: Path, model: MusicGen) -> tuple[mx.array, dict]:
+    """The model's own codes (1, T, K) in a file, and their settings; else ValueError."""
+    codes, record = settings.load_codes(source)
+    check_source(source, record, model)
+    check_codes(model, codes)
+    return codes, record
 
 
 def check_source(source: Path, record: dict, model: MusicGen) -> None:
@@ -87,9 +93,7 @@ def sure_codes(model: MusicGen, codes: mx.array, prompt_frames: int) -> mx.array
 def read_take(edit: Edit, model: MusicGen) -> tuple[mx.array, mx.array]:
     """Codes (1, T, K) and samples (N, C) of the take that is edited."""
     if edit.path.suffix == ".safetensors":
-        codes, record = settings.load_codes(edit.path)
-        check_source(edit.path, record, model)
-        check_codes(model, codes)
+        codes, _ = own_codes(edit.path, model)
         return codes, model.decode(codes)[0]
     sound = make_audio_prompt(edit.path, edit.start, edit.length, False)
     audio, hop = jobs.read_part(model, sound), model.config.audio_encoder.hop_length

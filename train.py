@@ -41,7 +41,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 import peft_files
 import synth
-from audio import check_writable, load_audio, save_audio
+from audio import check_writable, load_audio
 from checkpoints import MusicGenConfig
 from convert import FILES, save_model
 from decoder import Condition, DecoderConfig
@@ -55,7 +55,16 @@ from quantize import add_flags, asked
 from settings import save_arrays
 from strict import in_a_line
 from t5 import T5Config, Tokenizer
-from train_codec import CODEC, CODEC_FILE, encode_clips, load_codec, train_codec
+from train_codec import (
+    CODEC,
+    CODEC_FILE,
+    MISHEARD,
+    WITHOUT_TEXT,
+    encode_clips,
+    load_codec,
+    save_samples,
+    train_codec,
+)
 from train_magnet import train_magnet
 from training import CHECKPOINT, ENDLESS, Training, alone, check_new, counted, wipe
 
@@ -75,8 +84,6 @@ TEXT = T5Config(
     num_layers=2,
     num_heads=3,
 )
-WITHOUT_TEXT = 0.15  # share of rows without text: guidance needs both kinds
-MISHEARD = 0.05  # share of traits that a caption guesses: guidance makes up for them
 CLIPS = {  # to make: samples of 2 GB, codes of 77 MB
     "codec": 4000,
     "lm": 24_000,
@@ -176,11 +183,7 @@ def train_lm(args: argparse.Namespace) -> None:
 
     def write() -> None:
         save_model(model, args.output)
-        for i in range(2):
-            clip, text, _ = synth.make(i, synth.HELD_OUT)
-            audio = model.generate(text, duration=4.0, seed=i)[0]
-            save_audio(folder / f"sample-{i}.wav", mx.clip(audio, -1, 1), synth.RATE)
-            (folder / f"sample-{i}.txt").write_text(f"{text}\n")
+        save_samples(model, folder)
 
     names = tuple(f"codebook {k}" for k in range(DECODER.num_codebooks))
     training.run(batch, names, write)

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,6 +25,9 @@ from encodec import Encodec, EncodecConfig, TransposedKernel, nearest
 from settings import save_arrays
 from training import Training, check_new, counted
 
+if TYPE_CHECKING:
+    from musicgen import MusicGen
+
 CODEC = EncodecConfig(
     target_bandwidths=(1.8,),  # 4 codebooks of 512
     codebook_size=512,
@@ -32,6 +36,9 @@ CODEC = EncodecConfig(
     num_lstm_layers=0,
     pad_mode="constant",
 )
+# Of those that learn to write its codes, see train.py and train_magnet.py:
+WITHOUT_TEXT = 0.15  # share of rows without text: guidance needs both kinds
+MISHEARD = 0.05  # share of traits that a caption guesses: guidance makes up for them
 STFT_SIZES = (2048, 512, 128)  # samples
 CODEC_FILE = "codec.safetensors"
 
@@ -275,6 +282,15 @@ def encode_clips(codec: Encodec, count: int) -> tuple[list[synth.Clip], mx.array
             mx.eval(codes[-1])
             sounds = []
     return clips, mx.concatenate(codes)
+
+
+def save_samples(model: "MusicGen", folder: Path) -> None:
+    """Write two takes of captions that were not in the training, and the captions."""
+    for i in range(2):
+        _, text, _ = synth.make(i, synth.HELD_OUT)
+        audio = model.generate(text, duration=4.0, seed=i)[0]
+        save_audio(folder / f"sample-{i}.wav", mx.clip(audio, -1, 1), synth.RATE)
+        (folder / f"sample-{i}.txt").write_text(f"{text}\n")
 
 
 def to_float(sound: mx.array) -> mx.array:

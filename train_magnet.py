@@ -35,21 +35,18 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import synth
-from audio import save_audio
 from checkpoints import MusicGenConfig
 from convert import FILES, save_model
 from decoder import Condition, Decoder, DecoderConfig
 from magnet import MAGNeT, MaskingConfig, load
 from musicgen import MusicGen
-from train_codec import encode_clips
+from train_codec import MISHEARD, WITHOUT_TEXT, encode_clips, save_samples
 from training import Training, check_new
 
 SIZES = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, ffn_dim=512)
 MASKING = MaskingConfig()  # the paper's
 TEXTS = 100  # captions of each kind of clip
 FIRST = 0.4  # share of rows whose stage is the first; the others are alike
-WITHOUT_TEXT = 0.15  # share of rows without text, as in `train_lm`
-MISHEARD = 0.05  # share of traits that a caption guesses, as there
 
 
 def train_magnet(args: argparse.Namespace) -> None:
@@ -76,11 +73,7 @@ def train_magnet(args: argparse.Namespace) -> None:
 
     def write() -> None:
         save_model(model, args.output)
-        for i in range(2):
-            _, text, _ = synth.make(i, synth.HELD_OUT)
-            audio = model.generate(text, duration=4.0, seed=i)[0]
-            save_audio(folder / f"sample-{i}.wav", mx.clip(audio, -1, 1), synth.RATE)
-            (folder / f"sample-{i}.txt").write_text(f"{text}\n")
+        save_samples(model, folder)
 
     training.run(batch, tuple(f"codebook {k}" for k in range(K)), write)
 

@@ -14,7 +14,7 @@ import evaluate_fill
 import magnet
 import synth
 from evaluate import Judge
-from evaluate_fill import Found, cells, check_pair, fills, find, put_in, versions
+from evaluate_fill import Found, cells, check_pair, fills, find, put_part_in, versions
 
 QUICK = dict(decoding_steps=(1, 1, 1, 1))
 SETTINGS = [
@@ -100,7 +100,7 @@ class TestFills(Test):
 
     def test_the_part_of_another(self):
         codes, other = (mx.full((1, 400, 4), x) for x in (1, 2))
-        new = np.array(put_in(self.model, codes, other))
+        new = np.array(put_part_in(self.model, codes, other))
         self.assertEqual({*new[0, 150:250].ravel()}, {2})
         self.assertEqual({*new[0, :150].ravel(), *new[0, 250:].ravel()}, {1})
 
