@@ -274,8 +274,11 @@ class Batch:
         found = {jobs[i].seed: told | dict(score=scores[i].item()) for i in ranks}
         return codes[mx.array(ranks)], found
 
-    def save(self, save_codes: Path | None = None) -> Iterator[Result]:
-        """Write the jobs' sound, and the codes of the only one where they are wanted.
+    def save(
+        self, save_codes: Path | None = None, beside: bool = False
+    ) -> Iterator[Result]:
+        """Write the jobs' sound, and the codes of the only one where they are wanted, or
+        of each `beside` its sound, as NAME.safetensors.
 
         Yields a result for each job that failed or has its file. Processes that share
         the model leave it to the first.
@@ -306,6 +309,9 @@ class Batch:
                 )
                 record |= facts
                 job = save(model, job, samples, record)
+                if beside:
+                    path = job.output.with_suffix(".safetensors")
+                    settings.save_codes(path, own[None], record, job.overwrite)
                 if save_codes:
                     settings.save_codes(save_codes, codes[:1], record, job.overwrite)
                     save_codes = None  # of several the best one's

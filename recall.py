@@ -93,19 +93,10 @@ def recalled(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
         record = read_record(sources[0], args)
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: error: {one_line(error)}\n")
-    replaced = set().union(*(REPLACES.get(name, ()) for name in given))
     filled = refilled(record) if args.again else []
-    if filled:
-        replaced |= NEW_IN_EDIT - {"seed"}
-    if args.model != parser.get_default("model"):
-        replaced |= of_other_kind(args.model, record)
-    if is_of_magnet(record) and "top_k" in given:  # see `magnet_job.fit`
-        replaced |= {"top_p"}
-    if edited:
-        replaced |= NEW_IN_EDIT
-        in_sound = {*LEVELS, *FADES}  # already, where the take is no codes
-        replaced |= set() if sources[0].suffix == ".safetensors" else in_sound
-    wanted = {k: record[k] for k in (RECALLED - replaced) & record.keys()}
+    model = args.model if args.model != parser.get_default("model") else None
+    edits = sources[0] if edited else None
+    wanted = staying(record, given, model, edits, bool(filled))
     flags = {f"--{k.replace('_', '-')}": v for k, v in wanted.items()}
     chosen = [
         (flag, one)
@@ -119,6 +110,30 @@ def recalled(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
     parser.parse_known_args(found)
     parser.source = ""
     return found
+
+
+def staying(
+    record: dict[str, Any],
+    given: set[str],
+    model: str | None = None,
+    edited: Path | None = None,
+    filled: bool = False,
+) -> dict[str, Any]:
+    """Of the settings of a file those that hold beside the `given` ones: with another
+    `model`, for an edit of the take in the file `edited`, or to fill parts of one again.
+    """
+    replaced = set().union(*(REPLACES.get(name, ()) for name in given))
+    if filled:
+        replaced |= NEW_IN_EDIT - {"seed"}
+    if model is not None:
+        replaced |= of_other_kind(model, record)
+    if is_of_magnet(record) and "top_k" in given:  # see `magnet_job.fit`
+        replaced |= {"top_p"}
+    if edited:
+        replaced |= NEW_IN_EDIT
+        in_sound = {*LEVELS, *FADES}  # already, where the take is no codes
+        replaced |= set() if edited.suffix == ".safetensors" else in_sound
+    return {k: record[k] for k in (RECALLED - replaced) & record.keys()}
 
 
 def of_other_kind(model: str, record: dict[str, Any]) -> set[str]:
