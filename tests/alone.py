@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
 
+import alone_serve
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -566,7 +567,7 @@ def try_wav_stream(wav_stream):
 
 TRIALS = {
     name.removeprefix("try_"): trial
-    for name, trial in [*globals().items()]
+    for name, trial in [*globals().items(), *vars(alone_serve).items()]
     if name.startswith("try_")
 }
 
