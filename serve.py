@@ -3,8 +3,8 @@
     python serve.py --model tiny
 
 prints an address, and opens the browser there. GUIDE.md tells what can be asked of it.
-Needs worker.py, tasks.py, takes.py, forms.py, juce.py, magnet.py, models.py, lines.py,
-hub.py, and page.html, which is the page, with what these need beside it.
+Needs worker.py, tasks.py, takes.py, and page.html, which is the page, with what these
+need beside it.
 """
 
 import signal
@@ -20,7 +20,6 @@ import secrets
 import select
 import socket
 import sys
-import tempfile
 import threading
 import webbrowser
 from functools import partial
@@ -31,9 +30,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import mlx.core as mx
 
-import juce
 import magnet
-from forms import read_form
 from hub import BESIDE, MAGNETS, MODELS, follows, local
 from lines import own_settings
 from models import missing
@@ -56,7 +53,6 @@ class Request(BaseHTTPRequestHandler):
 
     def handle_any(self) -> None:
         self.id, self.answered = secrets.token_hex(8), False
-        self.uploads: tempfile.TemporaryDirectory | None = None
         try:
             self._dispatch()
         except Refused as error:
@@ -69,9 +65,6 @@ class Request(BaseHTTPRequestHandler):
             self.close_connection = True
         except OSError as error:
             self.error(507, str(error))
-        finally:
-            if self.uploads:
-                self.uploads.cleanup()
 
     do_GET = do_POST = do_DELETE = do_HEAD = do_PUT = do_OPTIONS = handle_any
 
@@ -89,23 +82,18 @@ class Request(BaseHTTPRequestHandler):
         raise Refused(status, f"There is no {self.command} {parts.path:.80}.")
 
     def form(self) -> tuple[dict[str, Any], dict[str, Path]]:
-        """The fields of the body, and its files. These are removed with the request, or
-        where it has a task with that. Raises BadRequest."""
-        self.uploads = tempfile.TemporaryDirectory(prefix="musicgen-")
+        """The fields of the body, and its files."""
+        length = int(self.headers.get("Content-Length") or 0)
+        if length > BODY:
+            self.close_connection = True
+            raise Refused(413, f"The body must have at most {BODY} bytes.")
         try:
-            form = read_form(self.rfile, self.headers, self.uploads.name, BODY)
-        except ValueError:
-            self.close_connection = True  # the rest of the body is unread
-            raise
-        self.names = {str(form.files[key]): name for key, name in form.names.items()}
-        return form.fields, form.files
-
-    def submit(self, task: Any) -> Ticket:
-        """Give the task to the worker, with the files that came along."""
-        worker, uploads = self.server.worker, self.uploads
-        ticket = worker.submit(task, self.id, uploads and uploads.cleanup)
-        self.uploads = None
-        return ticket
+            fields = json.loads(self.rfile.read(length) or b"{}")
+        except ValueError as error:
+            raise Refused(400, f"The body is no JSON: {error}.") from None
+        if not isinstance(fields, dict):
+            raise Refused(400, "The body must be an object of JSON.")
+        return fields, {}
 
     def begin(self, status: int, kind: str, length: int | None, **more: str) -> None:
         """Status and headers; without a length the body goes in chunks."""
@@ -197,15 +185,10 @@ def health(request: Request) -> None:
 
 
 def list_models(request: Request) -> None:
-    request.json({"data": described(request.server)})
-
-
-def described(server: "Server") -> list[dict[str, Any]]:
-    """All models: the released ones, and the server's own."""
-    names = [*MODELS]
+    server, names = request.server, [*MODELS]
     if server.model not in names:
         names.insert(0, server.model)
-    return [describe_model(name, server.worker.name) for name in names]
+    request.json({"data": [describe_model(name, server.worker.name) for name in names]})
 
 
 def describe_model(name: str, loaded: str | None) -> dict[str, Any]:
@@ -242,9 +225,7 @@ def get_take(request: Request, id: str) -> None:
 def generate(request: Request) -> None:
     """Takes of a prompt."""
     server = request.server
-    fields, files = request.form()
-    order = read_order(fields, files, server.model, server.most_seconds)
-    order = order._replace(names=request.names)
+    order = read_order(*request.form(), server.model, server.most_seconds)
     task = Generate(server.takes, order)
     task.check()
     answer(request, task, order.stream, order.takes)
@@ -252,7 +233,7 @@ def generate(request: Request) -> None:
 
 def answer(request: Request, task: Any, stream: str, takes: int = 1) -> None:
     """Do it, and tell of it in the way that was asked for."""
-    ticket = request.submit(task)
+    ticket = request.server.worker.submit(task, request.id)
     if stream == "events":
         return answer_events(request, ticket)
     if stream == "wav":
@@ -320,22 +301,6 @@ def cancel(request: Request, id: str) -> None:
     request.json({"cancelled": id})
 
 
-def plugin_models(request: Request) -> None:
-    server = request.server
-    request.json(juce.models(described(server), server.model))
-
-
-def plugin_begins(request: Request, name: str) -> None:
-    begin = getattr(request.server.plugin, name)
-    status, told = begin(*request.form())
-    request.json(told, status)
-
-
-def plugin_polls(request: Request, id: str) -> None:
-    status, told = request.server.plugin.poll_status(id)
-    request.json(told, status)
-
-
 class Route:
     """What answers a method and a path, in which a word in braces is any."""
 
@@ -363,12 +328,6 @@ ROUTES = [
     Route("DELETE", "/takes/{id}", delete_take),
     Route("POST", "/takes/{id}/star", star_take),
     Route("POST", "/cancel/{id}", cancel),
-    Route("GET", "/api/models", plugin_models),
-    Route("GET", "/api/juce/poll_status/{id}", plugin_polls),
-    *(
-        Route("POST", f"/api/juce/{name}", partial(plugin_begins, name=name))
-        for name in ("process_audio", "continue_music", "retry_music")
-    ),
 ]
 
 
@@ -384,9 +343,6 @@ class Server(ThreadingHTTPServer):
         dtype = getattr(mx, args.dtype) if args.dtype else None
         load = partial(magnet.load, dtype=dtype, q_bits=args.q_bits)
         self.worker = Worker(load, args.queue)
-        self.plugin = juce.Plugin(
-            self.worker, self.takes, self.model, self.most_seconds
-        )
         super().__init__((args.host, args.port), Request)
 
 
@@ -419,7 +375,6 @@ def main() -> None:
         pass
     finally:
         server.worker.close()
-        server.plugin.close()
 
 
 if __name__ == "__main__":
