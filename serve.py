@@ -4,8 +4,8 @@
 
 prints an address, and opens it in the browser. GUIDE.md tells what can be asked of it.
 What is made lies in the folder `takes`. Needs web.py, access.py, worker.py, tasks.py,
-retakes.py, takes.py and magnet.py with what these need beside it, models.py, and
-page.html, which is the page.
+retakes.py, juce.py, takes.py, magnet.py, models.py and quantize.py beside it, with what
+these need, and page.html, which is the page.
 """
 
 import signal
@@ -34,6 +34,7 @@ from urllib.parse import quote
 import mlx.core as mx
 from huggingface_hub.utils import logging
 
+import juce
 import magnet
 from access import Access, is_any, is_loopback
 from audio import open_sound, read_sound, write_samples
@@ -143,9 +144,14 @@ def get_health(request: Page) -> None:
 
 
 def get_models(request: Page) -> None:
-    own, loaded = request.server.limits.model, request.server.worker.name
+    request.json({"data": describe_models(request.server)})
+
+
+def describe_models(server: "PageServer") -> list[dict[str, Any]]:
+    """The released models, the server's own first."""
+    own, loaded = server.limits.model, server.worker.name
     names = [own, *(name for name in MODELS if name != own)]
-    request.json({"data": [describe_model(name, loaded) for name in names]})
+    return [describe_model(name, loaded) for name in names]
 
 
 def describe_model(name: str, loaded: str | None) -> dict[str, Any]:
@@ -261,6 +267,24 @@ def loudness(request: Page, id: str) -> None:
 
 def chroma(request: Page) -> None:
     answer(request, Listen(request.sounds()), "", answer_chroma)
+
+
+def plugin_begins(request: Page, name: str) -> None:
+    """A request of gary4juce, to begin, to continue or to retry."""
+    if name not in ("process_audio", "continue_music", "retry_music"):
+        raise Refused(404, f"There is nothing at {request.path:.80}.")
+    status, told = getattr(request.server.plugin, name)(request.form())
+    request.json(told, status)
+
+
+def plugin_polls(request: Page, id: str) -> None:
+    status, told = request.server.plugin.poll_status(id)
+    request.json(told, status)
+
+
+def plugin_models(request: Page) -> None:
+    described = describe_models(request.server)
+    request.json(juce.models(described, request.server.limits.model))
 
 
 def stream_of(form: Form) -> str:
@@ -397,6 +421,9 @@ ROUTES = [
     Route("POST", "/takes/{id}/loudness", loudness),
     Route("POST", "/takes/{id}/star", star),
     Route("POST", "/cancel/{id}", cancel),
+    Route("GET", "/api/models", plugin_models),
+    Route("GET", "/api/juce/poll_status/{id}", plugin_polls),
+    Route("POST", "/api/juce/{name}", plugin_begins),
 ]
 
 
@@ -417,6 +444,7 @@ class PageServer(Server):
             self.token = secrets.token_urlsafe(16)
         self.access = Access(args.host, self.server_port, self.token)
         self.worker = Worker(partial(load, args=args), args.queue)
+        self.plugin = juce.Plugin(self.worker, self.takes, self.limits)
 
     @property
     def address(self) -> str:
@@ -436,65 +464,45 @@ def load(name: str, args: argparse.Namespace) -> Any:
     return magnet.load(name, dtype, **changes)
 
 
+SWITCH = dict(action="store_true")
+DTYPES = ["float16", "bfloat16", "float32"]
+FLAGS = {  # name, what it is, and how it is read
+    "model": (
+        "taken unless another is asked for; see generate.py --list-models",
+        dict(default="small"),
+    ),
+    "host": (
+        "address to listen at; at others than this machine's own a token is needed",
+        dict(default="127.0.0.1"),
+    ),
+    "port": ("of the address", dict(type=int, default=8000)),
+    "token": (
+        "what every request must have; for another --host one is made and printed",
+        dict(),
+    ),
+    "takes_dir": ("folder of what is made", dict(default="takes")),
+    "no_open": ("open no browser", SWITCH),
+    "max_seconds": ("longest take", dict(type=float, default=600.0)),
+    "queue": ("requests that may wait", dict(type=int, default=MOST)),
+    "dtype": ("of the decoder, as of generate.py", dict(choices=DTYPES)),
+    "q_bits": (
+        "quantize the decoder's layers while loading",
+        dict(type=int, choices=BITS),
+    ),
+    "adapter": (
+        "what changes --model: file of train.py lora, or PEFT's folder or Hub id",
+        dict(type=Path),
+    ),
+    "adapter_scale": ("how far it changes it", dict(type=float, default=1.0)),
+}
+
+
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The flags, checked. Ends the process with a line where they cannot be."""
     parser = argparse.ArgumentParser(description="Serve a page to make music on.")
-    add = parser.add_argument
-    add(
-        "--model",
-        default="small",
-        help="taken unless another is asked for; see generate.py --list-models (default: %(default)s)",
-    )
-    add(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen at; others than this machine's own need the token (default: %(default)s)",
-    )
-    add("--port", type=int, default=8000, help="(default: %(default)s)")
-    add(
-        "--token",
-        help="what every request must have (default: none; with --host any, which is printed)",
-    )
-    add(
-        "--takes-dir",
-        default="takes",
-        help="folder of what is made (default: %(default)s)",
-    )
-    add("--no-open", action="store_true", help="open no browser")
-    add(
-        "--max-seconds",
-        type=float,
-        default=600.0,
-        help="longest take (default: %(default)g)",
-    )
-    add(
-        "--queue",
-        type=int,
-        default=MOST,
-        help="requests that may wait (default: %(default)s)",
-    )
-    add(
-        "--dtype",
-        choices=["float16", "bfloat16", "float32"],
-        help="of the decoder, as of generate.py",
-    )
-    add(
-        "--q-bits",
-        type=int,
-        choices=BITS,
-        help="quantize the decoder's layers while loading",
-    )
-    add(
-        "--adapter",
-        type=Path,
-        help="what changes --model: file of train.py lora, or PEFT's folder or Hub id",
-    )
-    add(
-        "--adapter-scale",
-        type=float,
-        default=1.0,
-        help="how far (default: %(default)g)",
-    )
+    for name, (about, reads) in FLAGS.items():
+        about += " (default: %(default)s)" if "default" in reads else ""
+        parser.add_argument(f"--{name.replace('_', '-')}", help=about, **reads)
     args = parser.parse_args(argv)
     try:
         check_name(args.model)
@@ -520,6 +528,7 @@ def serve(server: PageServer) -> None:
     finally:
         server.server_close()
         ended = server.worker.close()
+        server.plugin.close()
         time.sleep(0.2)  # in which the last events are sent
         if not ended:  # it is loading a model, which nothing stops
             os._exit(130)

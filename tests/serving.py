@@ -1,4 +1,4 @@
-"""A server in this process, and a client, for the tests of what is served."""
+"""A client of the server, for the tests of what is made."""
 
 import base64
 import contextlib
@@ -11,22 +11,9 @@ from unittest.mock import patch
 
 import numpy as np
 from common import Test
-
-import serve
+from served import Answer, ServedTest
 
 GENERATIONS = "/v1/audio/music-generations"
-
-
-class Answer(NamedTuple):
-    """What a server has said."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
 
 
 class Event(NamedTuple):
@@ -51,32 +38,8 @@ def sound_of(events: list[Event], channels: int = 1) -> np.ndarray:
     return np.frombuffer(b"".join(pieces), "<i2").reshape(-1, channels)
 
 
-class ServerTest(Test):
-    """With a server of `tiny`, whose takes lie in the test's folder. `flags` are more
-    of its command line."""
-
-    flags: tuple[str, ...] = ()
-
-    def setUp(self):
-        super().setUp()
-        self.server = self.serve(*self.flags)
-
-    def serve(self, *flags: str) -> serve.PageServer:
-        """Start a server, which ends with the test."""
-        own = ["--model", "tiny", "--port", "0", "--takes-dir"]
-        own += [str(self.folder / "takes")]
-        server = serve.PageServer(serve.parse_arguments([*own, *flags]))
-        thread = threading.Thread(target=server.serve_forever, args=[0.05])
-        thread.start()
-
-        def stop():
-            server.shutdown()
-            server.server_close()
-            thread.join()
-            self.assertTrue(server.worker.close())
-
-        self.addCleanup(stop)
-        return server
+class ServerTest(ServedTest):
+    """With takes of a second, of JSON."""
 
     @contextlib.contextmanager
     def asking(
@@ -84,8 +47,7 @@ class ServerTest(Test):
     ) -> Iterator[HTTPResponse]:
         """The beginning of an answer, of which the rest may be read. Bytes go as they
         are, other fields as JSON."""
-        port = self.server.server_port
-        connection = HTTPConnection("127.0.0.1", port, timeout=60)
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
         headers = dict(headers or {})
         if fields is not None and not isinstance(fields, bytes):
             fields = json.dumps(fields).encode()
@@ -96,12 +58,6 @@ class ServerTest(Test):
             yield connection.getresponse()
         finally:
             connection.close()
-
-    def ask(self, method: str, path: str, fields: Any = None, **headers) -> Answer:
-        """A whole answer."""
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        with self.asking(method, path, fields, named) as response:
-            return Answer(response.status, dict(response.headers), response.read())
 
     def get(self, path: str, **headers) -> Answer:
         return self.ask("GET", path, **headers)
