@@ -87,7 +87,7 @@ class Page(Request):
             error = Refused(404, "It is not there any more.")
         elif isinstance(error, KeyError):
             error = Refused(404, f"There is no take {error.args[0]!r:.80}.")
-        elif isinstance(error, OSError | OverflowError | TypeError | ValueError):
+        elif isinstance(error, OSError | ValueError):
             if not isinstance(error, TimeoutError) and not hasattr(error, "status"):
                 error = Refused(status_of(error), in_a_sentence(error))
         super().fail(error)

@@ -253,10 +253,12 @@ class Request(BaseHTTPRequestHandler):
         self.send_error(status, str(error) or type(error).__name__)
 
     def said(self, message: str) -> str:
-        """A message in a line, in which the client's files are called as it calls them."""
+        """A message as a sentence, in which the client's files are called as it calls
+        them."""
         for path, name in self._names.items():
             message = message.replace(path, name)
-        return one_line(message)
+        line = one_line(message)
+        return line if line.endswith((".", "?", "!")) else f"{line}."
 
     def send_error(self, code: int, message: str | None = None, *_) -> None:
         """A sentence, and the end of the connection where something was sent already, or
