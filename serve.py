@@ -451,7 +451,7 @@ class PageServer(Server):
         """What a browser on this machine opens."""
         host = self.server_address[0]
         host = "127.0.0.1" if is_any(host) else f"[{host}]" if ":" in host else host
-        token = f"?token={self.token}" if self.token else ""
+        token = f"?token={quote(self.token)}" if self.token else ""
         return f"http://{host}:{self.server_port}/{token}"
 
 
