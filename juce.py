@@ -1,7 +1,7 @@
 """The wire of gary4juce, a plug-in (AU, VST3) that continues what a DAW plays.
 
-    plugin = Plugin(worker, takes, model="small")
-    status, answer = plugin.process_audio(form.fields, form.files)
+    plugin = Plugin(worker, takes, Limits("small"))
+    status, answer = plugin.process_audio(form)
     status, answer = plugin.poll_status(answer["session_id"])  # every few seconds
 
 What follows was read in its source, github.com/betweentwomidnights/gary4juce at 3cd2063,
@@ -26,8 +26,8 @@ A new sound begins with the first prompt_duration seconds of the recording, a co
 one with the last; 30 s are made, these included, and what was before them is put in front
 (local: g4laudio_mlx.py:1829, 1932). The answer has the rate and channels that came.
 
-Needs worker.py, takes.py, tasks.py, hub.py, audio.py and wav_stream.py beside it, with what these
-need.
+Needs worker.py, takes.py, tasks.py, forms.py, hub.py, audio.py and wav_stream.py beside
+it, with what these need.
 """
 
 import base64
@@ -45,9 +45,10 @@ from typing import Any
 import numpy as np
 
 from audio import open_sound, read_sound
+from forms import Form
 from hub import BESIDE
 from takes import Takes
-from tasks import Generate, read_order
+from tasks import Generate, Limits, read_order
 from wav_stream import WavStream
 from worker import LAST, Event, Refused, Ticket, Worker
 
@@ -56,6 +57,7 @@ PROMPT = 6.0  # seconds that are given where nothing is said
 KEPT = 3600.0  # seconds that a session can be asked for, as in the plug-in
 QUIET = 15.0  # seconds without a poll after which a run gives way to a new one
 MOST = 50  # sessions
+RECORDING = "recording.wav"  # its name, also in a take's settings
 OVERLAP = 0.01  # seconds over which a recording goes over into what continues it
 SIZES = ("small", "medium", "large")  # headings of the plug-in's list of models
 
@@ -106,12 +108,12 @@ class Timed(Generate):
 class Plugin:
     """The sessions of the plug-in, with their recordings in a folder of their own.
 
-    `model` stands in where a request names none: one that is named and cannot be had is
-    an error, told by the poll. `most` is how many seconds a take may last.
+    The model of the `limits` is taken where a request names none. It does not stand in
+    for one that is named and cannot be had: that run fails, and the plug-in says why.
     """
 
-    def __init__(self, worker: Worker, takes: Takes, model: str, most: float = 600.0):
-        self.worker, self.takes, self.model, self.most = worker, takes, model, most
+    def __init__(self, worker: Worker, takes: Takes, limits: Limits):
+        self.worker, self.takes, self.limits = worker, takes, limits
         self._folder = tempfile.TemporaryDirectory(prefix="musicgen-")
         self._sessions: dict[str, Session] = {}
         self._lock, self._took = threading.Lock(), 0.0  # seconds, of the last run
@@ -120,19 +122,19 @@ class Plugin:
         """Remove the recordings."""
         self._folder.cleanup()
 
-    def process_audio(self, fields: dict[str, Any], files: dict[str, Path]) -> Answer:
+    def process_audio(self, form: Form) -> Answer:
         """Begin with the first seconds of a recording. Raises ValueError, or Refused."""
-        return self._begin(fields, recording_of(files), False)
+        return self._begin(form.fields, recording_of(form), False)
 
-    def continue_music(self, fields: dict[str, Any], files: dict[str, Path]) -> Answer:
+    def continue_music(self, form: Form) -> Answer:
         """Go on after a recording. Raises as `process_audio`."""
-        return self._begin(fields, recording_of(files), True)
+        return self._begin(form.fields, recording_of(form), True)
 
-    def retry_music(self, fields: dict[str, Any], files: dict[str, Path]) -> Answer:
+    def retry_music(self, form: Form) -> Answer:
         """Make a session's take again, with what is given in place of what it had, and
         with any seed where none is given. Raises as `process_audio`."""
-        old = self._find(fields.get("session_id"))
-        given = {name: value for name, value in fields.items() if value is not None}
+        old = self._find(form.fields.get("session_id"))
+        given = {key: value for key, value in form.fields.items() if value is not None}
         fields = old.fields | {"seed": None} | given
         return self._begin(fields, old.recording, old.continues)
 
@@ -165,7 +167,7 @@ class Plugin:
         folder = Path(self._folder.name) / id
         folder.mkdir()
         try:
-            recording = folder / "recording.wav"  # is the name in the take's settings
+            recording = folder / RECORDING
             shutil.copyfile(path, recording)
             session = Session(id, recording, fields, continues)
             self._submit(session)
@@ -191,8 +193,8 @@ class Plugin:
         values = ours(session.fields) | dict(duration=SECONDS, fade_out=0.0)
         values |= dict(prompt_start=session.start)
         values |= dict(prompt_length=min(float(prompt), length - session.start))
-        files = {"audio_prompt": session.recording}
-        order = read_order(values, files, self.model, self.most)
+        files, names = {"audio_prompt": session.recording}, {"audio_prompt": RECORDING}
+        order = read_order(Form(values, files, names), self.limits)
         task = Timed(self.takes, order)
         task.check()
         session.seed = order.values["seed"]
@@ -264,10 +266,10 @@ class Plugin:
                 session.ticket.cancel()
 
 
-def recording_of(files: dict[str, Path]) -> Path:
-    if "audio_data" not in files:
+def recording_of(form: Form) -> Path:
+    if "audio_data" not in form.files:
         raise ValueError("audio_data must be the recording, a wav file in base64.")
-    return files["audio_data"]
+    return form.files["audio_data"]
 
 
 def ours(fields: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class ServedTest(Test):
         self.takes = self.folder / "takes"
         flags = ["--model", "tiny", "--port", "0", "--no-open", *self.flags]
         flags += ["--takes-dir", str(self.takes)]
-        self.server = serve.Server(serve.parse_arguments(flags))
+        self.server = serve.PageServer(serve.parse_arguments(flags))
         self.port = self.server.server_port
         thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
         thread.start()
