@@ -71,7 +71,7 @@ class Request(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "musicgen", ""
     timeout = PATIENCE
-    command, request_version = None, "HTTP/1.1"
+    command, request_version, requestline = None, "HTTP/1.1", ""
     _folder: tempfile.TemporaryDirectory | None = None
 
     def answer(self) -> None:
@@ -267,7 +267,8 @@ class Request(BaseHTTPRequestHandler):
             self.close_connection = True
         if not self._answered:
             wait = dict(Retry_After=10) if code == 503 else {}
-            said = self.said(message or "It cannot be answered.")
+            said = self.said(message or "It cannot be answered")
+            said += "" if said.endswith((".", "?")) else "."
             self.json({"error": said}, code, **wait)
 
     def log_message(self, *_) -> None:
