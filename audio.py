@@ -454,6 +454,20 @@ def save_audio(
         scaled_down(path, audio, raised, f"as {path.suffix} {why}")
 
 
+def save_stems(
+    stems: dict[Path, Any], sampling_rate: int, overwrite: bool = True
+) -> Iterator[Path]:
+    """Write samples (N, C) to the path of each, and yield that. All are made quieter
+    alike, with a warning, where one would clip. Raises as `save_audio`."""
+    loudest = max(1.0, *map(true_peak, stems.values()))
+    if loudest > 1:  # all stems alike, so that they still add up to the song
+        quieter = f"{20 * math.log10(loudest):.2g} dB quieter"
+        warnings.warn(f"All stems were made {quieter}: one would have clipped.")
+    for path, stem in stems.items():
+        save_audio(path, stem / loudest, sampling_rate, overwrite=overwrite)
+        yield path
+
+
 def check_form(path: Path, sampling_rate: int, channels: int) -> None:
     """Raise ValueError for a rate or channels that the format does not take."""
     suffix = path.suffix.lower()

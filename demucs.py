@@ -643,9 +643,8 @@ def check_audio(audio: mx.array, channels: int) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Separate one file and write its stems."""
-    from audio import check_output, load_audio, save_audio
+    from audio import check_output, load_audio, save_stems
     from outputs import print_out
-    from resample import true_peak
 
     if not os.path.isfile(os.path.expanduser(args.source)):
         raise FileNotFoundError(f"There is no sound file {args.source}.")
@@ -666,13 +665,8 @@ def run(args: argparse.Namespace) -> None:
     with tqdm(total=pieces, unit="piece", disable=None) as bar:  # only on a terminal
         for done, _, stems in steps:
             bar.update(done - bar.n)
-    loudest = max(1.0, *map(true_peak, stems))
-    if loudest > 1:  # all stems alike, so that they still add up to the song
-        quieter = f"{20 * math.log10(loudest):.2g} dB quieter"
-        warnings.warn(f"All stems were made {quieter}: one would have clipped.")
-    for name, path in paths.items():
-        stem = stems[sources.index(name)] / loudest
-        save_audio(path, stem, model.sampling_rate, overwrite=args.force)
+    named = {path: stems[sources.index(name)] for name, path in paths.items()}
+    for path in save_stems(named, model.sampling_rate, args.force):
         print_out(path)
 
 

@@ -38,7 +38,6 @@ from pathlib import Path
 from typing import TextIO
 
 import mlx.core as mx
-import numpy as np
 from huggingface_hub.utils import logging
 
 import jobs
@@ -334,9 +333,8 @@ def edit(
     if scores := making.finish():
         tell(scores, args)
     results = []
-    for job, audio, codes, record in making.results():
-        sound = job.ending.apply(np.array(audio), model.sampling_rate, 0)
-        job = jobs.save(model, job, sound, record)
+    for edited in making.results():
+        job, audio, codes, record = remake.write(model, edited)
         if args.save_codes:
             settings.save_codes(args.save_codes, codes, record, args.force)
         seconds = len(audio) / model.sampling_rate

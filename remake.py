@@ -4,8 +4,8 @@
     for _ in edit:  # a take after each step
         pass
     print(edit.finish())
-    for job, audio, codes, record in edit.results():
-        ...
+    for edited in edit.results():
+        job, audio, codes, record = write(model, edited)
 
 A MusicGen makes several candidates, of which the best are written, a MAGNeT as many as
 there are jobs. Needs edit.py, sources.py, recall.py, job.py, jobs.py, regenerate.py and
@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 import jobs
 from edit import seeds
@@ -141,6 +142,14 @@ class PartsFilled(Remake):
         audio = join_parts(self._old, self._model.decode(made.codes), made.frames, hop)
         for i, job in enumerate(self._wanted):
             yield Edited(job, audio[i], made.codes[i : i + 1], self.settings(job))
+
+
+def write(model: MusicGen, edited: Edited) -> Edited:
+    """Write the sound, with its fades and at its level. Returns the same, with the job
+    under another name where somebody else wrote its file meanwhile. Raises OSError."""
+    job, audio, _, record = edited
+    sound = job.ending.apply(np.array(audio), model.sampling_rate, 0)
+    return edited._replace(job=jobs.save(model, job, sound, record))
 
 
 def hop_length(model: MusicGen) -> int:

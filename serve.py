@@ -2,9 +2,10 @@
 
     python serve.py --model tiny
 
-prints an address, and opens the browser there. GUIDE.md tells what can be asked of it.
-Needs worker.py, tasks.py, takes.py, and page.html, which is the page, with what these
-need beside it.
+prints an address, and opens it in the browser. GUIDE.md tells what can be asked of it.
+What is made lies in the folder `takes`. Needs web.py, access.py, worker.py, tasks.py,
+retakes.py, juce.py, takes.py, magnet.py, models.py and quantize.py beside it, with what
+these need, and page.html, which is the page.
 """
 
 import signal
@@ -15,366 +16,543 @@ if __name__ == "__main__":  # Ctrl-C while the rest is imported is no traceback
 import argparse
 import base64
 import json
-import re
+import os
 import secrets
-import select
-import socket
 import sys
+import tempfile
 import threading
+import time
+import warnings
 import webbrowser
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import mlx.core as mx
+from huggingface_hub.utils import logging
 
+import juce
 import magnet
-from hub import BESIDE, MAGNETS, MODELS, follows, local
+from access import Access, is_any, is_loopback
+from audio import open_sound, read_sound, write_samples
+from forms import Form
+from hub import MODELS, check_name, follows, local, same_model
 from lines import own_settings
+from magnet_job import is_magnet
+from messages import Forgiving, one_line
 from models import missing
+from outputs import in_words, leave_nothing
+from quantize import BITS
+from retakes import Listen, Separate, read_again, read_edit, read_extension, read_level
+from settings import to_comment
 from takes import Take, Takes
-from tasks import Generate, read_order
-from worker import LAST, Refused, Ticket, Worker
+from tasks import Generate, Limits, read_order
+from web import Request, Server
+from worker import LAST, MOST, Event, Refused, Task, Ticket, Worker, status_of
 
 PAGE = Path(__file__).with_name("page.html")
-BODY = 64 * 2**20  # bytes at most
-PATIENCE = 15.0  # seconds without a byte
-LOOK = 0.5  # seconds between two looks whether the client is still there
+POLICY = (  # the page takes nothing from elsewhere, and stands in no other page
+    "default-src 'self' blob: data:; script-src 'self' 'unsafe-inline' blob:; style-src "
+    "'self' 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
+)
+LOOK = 0.5  # seconds between two looks whether a client is still there
+KINDS = {".wav": "audio/wav", ".flac": "audio/flac", ".ogg": "audio/ogg"}
+KINDS |= {".mp3": "audio/mpeg", ".m4a": "audio/mp4"}
 
 
-class Request(BaseHTTPRequestHandler):
-    """A request, and the ways to answer it."""
+class Page(Request):
+    """A request to the page's server: finds its route, if it may be asked."""
 
-    protocol_version = "HTTP/1.1"
-    server_version, sys_version = "musicgen", ""
-    timeout = PATIENCE
+    server: "PageServer"
 
-    def handle_any(self) -> None:
-        self.id, self.answered = secrets.token_hex(8), False
-        try:
-            self._dispatch()
-        except Refused as error:
-            self.error(error.status, str(error))
-        except KeyError as error:
-            self.error(404, f"There is no take {error.args[0]!r:.80}.")
-        except (ValueError, TypeError, OverflowError) as error:
-            self.error(getattr(error, "status", 400), str(error))
-        except (ConnectionError, TimeoutError):
-            self.close_connection = True
-        except OSError as error:
-            self.error(507, str(error))
-
-    do_GET = do_POST = do_DELETE = do_HEAD = do_PUT = do_OPTIONS = handle_any
-
-    def _dispatch(self) -> None:
-        parts = urlsplit(self.path)
-        self.query = parse_qs(parts.query)
-        words = [unquote(word) for word in parts.path.split("/")]
-        known = False
+    def answer(self) -> None:
+        self.server.access.check(self.headers, self.query)
+        methods = []
         for route in ROUTES:
-            found = match(route.path, words)
-            known = known or found is not None
-            if found is not None and route.method == self.command:
+            found = route.match(self.words)
+            if found is not None and route.method == self.command.replace(
+                "HEAD", "GET"
+            ):
                 return route.answer(self, **found)
-        status = 405 if known else 404
-        raise Refused(status, f"There is no {self.command} {parts.path:.80}.")
+            methods += [route.method] if found is not None else []
+        if methods:
+            raise Refused(405, f"It is asked for with {' or '.join(methods)}.")
+        raise Refused(404, f"There is nothing at {self.path:.80}.")
 
-    def form(self) -> tuple[dict[str, Any], dict[str, Path]]:
-        """The fields of the body, and its files."""
-        length = int(self.headers.get("Content-Length") or 0)
-        if length > BODY:
-            self.close_connection = True
-            raise Refused(413, f"The body must have at most {BODY} bytes.")
-        try:
-            fields = json.loads(self.rfile.read(length) or b"{}")
-        except ValueError as error:
-            raise Refused(400, f"The body is no JSON: {error}.") from None
-        if not isinstance(fields, dict):
-            raise Refused(400, "The body must be an object of JSON.")
-        return fields, {}
+    def fail(self, error: Exception) -> None:
+        if isinstance(error, FileNotFoundError):  # removed since it was listed
+            error = Refused(404, "It is not there any more.")
+        elif isinstance(error, KeyError):
+            error = Refused(404, f"There is no take {error.args[0]!r:.80}.")
+        elif isinstance(error, OSError | OverflowError | TypeError | ValueError):
+            if not isinstance(error, TimeoutError) and not hasattr(error, "status"):
+                error = Refused(status_of(error), in_a_sentence(error))
+        super().fail(error)
 
-    def begin(self, status: int, kind: str, length: int | None, **more: str) -> None:
-        """Status and headers; without a length the body goes in chunks."""
-        self.answered = True
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("X-Request-Id", self.id)
-        if length is None:
-            self.send_header("Transfer-Encoding", "chunked")
-        else:
-            self.send_header("Content-Length", str(length))
-        for name, value in more.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
+    def take(self, id: str) -> Take:
+        """The take of that id. Raises KeyError."""
+        return self.server.takes.find(id)
 
-    def bytes(self, data: bytes, kind: str, status: int = 200, **more: str) -> None:
-        self.begin(status, kind, len(data), **more)
-        self.wfile.write(data)
-
-    def json(self, told: Any, status: int = 200, **more: str) -> None:
-        data = json.dumps(told).encode()
-        self.bytes(data, "application/json", status, **more)
-
-    def error(self, status: int, message: str) -> None:
-        """A sentence, unless something was answered already."""
-        if self.answered:
-            self.close_connection = True
-            return
-        more = dict(Retry_After="10") if status == 503 else {}
-        self.json({"error": message}, status, **more)
-
-    def chunk(self, data: bytes) -> None:
-        if data:
-            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
-
-    def end_chunks(self) -> None:
-        self.wfile.write(b"0\r\n\r\n")
-
-    def is_gone(self) -> bool:
-        """Whether the client has closed the connection."""
-        readable, _, _ = select.select([self.connection], [], [], 0)
-        if not readable:
-            return False
-        try:
-            return self.connection.recv(1, socket.MSG_PEEK) == b""
-        except OSError:
-            return True
-
-    def events(self, ticket: Ticket):
-        """The events of a ticket, which is cancelled when the client goes."""
-        try:
-            while True:
-                event = ticket.next(LOOK)
-                if self.is_gone():
-                    raise ConnectionError("The client is gone.")
-                if event:
-                    yield event
-                    if event.name in LAST:
-                        return
-        finally:
-            if not ticket.ended.is_set():
-                ticket.cancel()
-
-    def log_message(self, *_) -> None:
-        """Nothing: what is made is told by the page."""
-
-    def send_error(self, code: int, message: str | None = None, *_) -> None:
-        self.id, self.answered = secrets.token_hex(8), False
-        self.close_connection = True
-        self.error(code, f"{message or 'It cannot be answered'}.")
+    def sounds(self) -> Form:
+        """The fields and files of the body. Raises ValueError for a file that is no
+        sound."""
+        form = self.form()
+        for path in form.files.values():
+            with open_sound(path) as file:
+                file.read(1)
+        return form
 
 
-# Answers
+def in_a_sentence(error: Exception) -> str:
+    """What an error says, plainly of one of the system's."""
+    return in_words(error) if isinstance(error, OSError) else str(error)
 
 
-def page(request: Request) -> None:
-    text = (
-        PAGE.read_bytes()
-        if PAGE.is_file()
-        else b"<!doctype html><title>MusicGen</title>"
-    )
-    request.bytes(text, "text/html; charset=utf-8")
+class Route(NamedTuple):
+    """What answers a method and a path, in which a word in braces is any."""
+
+    method: str
+    path: str
+    answer: Callable[..., None]
+
+    def match(self, words: list[str]) -> dict[str, str] | None:
+        """The words in the braces of the path, or None where it is another."""
+        own = self.path.split("/")[1:]
+        if len(own) != len(words):
+            return None
+        pairs = [*zip(own, words)]
+        if any(mine != word for mine, word in pairs if not mine.startswith("{")):
+            return None
+        return {mine[1:-1]: word for mine, word in pairs if mine.startswith("{")}
 
 
-def health(request: Request) -> None:
+# What is asked
+
+
+def get_page(request: Page) -> None:
+    kind, more = "text/html; charset=utf-8", {"Content-Security-Policy": POLICY}
+    request.bytes(PAGE.read_bytes(), kind, Cache_Control="no-cache", **more)
+
+
+def get_health(request: Page) -> None:
     worker = request.server.worker
     told = dict(status="ok", model=worker.name, loading=worker.loading)
     request.json(told | dict(queue=worker.waiting, busy=worker.busy))
 
 
-def list_models(request: Request) -> None:
-    server, names = request.server, [*MODELS]
-    if server.model not in names:
-        names.insert(0, server.model)
-    request.json({"data": [describe_model(name, server.worker.name) for name in names]})
+def get_models(request: Page) -> None:
+    request.json({"data": describe_models(request.server)})
+
+
+def describe_models(server: "PageServer") -> list[dict[str, Any]]:
+    """The released models, the server's own first."""
+    own, loaded = server.limits.model, server.worker.name
+    names = [own, *(name for name in MODELS if name != own)]
+    return [describe_model(name, loaded) for name in names]
 
 
 def describe_model(name: str, loaded: str | None) -> dict[str, Any]:
     here = local(name) is not None or name in MODELS and missing(name) == 0
     told = dict(id=name, object="model", loaded=name == loaded, local=here)
-    return told | dict(kind=kind(name), duration=own_settings(name).get("duration"))
+    return told | dict(kind=kind_of(name), duration=own_settings(name).get("duration"))
 
 
-def kind(name: str) -> str:
-    """What a model follows or makes, in a word."""
-    if "magnet" in name:
+def kind_of(model: str) -> str:
+    """What a model follows, or makes, in a word."""
+    if is_magnet(model):
         return "magnet"
-    return follows(name) or ("sound" if name.startswith("audio") else "text")
+    return follows(model) or ("sound" if model.startswith("audio") else "text")
 
 
-def list_takes(request: Request) -> None:
+def get_takes(request: Page) -> None:
     request.json({"takes": [take.as_json() for take in request.server.takes.every()]})
 
 
-def get_take(request: Request, id: str) -> None:
-    takes = request.server.takes
+def get_take(request: Page, id: str) -> None:
+    """A take's settings, or with a suffix its sound or its codes."""
     stem, dot, suffix = id.rpartition(".")
     try:
-        return request.json(takes.find(id).as_json())
+        return request.json(request.take(id).as_json())
     except KeyError:
-        take = takes.find(stem)
-    if suffix == "json":
-        return request.json(take.as_json())
-    if dot + suffix == take.path.suffix:
-        return request.bytes(take.path.read_bytes(), "audio/wav")
-    raise KeyError(id)
+        if not dot:
+            raise
+        take, suffix = request.take(stem), dot + suffix
+    if suffix == ".json":
+        request.json(take.as_json())
+    elif suffix == take.path.suffix:
+        request.file(take.path, KINDS[suffix.lower()])
+    elif suffix == ".safetensors" and take.codes:
+        request.file(take.codes, "application/octet-stream")
+    elif suffix in (".wav", ".flac"):
+        convert(request, take, suffix)
+    else:
+        raise KeyError(id)
 
 
-def generate(request: Request) -> None:
-    """Takes of a prompt."""
-    server = request.server
-    order = read_order(*request.form(), server.model, server.most_seconds)
-    task = Generate(server.takes, order)
-    task.check()
-    answer(request, task, order.stream, order.takes)
+def convert(request: Page, take: Take, suffix: str) -> None:
+    """Answer with a take's sound in another format, without touching MLX."""
+    audio, rate = read_sound(take.path)
+    with tempfile.TemporaryDirectory(prefix="musicgen-") as folder:
+        path = Path(folder) / f"sound{suffix}"
+        write_samples(path, audio, rate, to_comment(take.settings), "PCM_16")
+        request.file(path, KINDS[suffix])
 
 
-def answer(request: Request, task: Any, stream: str, takes: int = 1) -> None:
-    """Do it, and tell of it in the way that was asked for."""
-    ticket = request.server.worker.submit(task, request.id)
-    if stream == "events":
-        return answer_events(request, ticket)
-    if stream == "wav":
-        return answer_stream(request, ticket)
-    made, error = [], None
-    for event in request.events(ticket):
-        if event.name == "take":
-            made.append(event.data)
-        elif event.name == "error":
-            raise Refused(event.data["status"], event.data["error"])
-    if takes > 1:
-        return request.json({"takes": made})
-    if not made:
-        raise Refused(409, "It was cancelled before anything was made.")
-    data = server_file(request, made[0])
-    more = {"X-Take-Id": quote(made[0]["id"]), "X-Seed": str(made[0]["seed"])}
-    request.bytes(data, "audio/wav", **more)
+def get_stem(request: Page, id: str, name: str) -> None:
+    path = request.take(id).stems.get(name.removesuffix(".wav"))
+    if path is None:
+        raise Refused(404, f"There is no stem {name!r:.40}.")
+    request.file(path, KINDS[".wav"])
 
 
-def server_file(request: Request, take: dict[str, Any]) -> bytes:
-    return request.server.takes.find(take["id"]).path.read_bytes()
-
-
-def answer_events(request: Request, ticket: Ticket) -> None:
-    request.begin(200, "text/event-stream", None, Cache_Control="no-store")
-    for name, data in request.events(ticket):
-        if name == "header":
-            continue
-        if name == "audio":
-            data = {"data": base64.b64encode(data["data"]).decode()}
-        if name == "error":
-            data = {"error": data["error"]}
-        request.chunk(f"event: {name}\ndata: {json.dumps(data)}\n\n".encode())
-    request.end_chunks()
-
-
-def answer_stream(request: Request, ticket: Ticket) -> None:
-    more = {}
-    for name, data in request.events(ticket):
-        if name == "start":
-            more = {"X-Take-Id": quote(data["id"]), "X-Seed": str(data["seed"])}
-        elif name == "header":
-            request.begin(200, "audio/wav", None, **more)
-            request.chunk(data["data"])
-        elif name == "audio":
-            request.chunk(data["data"])
-        elif name == "error":
-            raise Refused(data["status"], data["error"])
-    request.end_chunks()
-
-
-def delete_take(request: Request, id: str) -> None:
+def delete_take(request: Page, id: str) -> None:
     request.server.takes.delete(id)
     request.json({"deleted": id})
 
 
-def star_take(request: Request, id: str) -> None:
-    fields, _ = request.form()
-    request.json(request.server.takes.star(id, bool(fields.get("starred"))).as_json())
+def star(request: Page, id: str) -> None:
+    starred = request.form().fields.get("starred")
+    if not isinstance(starred, bool):
+        raise ValueError(f"starred must be true or false, got {starred!r:.40}.")
+    request.json(request.server.takes.star(id, starred).as_json())
 
 
-def cancel(request: Request, id: str) -> None:
+def cancel(request: Page, id: str) -> None:
+    request.form()
     if not request.server.worker.cancel(id):
         raise Refused(404, f"There is no request {id!r:.40} under way.")
     request.json({"cancelled": id})
 
 
-class Route:
-    """What answers a method and a path, in which a word in braces is any."""
+def generate(request: Page) -> None:
+    order = read_order(request.sounds(), request.server.limits)
+    task = Generate(request.server.takes, order)
+    if order.takes > 1:
+        answer(request, task, order.stream)
+    else:
+        answer(request, task, order.stream, answer_file)
 
-    def __init__(self, method: str, path: str, answer):
-        self.method, self.path, self.answer = method, path.split("/"), answer
+
+def again(request: Page, id: str) -> None:
+    retake(request, id, read_again)
 
 
-def match(path: list[str], words: list[str]) -> dict[str, str] | None:
-    """The words in the braces of a path, or None where it is another."""
-    if len(path) != len(words):
-        return None
-    pairs = [*zip(path, words)]
-    if any(own != word and not own.startswith("{") for own, word in pairs):
-        return None
-    return {own[1:-1]: word for own, word in pairs if own.startswith("{")}
+def extend(request: Page, id: str) -> None:
+    retake(request, id, read_extension)
+
+
+def regenerate(request: Page, id: str) -> None:
+    retake(request, id, read_edit)
+
+
+def retake(request: Page, id: str, read: Callable[..., Generate]) -> None:
+    """Make something of a take, as `read` reads it from the form."""
+    take, server = request.take(id), request.server
+    task = read(server.takes, take, request.sounds(), server.limits)
+    answer(request, task, task.order.stream)
+
+
+def stems(request: Page, id: str) -> None:
+    task = Separate(request.server.takes, request.take(id))
+    answer(request, task, stream_of(request.form()), answer_stems)
+
+
+def loudness(request: Page, id: str) -> None:
+    take, form = request.take(id), request.form()
+    answer(request, read_level(request.server.takes, take, form), stream_of(form))
+
+
+def chroma(request: Page) -> None:
+    answer(request, Listen(request.sounds()), "", answer_chroma)
+
+
+def plugin_begins(request: Page, name: str) -> None:
+    """A request of gary4juce, to begin, to continue or to retry."""
+    if name not in ("process_audio", "continue_music", "retry_music"):
+        raise Refused(404, f"There is nothing at {request.path:.80}.")
+    status, told = getattr(request.server.plugin, name)(request.form())
+    request.json(told, status)
+
+
+def plugin_polls(request: Page, id: str) -> None:
+    status, told = request.server.plugin.poll_status(id)
+    request.json(told, status)
+
+
+def plugin_models(request: Page) -> None:
+    described = describe_models(request.server)
+    request.json(juce.models(described, request.server.limits.model))
+
+
+def stream_of(form: Form) -> str:
+    """Whether events are asked for, where nothing else streams. Raises ValueError."""
+    stream = form.fields.get("stream", False)
+    if stream not in (False, "events"):
+        raise ValueError(f'stream must be "events" here, got {stream!r:.40}.')
+    return stream or ""
+
+
+# How it is answered
+
+
+def answer(
+    request: Page, task: Task, stream: str, whole: "Callable | None" = None
+) -> None:
+    """Do it, and tell of it as it is asked for: in events, as a stream, or by `whole`
+    once it is done (None: the takes that were made)."""
+    if hasattr(task, "check"):
+        task.check()
+    after = request.hand_over()
+    try:
+        ticket = request.server.worker.submit(task, request.id, after)
+    except Refused:
+        after()
+        raise
+    with closing(until_gone(request, ticket)) as events:
+        if stream:
+            return (answer_events if stream == "events" else answer_wav)(
+                request, events
+            )
+        found = gather(events)
+    (whole or answer_takes)(request, found)
+
+
+def until_gone(request: Page, ticket: Ticket) -> Iterator[Event]:
+    """The events of a ticket, which is cancelled when the client goes."""
+    try:
+        while True:
+            event = ticket.next(LOOK)
+            if request.is_gone():
+                raise ConnectionError("The client is gone.")
+            if event:
+                yield event
+                if event.name in LAST:
+                    return
+    finally:
+        ticket.cancel()
+
+
+def gather(events: Iterator[Event]) -> dict[str, list[dict[str, Any]]]:
+    """All events by name. Raises Refused for an error, and where nothing was made."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, data in events:
+        if name == "error":
+            raise Refused(data["status"], data["error"])
+        if name != "audio":
+            found.setdefault(name, []).append(data)
+    if "cancelled" in found and "take" not in found:
+        raise Refused(409, "It was cancelled before anything was made.")
+    return found
+
+
+def answer_takes(request: Page, found: dict[str, list[dict[str, Any]]]) -> None:
+    request.json({"takes": found.get("take", [])})
+
+
+def answer_file(request: Page, found: dict[str, list[dict[str, Any]]]) -> None:
+    """The bytes of the only take's file."""
+    if not found.get("take"):
+        raise Refused(500, "Nothing was made.")
+    take = found["take"][0]
+    data = request.take(take["id"]).path.read_bytes()
+    request.bytes(data, KINDS[take["suffix"]], **take_headers(take))
+
+
+def take_headers(take: dict[str, Any]) -> dict[str, Any]:
+    return {"X-Take-Id": quote(take["id"]), "X-Seed": take["seed"]}
+
+
+def answer_stems(request: Page, found: dict[str, list[dict[str, Any]]]) -> None:
+    request.json({"stems": found["take"][0]["stems"]})
+
+
+def answer_chroma(request: Page, found: dict[str, list[dict[str, Any]]]) -> None:
+    request.json(found["chroma"][0])
+
+
+def answer_events(request: Page, events: Iterator[Event]) -> None:
+    """Server-sent events, with sound in base64."""
+    request.begin(200, "text/event-stream", None, Cache_Control="no-store")
+    for name, data in events:
+        if name == "header":  # of a wav
+            continue
+        if name == "audio":
+            data = {"data": base64.b64encode(data["data"]).decode()}
+        if name == "error":
+            data = {"error": request.said(data["error"])}
+        request.chunk(f"event: {name}\ndata: {json.dumps(data)}\n\n".encode())
+    request.chunk()
+
+
+def answer_wav(request: Page, events: Iterator[Event]) -> None:
+    """A wav in chunks, as it is made. An error after its beginning cuts it off."""
+    take: dict[str, Any] = {}
+    for name, data in events:
+        if name == "start":
+            take = take_headers(data)
+        elif name == "header":
+            request.begin(200, KINDS[".wav"], None, **take)
+        elif name == "error":
+            raise Refused(data["status"], data["error"])
+        elif name == "cancelled" and not take:
+            raise Refused(409, "It was cancelled before anything was made.")
+        if name in ("header", "audio"):
+            request.chunk(data["data"])
+    request.chunk()
 
 
 ROUTES = [
-    Route("GET", "/", page),
-    Route("GET", "/health", health),
-    Route("GET", "/v1/models", list_models),
+    Route("GET", "/", get_page),
+    Route("GET", "/health", get_health),
+    Route("GET", "/v1/models", get_models),
     Route("POST", "/v1/audio/music-generations", generate),
-    Route("GET", "/takes", list_takes),
+    Route("POST", "/v1/audio/chroma", chroma),
+    Route("GET", "/takes", get_takes),
     Route("GET", "/takes/{id}", get_take),
     Route("DELETE", "/takes/{id}", delete_take),
-    Route("POST", "/takes/{id}/star", star_take),
+    Route("GET", "/takes/{id}/stems/{name}", get_stem),
+    Route("POST", "/takes/{id}/again", again),
+    Route("POST", "/takes/{id}/extend", extend),
+    Route("POST", "/takes/{id}/regenerate", regenerate),
+    Route("POST", "/takes/{id}/stems", stems),
+    Route("POST", "/takes/{id}/loudness", loudness),
+    Route("POST", "/takes/{id}/star", star),
     Route("POST", "/cancel/{id}", cancel),
+    Route("GET", "/api/models", plugin_models),
+    Route("GET", "/api/juce/poll_status/{id}", plugin_polls),
+    Route("POST", "/api/juce/{name}", plugin_begins),
 ]
 
 
-class Server(ThreadingHTTPServer):
-    """The server, with the worker and the folder of takes that its answers use."""
+# The server
 
-    daemon_threads, block_on_close = True, False
-    request_queue_size = 128
+
+class PageServer(Server):
+    """The server, with all that its answers use: the `worker`, the folder of `takes`, the
+    `limits` of what is served, and who has `access`."""
 
     def __init__(self, args: argparse.Namespace):
-        self.model, self.most_seconds = args.model, args.max_seconds
+        adapter = args.adapter and str(args.adapter)
+        self.limits = Limits(args.model, args.max_seconds, adapter)
         self.takes = Takes(args.takes_dir)
-        dtype = getattr(mx, args.dtype) if args.dtype else None
-        load = partial(magnet.load, dtype=dtype, q_bits=args.q_bits)
-        self.worker = Worker(load, args.queue)
-        super().__init__((args.host, args.port), Request)
+        super().__init__((args.host, args.port), Page)
+        self.token = args.token
+        if self.token is None and not is_loopback(args.host):
+            self.token = secrets.token_urlsafe(16)
+        self.access = Access(args.host, self.server_port, self.token)
+        self.worker = Worker(partial(load, args=args), args.queue)
+        self.plugin = juce.Plugin(self.worker, self.takes, self.limits)
+
+    @property
+    def address(self) -> str:
+        """What a browser on this machine opens."""
+        host = self.server_address[0]
+        host = "127.0.0.1" if is_any(host) else f"[{host}]" if ":" in host else host
+        token = f"?token={self.token}" if self.token else ""
+        return f"http://{host}:{self.server_port}/{token}"
+
+
+def load(name: str, args: argparse.Namespace) -> Any:
+    """A model of that name; the one of the command line with its adapter."""
+    dtype = getattr(mx, args.dtype) if args.dtype else None
+    changes = dict(q_bits=args.q_bits)
+    if args.adapter and same_model(name, args.model):
+        changes |= dict(adapter=args.adapter, adapter_scale=args.adapter_scale)
+    return magnet.load(name, dtype, **changes)
+
+
+SWITCH = dict(action="store_true")
+DTYPES = ["float16", "bfloat16", "float32"]
+FLAGS = {  # name, what it is, and how it is read
+    "model": (
+        "taken unless another is asked for; see generate.py --list-models",
+        dict(default="small"),
+    ),
+    "host": (
+        "address to listen at; at others than this machine's own a token is needed",
+        dict(default="127.0.0.1"),
+    ),
+    "port": ("of the address", dict(type=int, default=8000)),
+    "token": (
+        "what every request must have; for another --host one is made and printed",
+        dict(),
+    ),
+    "takes_dir": ("folder of what is made", dict(default="takes")),
+    "no_open": ("open no browser", SWITCH),
+    "max_seconds": ("longest take", dict(type=float, default=600.0)),
+    "queue": ("requests that may wait", dict(type=int, default=MOST)),
+    "dtype": ("of the decoder, as of generate.py", dict(choices=DTYPES)),
+    "q_bits": (
+        "quantize the decoder's layers while loading",
+        dict(type=int, choices=BITS),
+    ),
+    "adapter": (
+        "what changes --model: file of train.py lora, or PEFT's folder or Hub id",
+        dict(type=Path),
+    ),
+    "adapter_scale": ("how far it changes it", dict(type=float, default=1.0)),
+}
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The flags, checked. Ends the process with a line where they cannot be."""
     parser = argparse.ArgumentParser(description="Serve a page to make music on.")
-    add = parser.add_argument
-    add("--model", default="small", help="taken where none is named")
-    add("--host", default="127.0.0.1")
-    add("--port", type=int, default=8000)
-    add("--no-open", action="store_true", help="open no browser")
-    add("--takes-dir", default="takes")
-    add("--max-seconds", type=float, default=600.0)
-    add("--queue", type=int, default=100)
-    add("--dtype", choices=["float16", "bfloat16", "float32"])
-    add("--q-bits", type=int)
-    return parser.parse_args(argv)
+    for name, (about, reads) in FLAGS.items():
+        about += " (default: %(default)s)" if "default" in reads else ""
+        parser.add_argument(f"--{name.replace('_', '-')}", help=about, **reads)
+    args = parser.parse_args(argv)
+    try:
+        check_name(args.model)
+    except ValueError as error:
+        parser.error(one_line(error))
+    if not 0 <= args.port < 2**16 or args.queue < 1 or not args.max_seconds > 0:
+        parser.error(
+            "--port must be 0 to 65535, --queue 1 or more, --max-seconds above 0"
+        )
+    return args
+
+
+def warn(message: Warning | str, *_) -> None:
+    print(f"serve.py: warning: {one_line(message)}", file=sys.stderr)
+
+
+def serve(server: PageServer) -> None:
+    """Answer until Ctrl-C; then what is under way stops, and is kept."""
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print("stopping; takes so far are kept.", file=sys.stderr)
+    finally:
+        server.server_close()
+        ended = server.worker.close()
+        server.plugin.close()
+        time.sleep(0.2)  # in which the last events are sent
+        if not ended:  # it is loading a model, which nothing stops
+            os._exit(130)
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    leave_nothing()
+    sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
     args = parse_arguments(sys.argv[1:])
-    server = Server(args)
-    address = f"http://{args.host}:{server.server_port}/"
-    print(address, flush=True)
-    if not args.no_open:
-        webbrowser.open(address)
+    warnings.showwarning = warn
+    logging.set_verbosity_error()
     try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        server.worker.close()
+        server = PageServer(args)
+    except (OSError, OverflowError, ValueError) as error:
+        said = in_words(error) if isinstance(error, OSError) else error
+        sys.exit(f"serve.py: error: {args.host}:{args.port}: {one_line(said)}")
+    print(server.address, flush=True)
+    if not args.no_open:
+        threading.Thread(target=webbrowser.open, args=[server.address]).start()
+    try:
+        serve(server)
+    except KeyboardInterrupt:  # once more
+        os._exit(130)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ touched. Needs settings.py, audio.py, resample.py and outputs.py beside it.
 """
 
 import json
+import math
 import os
 import shutil
 import threading
@@ -50,7 +51,8 @@ class Take:
         told = {name: getattr(self, name) for name in names}
         own = {name: self.settings.get(name) for name in ("prompt", "model", "seed")}
         told |= own | dict(codes=self.codes is not None, suffix=self.path.suffix)
-        return told | dict(settings=self.settings, stems=[*self.stems])
+        told |= dict(settings=self.settings, stems=[*self.stems])
+        return {key: finite(value) for key, value in told.items()}
 
 
 class Takes:
@@ -166,6 +168,15 @@ class Takes:
             return set()
         names = names if isinstance(names, list) else []
         return {name for name in names if isinstance(name, str)}
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(path: Path) -> Take | None:

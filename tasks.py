@@ -1,22 +1,24 @@
-"""What a page may ask of a model: takes, and what can be done with one.
+"""What a page may ask of a model: takes of a prompt, which are heard while they are made.
 
-    order = read_order({"prompt": "slow bell", "seed": 7}, {}, model="tiny")
+    order = read_order(Form({"prompt": "slow bell", "seed": 7}), Limits("tiny"))
     task = Generate(Takes("takes"), order)
     task.check()  # raises ValueError for what cannot be made, before it is tried
     ticket = worker.submit(task)
 
-Each writes its takes as generate.py would, with their codes beside them, and tells a
-ticket of worker.py how it goes on. Needs worker.py, takes.py, jobs.py, lines.py, hub.py,
+The takes are what generate.py would write, with their codes beside them, and the ticket
+tells how they come. Needs worker.py, takes.py, forms.py, jobs.py, lines.py, hub.py,
 encodec_stream.py, wav_stream.py and what these need beside it.
 """
 
 import io
+import os
+import re
 import secrets
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
-from pathlib import Path
+from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
@@ -25,6 +27,8 @@ import jobs
 import settings
 from encodec_stream import pieces_of
 from endings import FADE, Ending
+from forms import Form
+from hub import MODELS
 from job import ALL_KEYS, Job, make_job
 from jobs import Batch, Result, Sounds, Start
 from lines import ALIASES
@@ -36,6 +40,8 @@ from worker import Refused, Ticket, Worker, status_of
 if TYPE_CHECKING:
     from musicgen import MusicGen, Take
 
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+STREAMS = {False: "", True: "wav", "wav": "wav", "events": "events"}
 FILES = ("audio_prompt", "melody", "style")  # that come with a request
 MOST_TAKES = 16
 MOST_TEXT = 10_000  # characters
@@ -64,56 +70,78 @@ class Order(NamedTuple):
     takes: int = 1  # seeds counted up
     stream: str = ""  # "wav", "events" or neither
     names: dict[str, str] = {}  # paths of files that came along, and their own names
+    most: float = inf  # seconds of a take
 
 
-def read_order(
-    fields: dict[str, Any], files: dict[str, Path], model: str, most: float = 600.0
-) -> Order:
-    """What the fields of a request ask for, with files by the field that they came in.
+class Limits(NamedTuple):
+    """What a server serves."""
 
-    `model` is what is taken where none is named; no take may last more than `most`
-    seconds. Raises ValueError, or Refused, naming the field that cannot be.
+    model: str  # its own, which is taken where none is named, and may be a folder
+    seconds: float = 600.0  # of a take, at most
+    adapter: str | None = None  # of its own model
+
+
+def read_order(form: Form, limits: Limits) -> Order:
+    """What the fields and files of a request ask for: takes of a prompt. Raises
+    ValueError, or Refused, naming the field that cannot be."""
+    given = read_given(form)
+    model = read_model(given, limits.model, limits)
+    order = make_order(form, given, model, limits)
+    order.values.setdefault("seed", secrets.randbits(31))
+    return order
+
+
+def read_given(form: Form, more: Iterable[str] = ()) -> dict[str, Any]:
+    """The fields of a form by their names in job.ALL_KEYS, with `model`, `takes`,
+    `stream` and some `more`. Raises ValueError for one that is unknown, or given twice.
     """
-    given = {}
-    for name, value in fields.items():
-        name = name.replace("-", "_")
+    given, own = {}, ("model", "takes", "stream", *more)
+    known = {*ALL_KEYS, *own} - {"output", *FILES}
+    for spelled, value in form.fields.items():
+        name = spelled.replace("-", "_")
         name = ALIASES.get(name, "duration" if name == "duration_seconds" else name)
+        if name not in known:
+            names = ", ".join([*own, *sorted(known - {*own})])
+            raise ValueError(f"'{spelled:.60}' is unknown; known are {names}.")
         if name in given:
             raise ValueError(f"{name} must not be given twice.")
         if value is not None:
             given[name] = value
-    model = read_text("model", given.pop("model", model))
+    if unknown := form.files.keys() - {*FILES}:
+        raise ValueError(f"'{min(unknown):.60}' must not be a file.")
+    return given
+
+
+def read_model(given: dict[str, Any], own: str, limits: Limits) -> str:
+    """The model that is asked for, or `own`, without what makes a folder of it. Raises
+    Refused for what is not served."""
+    name = read_text("model", given.pop("model", own))
+    if name in (own, limits.model) or name in MODELS:
+        return name
+    if not HUB_ID.fullmatch(name) or os.path.exists(name):
+        raise Refused(
+            404,
+            f"There is no model {name!r:.80}: take one of {', '.join(MODELS)}, or a Hub "
+            "id. A folder is served where --model names it.",
+        )
+    return name
+
+
+def make_order(form: Form, given: dict[str, Any], model: str, limits: Limits) -> Order:
+    """An order of settings that were read; without a seed, if none is given. Raises
+    ValueError naming what cannot be."""
     takes, stream = given.pop("takes", 1), given.pop("stream", False)
-    check_known(given, files)
     if type(takes) is not int or not 1 <= takes <= MOST_TAKES:
         raise ValueError(f"takes must be from 1 to {MOST_TAKES}, got {takes!r:.40}.")
-    streams = {False: "", True: "wav", "wav": "wav", "events": "events"}
-    if not isinstance(stream, str | bool) or stream not in streams:
+    if not isinstance(stream, str | bool) or stream not in STREAMS:
         raise ValueError(f'stream must be true, "wav" or "events", got {stream!r:.40}.')
-    paths = {name: str(path) for name, path in files.items()}
+    paths = {name: str(path) for name, path in form.files.items()}
     values = DEFAULTS | given | paths | dict(magnet=is_magnet(model))
-    values["prompt"] = read_text("prompt", given.get("prompt", ""))
-    values.setdefault("seed", secrets.randbits(31))
-    check_duration(values.get("duration"), most)
-    names = {str(path): path.name for path in files.values()}
-    return Order(model, values, takes, streams[stream], names)
-
-
-def check_known(given: dict[str, Any], files: dict[str, Path]) -> None:
-    """Raise ValueError for fields that are unknown, and for files that are not files."""
-    known = {*ALL_KEYS} - {"output", *FILES}
-    for name in given:
-        if name in FILES:
-            raise ValueError(
-                f"{name} must be a sound file that comes with the request."
-            )
-        if name not in known:
-            raise ValueError(
-                f"'{name:.60}' is unknown; known are model, takes, stream, "
-                f"{', '.join(sorted(known))}."
-            )
-    if unknown := files.keys() - {*FILES}:
-        raise ValueError(f"'{min(unknown):.60}' must not be a file.")
+    for name in ("prompt", "negative_prompt", "notes"):
+        if name in values or name == "prompt":
+            values[name] = read_text(name, values.get(name, ""))
+    names = {paths[name]: form.names.get(name, name) for name in paths}
+    return Order(model, values, takes, STREAMS[stream], names, limits.seconds)
 
 
 def read_text(name: str, value: Any) -> str:
@@ -129,9 +157,7 @@ def check_duration(seconds: Any, most: float) -> None:
     """Raise ValueError for more seconds than are allowed; what is no number is told by
     the job."""
     if isinstance(seconds, int | float) and seconds > most:
-        raise ValueError(
-            f"duration must be at most {most:g} s, got {seconds:g}: see --max-seconds."
-        )
+        raise ValueError(f"duration must be at most {most:g} s here, got {seconds:g}.")
 
 
 class Generate:
@@ -139,6 +165,7 @@ class Generate:
     is made, where the order streams."""
 
     quick = False
+    reads = True  # its audio prompt, which lies in what `settle` gives otherwise
 
     def __init__(self, takes: Takes, order: Order):
         self._takes, self.order = takes, order
@@ -151,6 +178,7 @@ class Generate:
             own = seed + i * step if isinstance(seed, int) else seed
             path = self._takes.free(order.values["prompt"], own)
             job = make_job(order.values | dict(seed=own, output=path))
+            check_duration(job.options.duration, order.most)
             parts = {part.name: getattr(job, part.name) for part in fields(job)}
             planned.append(NamedJob(**parts, names=order.names))
         return planned
@@ -158,10 +186,15 @@ class Generate:
     def check(self) -> None:
         """Raise ValueError or OSError for what cannot be made, before it is tried."""
         for job in self.jobs():
-            job.check()
+            job.check(reads=self.reads)
         if self.order.stream == "wav":
             check_stream(job, self.order.takes)
             refuse({"stream": True}, bool(self.order.values["magnet"]))
+
+    def settle(self, model: "MusicGen") -> Start | None:
+        """What the takes begin with, before there are jobs: nothing but an audio prompt,
+        if any."""
+        return None
 
     def run(self, worker: Worker, ticket: Ticket) -> None:
         """Make them. Tells `start` of each, `progress`, `header` and `audio` where the
@@ -169,16 +202,11 @@ class Generate:
         model = worker.use(self.order.model, ticket)
         if ticket.stops():
             return
-        wanted, sounds = [job.timed(model) for job in self.jobs()], Sounds(model)
+        start = self.settle(model)
+        wanted, sounds = timed(self.jobs(), model), Sounds(model)
         for job in wanted:
-            if job.fault:
-                raise ValueError(job.fault)
             tell_start(ticket, model, job)
-        self._make(worker, ticket, model, wanted, sounds, self.start(model, wanted[0]))
-
-    def start(self, model: "MusicGen", job: Job) -> Start | None:
-        """What the take begins with: nothing but an audio prompt, if any."""
-        return None
+        self._make(worker, ticket, model, wanted, sounds, start)
 
     def _make(
         self,
@@ -193,7 +221,8 @@ class Generate:
         batches = list(jobs.run(model, wanted, rows, sounds, start))
         streams = self.order.stream and model.config.masking is None
         for i, batch in enumerate(batches):
-            watched = Watched(batch, worker, ticket, i, len(batches))
+            share = Share(i / len(batches), 1 / len(batches), batch.duration)
+            watched = Watched(batch, worker, ticket, share)
             if streams and i == 0:
                 pour(model, watched, ticket, header(model, wanted[0], sounds, start))
             for _ in watched:  # what is left, which is all where nothing streams
@@ -202,6 +231,16 @@ class Generate:
             if ticket.heeded:
                 break
         tell_failures(results)
+
+
+def timed(wanted: list[Job], model: "MusicGen") -> list[Job]:
+    """The jobs as of the model, now that it is known. Raises ValueError for what it
+    cannot make."""
+    wanted = [job.timed(model) for job in wanted]
+    for job in wanted:
+        if job.fault:
+            raise ValueError(job.fault)
+    return wanted
 
 
 def check_stream(job: Job, takes: int) -> None:
@@ -228,35 +267,46 @@ def tell_start(ticket: Ticket, model: "MusicGen", job: Job) -> None:
     ticket.tell("start", **told, **form, seconds=job.options.duration)
 
 
-class Watched:
-    """The steps of a batch, of which the ticket is told, until it stops: an iteration
-    that can be left and gone on with. `take` is that of the first row."""
+class Share(NamedTuple):
+    """What part of all a batch is: how much was before it, and how much it is, of the
+    seconds that are made in all."""
 
-    def __init__(self, batch: Batch, worker: Worker, ticket: Ticket, i: int, n: int):
+    before: float
+    size: float
+    seconds: float
+
+
+class Watched:
+    """Steps that a ticket is told of, until it stops: an iteration that can be left and
+    gone on with. `take` is the one of the first row."""
+
+    def __init__(
+        self, steps: Iterable["Take"], worker: Worker, ticket: Ticket, share: Share
+    ):
         self.take: "Take | None" = None
-        self._batch, self._steps = batch, iter(batch)
-        self._worker, self._ticket = worker, ticket
-        self._before, self._share, self._told = i / n, 1 / n, 0.0
+        self._steps, self._worker, self._ticket = iter(steps), worker, ticket
+        self._share, self._told, self._more = share, 0.0, False
 
     def __iter__(self) -> Iterator["Take"]:
         return self
 
     def __next__(self) -> "Take":
-        if self.take and self._ticket.stops():
+        if self._more and self._ticket.stops():
             raise StopIteration
         take = next(self._steps)
+        self._more = take.step < take.total  # after the last one it is not asked
         if self.take is None or self.take.step < self.take.total:
             self.take = take  # another one, where memory did not hold the first
-        self._tell(take)
+        self._tell(take.step / take.total)
         self._worker.do_quick()
         return take
 
-    def _tell(self, take: "Take") -> None:
-        now, whole = time.monotonic(), take.step == take.total
-        if whole or now - self._told >= OFTEN:
-            done = self._before + self._share * take.step / take.total
-            of, self._told = self._batch.duration, now
-            self._ticket.tell("progress", seconds=round(done * of, 3), of=of)
+    def _tell(self, done: float) -> None:
+        (before, size, of), now = self._share, time.monotonic()
+        if done == 1 or now - self._told >= OFTEN:
+            self._told = now
+            seconds = round((before + size * done) * of, 3)
+            self._ticket.tell("progress", seconds=seconds, of=of)
 
     @property
     def frames(self) -> int:

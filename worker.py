@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
-from hub import check_name, same_model
+from hub import check_name, fetch, local, same_model
 from messages import one_line
 
 LAST = ("done", "cancelled", "error")  # one of these ends a ticket
@@ -104,9 +104,10 @@ class Ticket:
         try:
             if self._after:
                 self._after()
-        finally:
-            self.tell(name, **data)
-            self.ended.set()
+        except Exception:  # such as a folder that cannot be removed
+            traceback.print_exc(file=sys.stderr)
+        self.tell(name, **data)
+        self.ended.set()
 
 
 class Worker:
@@ -197,6 +198,8 @@ class Worker:
         ticket.tell("loading", model=name)
         self.loading = True
         try:
+            if local(name) is None:
+                fetch(name)  # before the other one goes
             self._forget()
             self.model, self.name = self._load(name), name
         except OSError as error:

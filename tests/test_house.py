@@ -23,9 +23,9 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 # Every import points to an earlier layer, from people at the end to leaves.
 LAYERS = """
-    options outputs together limits ported hub resample decoder test strict parallel quantize beat edit endings forms
+    options outputs together limits ported hub resample decoder test strict parallel quantize beat edit endings forms access
     messages torch_file settings audio decoder_names t5_files textless models peft_config sections
-    progress lora loudness wav_stream synth demucs mert t5 audiocraft
+    progress lora loudness wav_stream synth demucs mert t5 audiocraft takes worker web
     training play stream encodec_files melody peft_files
     encodec adapters notes
     engine encodec_stream style train_codec
@@ -37,13 +37,14 @@ LAYERS = """
     job evaluate_score fill train_magnet
     train jobs recall evaluate_fill
     benchmark arguments lines sources
-    fidelity remake
-    generate
+    fidelity remake tasks
+    generate juce retakes
+    serve
 """
 
 # Those of many files, which say "and what these need".
 ON_TOP = """
-    generate remake sources job jobs lines arguments recall train train_magnet convert evaluate evaluate_score evaluate_fill benchmark fidelity
+    serve juce retakes tasks generate remake sources job jobs lines arguments recall train train_magnet convert evaluate evaluate_score evaluate_fill benchmark fidelity
 """.split()
 
 TEXT_TO_MUSIC = ("musicgen", "decoder", "t5", "encodec", "options", "checkpoints")

@@ -1,0 +1,422 @@
+"""What can be done with a take: again, longer, a part of it made again, split, louder.
+
+    take = takes.find("slow-bell-7")
+    task = read_again(takes, take, Form({"temp": 0.8}), limits)
+    task = read_extension(takes, take, Form({"seconds": 10}), limits)
+    task = read_edit(takes, take, Form({"part": "8:12"}), limits)
+    task.check()  # raises ValueError for what cannot be made, before it is tried
+
+Tasks for worker.py, as those of tasks.py. What is made is a new take; the old one stays.
+Needs tasks.py, remake.py, demucs.py, melody.py, loudness.py, loops.py and what these need
+beside it.
+"""
+
+import secrets
+from argparse import Namespace
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import demucs
+import remake
+import settings
+from audio import load_audio, read_sound, save_audio, save_stems
+from beat import make_beat
+from edit import CANDIDATES, MOST_CANDIDATES, Edit, split
+from endings import FADE
+from forms import Form
+from hub import same_model
+from job import DIFFER, check_level
+from jobs import Sounds, Start
+from loops import write_loop_points
+from loudness import CEILING, to_loudness, to_peak
+from magnet_job import refuse
+from melody import RATE, MelodyConfig, extract_chroma
+from notes import parse
+from outputs import whole_folder
+from recall import NEW_IN_EDIT, OF_MODEL, staying
+from sources import read_start
+from takes import Take, Takes
+from tasks import (
+    FILES,
+    Generate,
+    Limits,
+    Order,
+    Share,
+    Watched,
+    make_order,
+    read_given,
+    read_model,
+    timed,
+)
+from worker import Refused, Ticket, Worker
+
+if TYPE_CHECKING:
+    from musicgen import MusicGen
+
+KEPT = 3  # of the candidates
+MOST_PARTS = 16
+LISTENS = 120.0  # seconds of a sound of which chroma is shown
+
+
+def read_again(
+    takes: Takes, take: Take, form: Form, limits: Limits
+) -> "Generate | Remake":
+    """A take with the settings of another, but for what the form gives. Where no seed is
+    given it is any. Raises as `read_order`, and Refused (409) for a take that follows a
+    file which the form does not have."""
+    if "regenerated" in take.settings:
+        return read_again_edited(takes, take, form, limits)
+    order = read_like(take, form, limits, read_given(form))
+    if form.fields.get("seed") is None:
+        order.values["seed"] = secrets.randbits(31)
+    return Generate(takes, order)
+
+
+def read_like(
+    take: Take,
+    form: Form,
+    limits: Limits,
+    given: dict[str, Any],
+    edited: Path | None = None,
+    keeps: Iterable[str] = (),
+) -> Order:
+    """An order with the settings of a take that stay beside those that are `given`, as of
+    `recall.staying`. Files of some settings that it `keeps` are not read."""
+    own = str(take.settings.get("model", limits.model))
+    model = read_model(given, own, limits)
+    check_adapter(take, limits)
+    same = {key for key in form.files if form.names.get(key) == name_of(take, key)}
+    changes = {*given, *form.files} - same
+    if given.get("stream") not in (True, "wav"):  # where the whole take is made first
+        changes -= {"stream"}
+    stays = staying(take.settings, changes, None if model == own else model, edited)
+    for key in FILES:
+        if stays.get(key) and key not in form.files and key not in keeps:
+            raise Refused(
+                409,
+                f"{take.id} follows {stays[key]!s:.80}, which is not kept: send the file "
+                f"along, as {key}.",
+            )
+    stays = {key: value for key, value in stays.items() if value is not None}
+    own_settings = {key: value for key, value in stays.items() if key not in OF_MODEL}
+    return make_order(form, own_settings | given, model, limits)
+
+
+def name_of(take: Take, key: str) -> str:
+    """How a file is called that a take has followed, or was begun with."""
+    return Path(str(take.settings.get(key))).name
+
+
+def check_adapter(take: Take, limits: Limits) -> None:
+    """Raise Refused for a take that was made with an adapter that is not served."""
+    adapter = take.settings.get("adapter")
+    if adapter and adapter != limits.adapter:
+        raise Refused(
+            409,
+            f"{take.id} was made with the adapter {adapter!s:.80}: start the server with "
+            "--adapter to go on with it.",
+        )
+
+
+class Extend(Generate):
+    """A take that goes on from another's codes."""
+
+    reads = False
+
+    def __init__(self, takes: Takes, order: Order, take: Take, seconds: float):
+        super().__init__(takes, order)
+        self._take, self._seconds = take, seconds
+
+    def check(self) -> None:
+        if self.order.values["magnet"]:
+            refuse({"resume": True}, magnet=True)
+        super().check()
+
+    def settle(self, model: "MusicGen") -> Start:
+        codes, _ = settings.load_codes(self._take.codes)
+        duration = codes.shape[1] / model.frame_rate + self._seconds
+        self.order.values["duration"] = duration
+        return read_start(self._take.codes, model, duration)
+
+
+def read_extension(takes: Takes, take: Take, form: Form, limits: Limits) -> Extend:
+    """A take that is longer by `seconds`. Raises as `read_again`."""
+    given = read_given(form, ["seconds"])
+    more = read_seconds("seconds", given.pop("seconds", None))
+    if "duration" in given or given.get("takes", 1) != 1:
+        raise ValueError(
+            "A take goes on once, by seconds: leave out duration and takes."
+        )
+    if not take.codes:
+        raise Refused(409, f"{take.id} has no codes beside it, to go on from.")
+    order = read_like(take, form, limits, given, keeps=["audio_prompt"])
+    order.values["duration"] = take.seconds + more
+    order.values.setdefault("seed", secrets.randbits(31))
+    return Extend(takes, order, take, more)
+
+
+def read_seconds(name: str, value: Any) -> float:
+    """A number above 0, else ValueError."""
+    if type(value) not in (int, float) or not 0 < value < 1e6:
+        raise ValueError(
+            f"{name} must be a number of seconds above 0, got {value!r:.40}."
+        )
+    return value
+
+
+class Remake(Generate):
+    """Parts of a take made again: the best of several candidates, or by a MAGNeT filled
+    in from both sides."""
+
+    def __init__(self, takes: Takes, order: Order, edit: Edit, candidates: int):
+        super().__init__(takes, order)
+        self._edit, self._candidates = edit, candidates
+
+    def check(self) -> None:
+        super().check()
+        if self.order.values["magnet"]:
+            return
+        self._edit.part  # there is only one
+        if self._candidates > 1 and self.jobs()[0].certain:
+            raise ValueError(f"candidates must differ: {DIFFER}, or give candidates 1.")
+
+    def run(self, worker: Worker, ticket: Ticket) -> None:
+        """Make them. Tells `progress`, and `take` of each that is kept, the best first."""
+        model = worker.use(self.order.model, ticket)
+        wanted, sounds = timed(self.jobs(), model), Sounds(model)
+        given = dict(regenerate=self._edit, again=None, batch_size=None, output="")
+        given |= dict(candidates=self._candidates, seed_is_given=True)
+        edit = remake.start(model, wanted, sounds, Namespace(**given))
+        seconds = edit.seconds or wanted[0].options.duration
+        for _ in Watched(edit, worker, ticket, Share(0.0, 1.0, seconds)):
+            pass
+        if ticket.heeded:
+            return
+        edit.finish()
+        for edited in edit.results():
+            path = self._takes.free(edited.job.prompt, edited.job.seed)
+            edited = edited._replace(job=replace(edited.job, output=path))
+            job, _, codes, record = remake.write(model, edited)
+            path = job.output.with_suffix(".safetensors")
+            settings.save_codes(path, codes, record, overwrite=False)
+            ticket.tell("take", **self._takes.of(job.output).as_json())
+
+
+def read_edit(takes: Takes, take: Take, form: Form, limits: Limits) -> Remake:
+    """A take of which the `part`, or several `parts`, are made again: of `candidates` the
+    best `takes`. Raises as `read_again`."""
+    given = read_given(form, ["part", "parts", "candidates"])
+    parts = read_parts(given.pop("part", None), given.pop("parts", None))
+    count = given.pop("candidates", None)
+    if lone := given.keys() & (NEW_IN_EDIT - {"seed"}):
+        raise ValueError(f"An edit keeps the take's {min(lone)}: leave it out.")
+    model = read_model(
+        dict(given), str(take.settings.get("model", limits.model)), limits
+    )
+    path = source(take, model)
+    order = read_like(take, form, limits, given | stream_of(given), edited=path)
+    if path.suffix != ".safetensors" and order.values["fade_out"] == FADE:
+        order.values["fade_out"] = None  # it is in the sound
+    if order.values["magnet"] and count is not None:
+        refuse({"candidates": count}, magnet=True)
+    count = read_count(CANDIDATES if count is None else count)
+    kept = order.takes if "takes" in given else min(KEPT, count)
+    if kept > count and not order.values["magnet"]:
+        raise ValueError(f"takes must be at most the {count} candidates, got {kept}.")
+    order.values.setdefault("seed", secrets.randbits(31))
+    return Remake(takes, order._replace(takes=kept), Edit(parts, path), count)
+
+
+def stream_of(given: dict[str, Any]) -> dict[str, Any]:
+    """The stream that is asked for, which cannot be a wav: nothing is heard before the
+    candidates are compared."""
+    stream = given.get("stream", False)
+    if stream in (True, "wav"):
+        raise ValueError('stream must be "events", since parts are heard at the end.')
+    return {"stream": stream}
+
+
+def read_count(count: Any) -> int:
+    """How many candidates, else ValueError."""
+    if type(count) is not int or not 1 <= count <= MOST_CANDIDATES:
+        raise ValueError(
+            f"candidates must be from 1 to {MOST_CANDIDATES}, got {count!r:.40}."
+        )
+    return count
+
+
+def read_parts(part: Any, parts: Any) -> tuple[tuple[float, float], ...]:
+    """Parts, each as "8:12" or [8, 12], else ValueError."""
+    if part is not None and parts is not None:
+        raise ValueError("part and parts must not be given together.")
+    given = [part] if parts is None else parts
+    if not isinstance(given, list) or not 1 <= len(given) <= MOST_PARTS:
+        raise ValueError(f"parts must be a list of up to {MOST_PARTS} parts.")
+    return tuple(read_part(one) for one in given)
+
+
+def read_part(part: Any) -> tuple[float, float]:
+    """First second and end of "8:12" or [8, 12], else ValueError."""
+    if isinstance(part, str) and len(part) < 40 and (found := split([part])[0]):
+        return found[0]
+    pair = isinstance(part, list) and len(part) == 2
+    if pair and all(type(x) in (int, float) and 0 <= x < 1e6 for x in part):
+        return (part[0], part[1])
+    raise ValueError(
+        f'part must be such as "8:12" or [8, 12] for the seconds 8 to 12, got {part!r:.40}.'
+    )
+
+
+def source(take: Take, model: str) -> Path:
+    """What of a take is edited: its codes, or where these are another model's, or of
+    more than is heard, its sound."""
+    own = same_model(str(take.settings.get("model")), model)
+    return take.codes if take.codes and own and not cut(take) else take.path
+
+
+def cut(take: Take) -> bool:
+    """Whether the sound of a take is less than its codes."""
+    return any(take.settings.get(name) for name in ("ending", "drop_prompt"))
+
+
+def read_again_edited(takes: Takes, take: Take, form: Form, limits: Limits) -> Remake:
+    """The same parts of the same take made once more."""
+    name, part = Path(str(take.settings["regenerated"])), take.settings.get("part", "")
+    found = [
+        t
+        for t in takes.every()
+        if name.name in (t.path.name, t.path.stem + name.suffix)
+    ]
+    if not found:
+        raise Refused(409, f"{take.id} was made of {name.name:.80}, which is gone.")
+    kept = ("prompt", "negative_prompt", "temp", "top_k", "top_p", "guidance_coef")
+    own = {
+        key: take.settings[key] for key in kept if take.settings.get(key) is not None
+    }
+    fields = own | dict(parts=str(part).split(), takes=1) | form.fields
+    return read_edit(takes, found[0], replace(form, fields=fields), limits)
+
+
+class Separate:
+    """The stems of a take, by Demucs, in a folder beside it."""
+
+    quick = False
+
+    def __init__(self, takes: Takes, take: Take):
+        self._takes, self._take = takes, take
+
+    def run(self, worker: Worker, ticket: Ticket) -> None:
+        """Tells `progress`, and `take` at the end."""
+        if not self._take.stems:
+            ticket.tell("loading", model=demucs.REPO)
+            try:
+                model = demucs.HTDemucs.from_pretrained(demucs.REPO)
+            except OSError as error:
+                raise Refused(502, str(error)) from error
+            self._separate(model, worker, ticket)
+        if not ticket.heeded:
+            ticket.tell("take", **self._takes.find(self._take.id).as_json())
+
+    def _separate(self, model: demucs.HTDemucs, worker: Worker, ticket: Ticket) -> None:
+        path, of = self._take.path, self._take.seconds
+        audio = load_audio(path, model.sampling_rate, model.channels)
+        for done, pieces, stems in model.separate_steps(audio):
+            ticket.tell("progress", seconds=round(of * done / pieces, 3), of=of)
+            worker.do_quick()
+            if ticket.stops():
+                return
+        with whole_folder(self._takes.stems_folder(path)) as folder:
+            names = model.config.sources
+            named = {folder / f"{name}.wav": stem for name, stem in zip(names, stems)}
+            for _ in save_stems(named, model.sampling_rate):
+                pass
+
+
+class Level:
+    """A take at another loudness, in LUFS, or with another peak, in dB."""
+
+    quick = False
+
+    def __init__(
+        self, takes: Takes, take: Take, loudness: float | None, peak: float | None
+    ):
+        self._takes, self._take = takes, take
+        self._loudness, self._peak = loudness, peak
+
+    def check(self) -> None:
+        """Raise ValueError for a level that cannot be, and for none."""
+        check_level(self._loudness, self._peak)
+        if self._loudness is None and self._peak is None:
+            raise ValueError("loudness or peak must be given, such as loudness -14.")
+
+    def run(self, worker: Worker, ticket: Ticket) -> None:
+        """Tells `take`."""
+        take, loudness, peak = self._take, self._loudness, self._peak
+        audio, rate = read_sound(take.path)
+        seed = take.settings.get("seed", 0)
+        path = self._takes.free(str(take.settings.get("prompt", "")), seed)
+        if loudness is not None:
+            audio = to_loudness(audio, rate, loudness, path.name)
+        else:
+            audio = to_peak(audio, peak)
+        record = take.settings | dict(loudness=loudness, peak=peak, subtype=None)
+        ceiling = CEILING if loudness is not None else peak
+        comment = settings.to_comment(record)
+        save_audio(path, audio, rate, comment, overwrite=False, ceiling=ceiling)
+        if "loop_start" in record:
+            write_loop_points(path, len(audio), rate)
+        if take.codes:
+            codes, _ = settings.load_codes(take.codes)
+            beside = path.with_suffix(".safetensors")
+            settings.save_codes(beside, codes, record, overwrite=False)
+        ticket.tell("take", **self._takes.of(path).as_json())
+
+
+def read_level(takes: Takes, take: Take, form: Form) -> Level:
+    """Raises ValueError for other fields than `loudness`, `peak` and `stream`."""
+    if unknown := form.fields.keys() - {"loudness", "peak", "stream"}:
+        raise ValueError(f"'{min(unknown):.60}' is unknown; known are loudness, peak.")
+    return Level(takes, take, form.fields.get("loudness"), form.fields.get("peak"))
+
+
+class Listen:
+    """The chroma of a sound, or of typed notes, that a melody model would follow: twelve
+    notes a frame, from C on. Drums are not taken away."""
+
+    quick = True
+
+    def __init__(self, form: Form):
+        self._form = form
+
+    def check(self) -> None:
+        """Raise ValueError unless there is one of both."""
+        fields, path = self._form.fields, self._form.files.get("melody")
+        if unknown := fields.keys() - {"notes", "bpm", "beats_per_bar"}:
+            raise ValueError(
+                f"'{min(unknown):.60}' is unknown; known are melody, notes, bpm, "
+                "beats_per_bar."
+            )
+        if (path is None) == (fields.get("notes") is None):
+            raise ValueError("melody, which is a file, or notes must be given.")
+        if path is None:
+            self._tune()
+
+    def _tune(self):
+        fields = self._form.fields
+        beat = make_beat(fields.get("bpm"), fields.get("beats_per_bar"))
+        if beat is None:
+            raise ValueError("notes need a bpm, such as 120.")
+        return parse(fields["notes"], beat)
+
+    def run(self, worker: Worker, ticket: Ticket) -> None:
+        """Tells `chroma` (T, 12), and its frames a second."""
+        config = MelodyConfig()
+        if path := self._form.files.get("melody"):
+            audio = load_audio(path, RATE, 1, 0, int(LISTENS * RATE))
+            chroma = extract_chroma(audio, RATE)
+        else:
+            chroma = self._tune().chroma(config, seconds=LISTENS)
+        rate = RATE / (config.n_fft / 4)
+        ticket.tell("chroma", chroma=chroma.tolist(), frame_rate=rate)
