@@ -1,5 +1,6 @@
 """The page of serve.py, in a real Chromium, with a real server and `tiny`."""
 
+import re
 import subprocess
 import sys
 import time
@@ -107,6 +108,22 @@ class PageTest(Test):
         self.assertEqual(page.run("state.takes.length"), takes, told)
 
 
+class TestFile(Test):
+    """What holds without a browser, too."""
+
+    def test_it_is_one_plain_file(self):
+        text = (ROOT / "page.html").read_text()
+        self.assertLessEqual(len(text.splitlines()), 1500)
+        own = text.replace("http://www.w3.org/2000/svg", "")  # a name, not an address
+        self.assertNotRegex(own, r"https?://|@import|<script src|url\((?!\"data:)")
+        self.assertIn("default-src 'none'", text)
+
+    def test_it_puts_in_text_and_never_html(self):
+        text = (ROOT / "page.html").read_text()
+        writes = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b"
+        self.assertEqual(re.findall(f"{writes}|new Function|srcdoc", text), [])
+
+
 class TestMaking(PageTest):
     @slow(8)
     def test_sound_comes_at_once(self):
@@ -124,23 +141,62 @@ class TestMaking(PageTest):
 
     @slow(8)
     def test_what_is_heard_is_the_take(self):
-        """Without a gap or a click between the pieces that come."""
+        """To the sample, each piece where the last one ends, unless it came too late."""
         page = self.open()
         page.run(TAPING)
         self.make(page, "fast happy saw", "3", seed="5")
-        page.wait("player.playing && level() > -40")
+        page.wait("player.playing && (window.plan = player.plan).length")
+        page.wait("level() > -40")
         self.assertEqual(page.run("$('title').textContent"), "fast happy saw")
         self.finish(page, 1)
         page.wait("!player.playing")
-        self.assertGreaterEqual(page.run("player.sound.pieces.length"), 3)
-        path, *others = self.takes.glob("*.wav")
-        self.assertEqual(others, [])
+        plan = page.run("plan")
+        self.assertGreaterEqual(len(plan), 3)
+        joins = [
+            abs(after["time"] - before["time"] - before["seconds"]) < 1e-6
+            for before, after in zip(plan, plan[1:])
+        ]
+        self.assertGreater(sum(joins), len(joins) / 2)
+        (path,) = self.takes.glob("*.wav")
         audio = soundfile.read(path, dtype="float32")[0]
+        rate, begin = 32000, plan[0]["time"]
+        planned = np.zeros(round((plan[-1]["time"] - begin + 1) * rate), np.float32)
+        for part in plan:
+            start, at = round((part["time"] - begin) * rate), round(part["at"] * rate)
+            piece = audio[at : at + round(part["seconds"] * rate)]
+            planned[start : start + len(piece)] = piece
         heard = np.array(page.run("window.taped"), np.float32)
-        start, begin = [(abs(sound) > 0.01).argmax() for sound in (heard, audio)]
-        length = len(audio) - begin - 2000  # its last samples fade out in the file only
-        heard = heard[start : start + length]
-        np.testing.assert_allclose(heard, audio[begin : begin + length], atol=1e-4)
+        first, start = [(abs(sound) > 0.01).argmax() for sound in (heard, planned)]
+        length = (
+            round((plan[-1]["time"] - begin) * rate) - start
+        )  # the file fades later
+        heard, planned = heard[first : first + length], planned[start : start + length]
+        np.testing.assert_allclose(heard, planned, atol=1e-4)
+
+    @slow(3)
+    def test_a_slow_model_is_heard_in_few_breaks(self):
+        """Ten pieces of 0.1 s that come every 0.2 s would have nine breaks."""
+        page = self.open()
+        script = """(async () => {
+            const sound = newSound({whole: false, of: 1});
+            openSound(sound, 0);
+            for (let i = 0; i < 10; i++) {
+                addPiece(sound, new AudioBuffer({length: 3200, sampleRate: 32000}));
+                await new Promise((done) => setTimeout(done, 200));
+            }
+            sound.whole = true;
+            feed();
+            return player.plan;
+        })()"""
+        plan = page.run(script)
+        self.assertEqual([round(10 * part["at"]) for part in plan], [*range(10)])
+        waits = [
+            after["time"] - before["time"] - before["seconds"]
+            for before, after in zip(plan, plan[1:])
+        ]
+        self.assertGreater(min(waits), -1e-6)
+        breaks = sum(wait > 1e-6 for wait in waits)
+        self.assertTrue(1 <= breaks <= 3, waits)
 
     @slow(6)
     def test_stop_keeps_and_a_restart_finds(self):
