@@ -222,18 +222,26 @@ class Page:
         return base64.b64decode(data)
 
     def centre(self, selector: str) -> tuple[float, float]:
-        """Of an element that is in view, or is brought there. Raises PageError where
-        there is none, or it is not seen."""
-        script = f"""(() => {{
+        """Of an element, which is brought into view. Raises PageError where there is none,
+        or another one lies over it, or it does not keep still."""
+        script = f"""(async () => {{
             const found = document.querySelector({json.dumps(selector)});
             found.scrollIntoView({{block: "center", behavior: "instant"}});
-            const box = found.getBoundingClientRect();
-            return [box.x + box.width / 2, box.y + box.height / 2, box.width];
+            const place = () => {{
+                const {{x, y, width, height}} = found.getBoundingClientRect();
+                return [x + width / 2, y + height / 2];
+            }};
+            const before = place();
+            await new Promise(requestAnimationFrame);
+            const after = place();
+            const still = before.every((value, i) => value === after[i]);
+            return still && found.contains(document.elementFromPoint(...after)) && after;
         }})()"""
-        x, y, width = self.run(script)
-        if not width:
-            raise PageError(f"{selector} is not seen.")
-        return x, y
+        deadline = time.monotonic() + 10
+        while not (place := self.run(script)):
+            if time.monotonic() > deadline:
+                raise PageError(f"{selector} cannot be pressed.")
+        return tuple(place)
 
     def mouse(self, kind: str, x: float, y: float, **parameters: Any) -> None:
         values = dict(type=kind, x=x, y=y, button="left", clickCount=1) | parameters
