@@ -87,7 +87,7 @@ class Page(Request):
             error = Refused(404, "It is not there any more.")
         elif isinstance(error, KeyError):
             error = Refused(404, f"There is no take {error.args[0]!r:.80}.")
-        elif isinstance(error, OSError | OverflowError | TypeError | ValueError):
+        elif isinstance(error, OSError | ValueError):
             if not isinstance(error, TimeoutError) and not hasattr(error, "status"):
                 error = Refused(status_of(error), in_a_sentence(error))
         super().fail(error)
@@ -451,7 +451,7 @@ class PageServer(Server):
         """What a browser on this machine opens."""
         host = self.server_address[0]
         host = "127.0.0.1" if is_any(host) else f"[{host}]" if ":" in host else host
-        token = f"?token={self.token}" if self.token else ""
+        token = f"?token={quote(self.token)}" if self.token else ""
         return f"http://{host}:{self.server_port}/{token}"
 
 

@@ -6,8 +6,8 @@
     ticket = worker.submit(task)
 
 The takes are what generate.py would write, with their codes beside them, and the ticket
-tells how they come. Needs worker.py, takes.py, forms.py, jobs.py, lines.py, hub.py,
-encodec_stream.py, wav_stream.py and what these need beside it.
+tells how they come. Needs worker.py, takes.py, forms.py, arguments.py, jobs.py, lines.py,
+hub.py, encodec_stream.py, wav_stream.py and what these need beside it.
 """
 
 import io
@@ -25,6 +25,7 @@ import mlx.core as mx
 
 import jobs
 import settings
+from arguments import FLAGS
 from encodec_stream import pieces_of
 from endings import FADE, Ending
 from forms import Form
@@ -47,6 +48,12 @@ MOST_TAKES = 16
 MOST_TEXT = 10_000  # characters
 CHUNK = 0.5  # seconds of a piece, as of generate.py
 OFTEN = 0.1  # seconds between two tellings of how far it is
+FLOATS = {
+    name
+    for flags in FLAGS.values()
+    for name, (_, reads) in flags.items()
+    if reads.get("type") is float
+}
 DEFAULTS = dict(negative_prompt="", fade_out=FADE)  # as of generate.py
 
 
@@ -136,12 +143,20 @@ def make_order(form: Form, given: dict[str, Any], model: str, limits: Limits) ->
     if not isinstance(stream, str | bool) or stream not in STREAMS:
         raise ValueError(f'stream must be true, "wav" or "events", got {stream!r:.40}.')
     paths = {name: str(path) for name, path in form.files.items()}
+    given = {name: as_flag(name, value) for name, value in given.items()}
     values = DEFAULTS | given | paths | dict(magnet=is_magnet(model))
     for name in ("prompt", "negative_prompt", "notes"):
         if name in values or name == "prompt":
             values[name] = read_text(name, values.get(name, ""))
     names = {paths[name]: form.names.get(name, name) for name in paths}
     return Order(model, values, takes, STREAMS[stream], names, limits.seconds)
+
+
+def as_flag(name: str, value: Any) -> Any:
+    """A value as generate.py reads it: for JSON 8.0 is 8."""
+    if type(value) is int and name in FLOATS and abs(value) < 2**53:
+        return float(value)
+    return value
 
 
 def read_text(name: str, value: Any) -> str:
@@ -185,8 +200,11 @@ class Generate:
 
     def check(self) -> None:
         """Raise ValueError or OSError for what cannot be made, before it is tried."""
-        for job in self.jobs():
-            job.check(reads=self.reads)
+        try:
+            for job in self.jobs():
+                job.check(reads=self.reads)
+        except (OverflowError, TypeError) as error:  # of values of absurd types
+            raise ValueError(str(error)) from error
         if self.order.stream == "wav":
             check_stream(job, self.order.takes)
             refuse({"stream": True}, bool(self.order.values["magnet"]))
@@ -224,7 +242,10 @@ class Generate:
             share = Share(i / len(batches), 1 / len(batches), batch.duration)
             watched = Watched(batch, worker, ticket, share)
             if streams and i == 0:
-                pour(model, watched, ticket, header(model, wanted[0], sounds, start))
+                frames = prompt_frames(model, wanted[0], sounds, start)
+                comment = header(model, wanted[0], sounds, start, frames)
+                dropped = wanted[0].audio_prompt and wanted[0].audio_prompt.drop
+                pour(model, watched, ticket, comment, frames if dropped else 0)
             for _ in watched:  # what is left, which is all where nothing streams
                 pass
             results += keep(batch, self._takes, ticket)
@@ -328,27 +349,41 @@ class Pieces(io.BytesIO):
         return data
 
 
-def header(model: "MusicGen", job: Job, sounds: Sounds, start: Start | None) -> str:
-    """The settings that a stream of the job has before its samples."""
-    job = replace(job, ending=Ending())
+def prompt_frames(
+    model: "MusicGen", job: Job, sounds: Sounds, start: Start | None
+) -> int:
+    """Frames of the job's take that are its audio prompt's."""
     audio = None if start else sounds.audio_prompt(job)
-    frames = jobs.frames_of_prompt(model, audio, start)
+    return jobs.frames_of_prompt(model, audio, start)
+
+
+def header(
+    model: "MusicGen", job: Job, sounds: Sounds, start: Start | None, frames: int
+) -> str:
+    """The settings that a stream of the job, which is not faded, has before its samples."""
+    job = replace(job, ending=Ending())
     return settings.to_comment(jobs.take_settings(model, job, sounds, frames, start))
 
 
-def pour(model: "MusicGen", steps: Watched, ticket: Ticket, comment: str) -> None:
-    """Tell the sound of the first row while the steps are made: `header`, the beginning
-    of a wav file, then `audio`, samples (N, C) of 16 bits, little endian."""
+def pour(
+    model: "MusicGen", steps: Watched, ticket: Ticket, comment: str, dropped: int = 0
+) -> None:
+    """Tell the sound of the first row while the steps are made, less some frames that are
+    dropped: `header`, the beginning of a wav file, then `audio`, samples (N, C) of 16
+    bits, little endian."""
     pieces = Pieces()
     wav = WavStream(pieces, model.channels, model.sampling_rate, comment, rewinds=False)
     ticket.tell("header", data=pieces.taken())
     first = next(steps, None)
     if first is None:  # the batch tells why
         return
+    skip = dropped * model.config.audio_encoder.hop_length
     made = pieces_of(model, steps, model.frames_in(CHUNK), chain([first], steps))
     for piece in made:
-        wav.write(piece)
-        ticket.tell("audio", data=pieces.taken())
+        kept, skip = piece[skip:], max(skip - len(piece), 0)
+        if len(kept):
+            wav.write(kept)
+            ticket.tell("audio", data=pieces.taken())
 
 
 def keep(batch: Batch, takes: Takes, ticket: Ticket) -> list[Result]:

@@ -71,7 +71,7 @@ class Request(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "musicgen", ""
     timeout = PATIENCE
-    command, request_version = None, "HTTP/1.1"
+    command, request_version, requestline = None, "HTTP/1.1", ""
     _folder: tempfile.TemporaryDirectory | None = None
 
     def answer(self) -> None:
@@ -253,10 +253,12 @@ class Request(BaseHTTPRequestHandler):
         self.send_error(status, str(error) or type(error).__name__)
 
     def said(self, message: str) -> str:
-        """A message in a line, in which the client's files are called as it calls them."""
+        """A message as a sentence, in which the client's files are called as it calls
+        them."""
         for path, name in self._names.items():
             message = message.replace(path, name)
-        return one_line(message)
+        line = one_line(message)
+        return line if line.endswith((".", "?", "!")) else f"{line}."
 
     def send_error(self, code: int, message: str | None = None, *_) -> None:
         """A sentence, and the end of the connection where something was sent already, or
@@ -265,7 +267,8 @@ class Request(BaseHTTPRequestHandler):
             self.close_connection = True
         if not self._answered:
             wait = dict(Retry_After=10) if code == 503 else {}
-            said = self.said(message or "It cannot be answered.")
+            said = self.said(message or "It cannot be answered")
+            said += "" if said.endswith((".", "?")) else "."
             self.json({"error": said}, code, **wait)
 
     def log_message(self, *_) -> None:

@@ -12,6 +12,8 @@ they are taken. A task is any object with `run(worker, ticket)`; those of the pa
 tasks.py. Needs hub.py, messages.py and strict.py beside it.
 """
 
+import atexit
+import errno
 import gc
 import queue
 import secrets
@@ -80,7 +82,7 @@ class Ticket:
         except queue.Empty:
             return None
 
-    def tell(self, name: str, **data: Any) -> None:
+    def tell(self, name: str, /, **data: Any) -> None:
         """Something happened."""
         self._events.put(Event(name, data))
 
@@ -100,7 +102,7 @@ class Ticket:
             self._place = place
             self.tell("queued", id=self.id, place=place)
 
-    def _end(self, name: str, **data: Any) -> None:
+    def _end(self, name: str, /, **data: Any) -> None:
         try:
             if self._after:
                 self._after()
@@ -128,6 +130,7 @@ class Worker:
         self._changed, self._closed = threading.Condition(), False
         self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # MLX must not be at work when Python ends
 
     @property
     def busy(self) -> bool:
@@ -176,7 +179,9 @@ class Worker:
         return found is not None
 
     def close(self, seconds: float = 10.0) -> bool:
-        """Cancel all and end the thread; whether it ended in time."""
+        """Cancel all and end the thread; whether it ended in time. What has an end of
+        its own, such as loading, is waited for."""
+        atexit.unregister(self.close)
         with self._changed:
             self._closed = True
             tickets = [self._current, *self._waiting, *self._quick]
@@ -202,8 +207,8 @@ class Worker:
                 fetch(name)  # before the other one goes
             self._forget()
             self.model, self.name = self._load(name), name
-        except OSError as error:
-            raise Refused(502, str(error)) from error
+        except OSError as error:  # a folder's fault, or the Hub's
+            raise Refused(400 if local(name) else 502, str(error)) from error
         finally:
             self.loading = False
         return self.model
@@ -238,6 +243,13 @@ class Worker:
             ticket._at(place)
 
     def _work(self) -> None:
+        try:
+            self._do_all()
+        finally:
+            self._forget()
+            mx.clear_streams()  # whose threads must end before Python does
+
+    def _do_all(self) -> None:
         while True:
             with self._changed:
                 self._current = None
@@ -266,10 +278,14 @@ class Worker:
 
 
 def status_of(error: Exception) -> int:
-    """The status of HTTP for an error: 400 for what was asked wrongly, 507 for what
-    could not be written, 500 for what is nobody's fault."""
-    if isinstance(error, Refused) or hasattr(error, "status"):
+    """The status of HTTP for an error: 400 for what was asked wrongly, 502 for what the
+    Hub did not give, 507 for what could not be written, 500 for what is nobody's fault.
+    """
+    if hasattr(error, "status"):
         return error.status
-    if isinstance(error, ValueError | FileNotFoundError | TypeError | OverflowError):
+    if isinstance(error, ValueError | FileNotFoundError):
         return 400
-    return 507 if isinstance(error, OSError) else 500
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or " could not be written: " in str(error):  # as outputs.py says it
+        return 507
+    return 502 if str(error).startswith("The Hub did not give") else 500

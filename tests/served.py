@@ -55,9 +55,9 @@ class ServedTest(Test):
 
     def send(self, raw: bytes, method: str = "GET") -> Answer:
         """What comes for some bytes."""
-        connection = self.connect()
-        connection.sendall(raw)
-        return read_answer(connection, method)
+        with self.connect() as connection:
+            connection.sendall(raw)
+            return read_answer(connection, method)
 
     def ask(self, method: str, path: str, fields: Any = None, **headers: str) -> Answer:
         """As any client."""

@@ -2,18 +2,25 @@
 
 import base64
 import contextlib
+import io
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPResponse
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
-from common import Test
+import soundfile
+from common import ROOT, Test
 from served import Answer, ServedTest
 
 GENERATIONS = "/v1/audio/music-generations"
+NOISE = np.random.default_rng(0).normal(size=(48000, 1)) / 9
+BELL = dict(prompt="slow bell", seed=7, duration=1)
 
 
 class Event(NamedTuple):
@@ -58,6 +65,12 @@ class ServerTest(ServedTest):
             yield connection.getresponse()
         finally:
             connection.close()
+
+    def ask(self, method: str, path: str, fields: Any = None, **headers) -> Answer:
+        """A whole answer."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        with self.asking(method, path, fields, named) as response:
+            return Answer(response.status, response.headers, response.read())
 
     def get(self, path: str, **headers) -> Answer:
         return self.ask("GET", path, **headers)
@@ -109,3 +122,38 @@ class Gate:
 
         test.enterContext(patch.object(Take, "__iter__", held))
         test.addCleanup(self.opened.set)
+
+
+def in_base64(audio: np.ndarray) -> dict[str, str]:
+    """A sound (N, C) at 32 kHz as a file in JSON."""
+    file = io.BytesIO()
+    soundfile.write(file, audio, 32000, format="WAV")
+    return dict(name="a.wav", base64=base64.b64encode(file.getvalue()).decode())
+
+
+def flags_of(fields: dict) -> list[str]:
+    """The fields of a request as flags of generate.py."""
+    named = {f"--{name.replace('_', '-')}": value for name, value in fields.items()}
+    named = {flag: value for flag, value in named.items() if value is not False}
+    return [flag if v is True else f"{flag}={v}" for flag, v in named.items()]
+
+
+def generate_py(folder: Path, *flags: str) -> bytes:
+    """Run generate.py in a folder; what it writes to standard output."""
+    command = [sys.executable, str(ROOT / "generate.py"), "--quiet", *flags]
+    done = subprocess.run(command, cwd=folder, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+class MadeTest(ServerTest):
+    """With generate.py to make the same."""
+
+    def same(self, name: str, fields: dict, model: str = "tiny", **files: str) -> bytes:
+        """The file that generate.py makes of the fields, with its codes beside it."""
+        flags = flags_of(fields | files | dict(model=model, output=name))
+        if "takes" not in fields:
+            flags.append(f"--save-codes={Path(name).with_suffix('.safetensors')}")
+        generate_py(self.folder, *flags)
+        path = self.folder / name
+        return path.read_bytes() if path.is_file() else b""

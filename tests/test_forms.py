@@ -250,6 +250,17 @@ class TestJson(FormTest):
             for grain in (1021, 2**16):
                 self.refused(status, words, self.read, body, grain=grain)
 
+    def test_long_files_that_are_two(self):
+        """The end of the first stands where what is read at once ends."""
+        for text in ("QUJD" * (forms.PIECE // 4 - 1) + "QQ==", "Q" * 10**6):
+            body = json.dumps({"melody": {"base64": text}})
+            self.read(body.encode())
+            body = json.dumps({"melody": {"base64": text + "QQ==QUJD"}})
+            self.refused(400, "base64", self.read, body.encode())
+            body = json.dumps({"melody": {"base64": text + "QUJDQUI="}})
+            if text.endswith("="):
+                self.refused(400, "base64", self.read, body.encode())
+
     def test_long_names_of_files(self):
         name = "/".join(["a" * 300] * 2) + ".wav"
         body = json.dumps({"melody": {"name": name, "base64": "QUFB"}})
