@@ -11,7 +11,7 @@ import numpy as np
 import soundfile
 import sounds
 from browser import Browser, Page, find
-from common import ROOT, Test, slow
+from common import REFERENCE, ROOT, Test, slow
 
 from audio import save_audio
 from settings import to_comment
@@ -400,6 +400,28 @@ class TestFiles(PageTest):
         self.finish(page, 1)
         settings = page.run("state.takes[0].settings")
         self.assertEqual(settings["audio_prompt"], "hum <b>.wav")
+
+    @slow(4)
+    def test_a_melody_is_followed_and_goes_along_again(self):
+        path = self.folder / "hum.wav"
+        save_audio(path, sounds.tune(32000, [60, 64, 67]), 32000)
+        model = REFERENCE / "melody-audiocraft"
+        page = self.browser.open(self.serve("--model", str(model)).address)
+        page.wait("state.models.length")
+        page.drop("#drop [data-slot=melody]", path)
+        page.wait("state.chroma")
+        page.run("$('field-no_separate').checked = true")
+        self.make(page, "bell")
+        self.finish(page, 1)
+        self.assertEqual(page.run("state.takes[0].settings.melody"), "hum.wav")
+        page.click("#again")
+        page.wait("state.takes.length === 2")
+        self.finish(page, 2)
+        self.assertEqual(page.run("state.takes[0].settings.melody"), "hum.wav")
+        page.click("#slots .bare")
+        page.click("#again")
+        page.wait("!$('notice').hidden")
+        self.assertIn("hum.wav", page.run("$('notice').textContent"))
 
     @slow(4)
     def test_the_microphone_is_recorded_and_its_chroma_drawn(self):
