@@ -268,7 +268,6 @@ class Request(BaseHTTPRequestHandler):
         if not self._answered:
             wait = dict(Retry_After=10) if code == 503 else {}
             said = self.said(message or "It cannot be answered")
-            said += "" if said.endswith((".", "?")) else "."
             self.json({"error": said}, code, **wait)
 
     def log_message(self, *_) -> None:
