@@ -98,7 +98,7 @@ class Takes:
             alone = sum(other.path.stem == take.path.stem for other in all_takes) == 1
             if alone and take.codes:
                 take.codes.unlink(missing_ok=True)
-            if alone and take.stems:
+            if alone:
                 shutil.rmtree(self.stems_folder(take.path), ignore_errors=True)
 
     def free(self, prompt: str, seed: int, suffix: str = ".wav") -> Path:

@@ -268,7 +268,6 @@ class Request(BaseHTTPRequestHandler):
         if not self._answered:
             wait = dict(Retry_After=10) if code == 503 else {}
             said = self.said(message or "It cannot be answered")
-            said += "" if said.endswith((".", "?")) else "."
             self.json({"error": said}, code, **wait)
 
     def log_message(self, *_) -> None:
@@ -300,8 +299,10 @@ class Server(ThreadingHTTPServer):
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:
         if self._room.acquire(blocking=False):
-            super().process_request(request, client_address)
-            return
+            try:
+                return super().process_request(request, client_address)
+            except RuntimeError:  # no thread can be had
+                self._room.release()
         body = b'{"error": "Too many connections: try again later."}'
         head = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
         head += b"Retry-After: 10\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"

@@ -27,7 +27,7 @@ DOCUMENTS += ("tiny-magnet/README.md",)
 FENCE = re.compile(r"^```(\w*) ?(.*)\n([\s\S]*?)^```$", re.MULTILINE)
 COMMAND = re.compile(r"\bpython (\w+\.py\b.*?)(?= \| (?![\dA-G])|$)", re.MULTILINE)
 NOT_RUN = re.compile(
-    r"synth --(codec|lm|magnet)|tiny-new|--tensor-parallel|--random|evaluate(_\w+)?\.py|test\.py"
+    r"serve\.py|synth --(codec|lm|magnet)|tiny-new|--tensor-parallel|--random|evaluate(_\w+)?\.py|test\.py"
 )
 READ = re.compile(r".+\.(wav|mp3|txt|jsonl|safetensors)")  # unless a flag says WRITTEN
 WRITTEN = re.compile(r"--(output|save-\w+)")
