@@ -7,7 +7,7 @@
 What follows was read in its source, github.com/betweentwomidnights/gary4juce at 3cd2063,
 of which no code is here; "local" is its own back end for a Mac, ...-localhost-installer-mac
 at 53bec14, g4l_localhost.py and g4laudio_mlx.py. It asks http://localhost:8000, and tries
-http://127.0.0.1:8000/health every 3 s (PluginProcessor.cpp:292, PluginEditor.cpp:2251):
+http://127.0.0.1:8000/health every 3 s (PluginProcessor.cpp:292, PluginEditor.cpp:2250):
 "status" must be a word such as "ok" (PluginProcessor.cpp:33).
 
 It posts JSON: model_name, prompt_duration (1 to 15 s), audio_data (base64 of a wav: what
@@ -15,7 +15,7 @@ was recorded, 16 bits, up to 180 s, or the last answer), top_k, temperature, cfg
 description and seed, -1 for any (PluginEditor.cpp:3503, 3774); to retry, session_id in
 place of audio_data (4016). It reads success, session_id, seed and error (3597).
 
-It polls every 3 s (2266) for success, generation_in_progress, generation_seed, progress
+It polls every 3 s (2265) for success, generation_in_progress, generation_seed, progress
 (0 to 100), queue_status {status, message, position, estimated_seconds}, status, error
 and audio_data (2925 to 3306). Without a queue_status it takes a run that stands still for
 stalled. A failure is "success": true, "status": "failed": of one without success it
