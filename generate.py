@@ -27,6 +27,7 @@ if __name__ == "__main__":  # Ctrl-C while the rest is imported is no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import os
 import secrets
 import shlex
 import sys
@@ -39,7 +40,6 @@ from typing import TextIO
 
 import mlx.core as mx
 import numpy as np
-from huggingface_hub.utils import logging
 
 import jobs
 import lines
@@ -535,7 +535,7 @@ def main() -> None:
     sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
     args = parse_arguments(sys.argv[1:])
     warnings.showwarning = warn
-    logging.set_verbosity_error()  # the Hub's retries; the end result is reported
+    os.environ["HF_HUB_VERBOSITY"] = "error"  # no retries; the end result is reported
     try:
         sys.exit(run(args))
     except OSError as error:  # of the system, or with a message of ours
