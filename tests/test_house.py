@@ -34,7 +34,7 @@ LAYERS = """
     musicgen
     ranking magnet
     convert evaluate loops regenerate magnet_job
-    job evaluate_score fill train_magnet
+    job evaluate_score fill train_magnet train_lm
     train jobs recall evaluate_fill
     benchmark arguments lines sources
     fidelity remake tasks
