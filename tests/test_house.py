@@ -44,7 +44,7 @@ LAYERS = """
 
 # Those of many files, which say "and what these need".
 ON_TOP = """
-    serve juce retakes tasks generate remake sources job jobs lines arguments recall train train_magnet convert evaluate evaluate_score evaluate_fill benchmark fidelity
+    serve juce retakes tasks generate remake sources job jobs lines arguments recall train train_lm train_magnet convert evaluate evaluate_score evaluate_fill benchmark fidelity
 """.split()
 
 TEXT_TO_MUSIC = ("musicgen", "decoder", "t5", "encodec", "options", "checkpoints")
