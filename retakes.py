@@ -149,6 +149,12 @@ def read_extension(takes: Takes, take: Take, form: Form, limits: Limits) -> Exte
         raise ValueError(
             "A take goes on once, by seconds: leave out duration and takes."
         )
+    if take.settings.get("loop"):
+        raise Refused(
+            409,
+            f"{take.id} is a loop, whose end goes on to its beginning: make one of more "
+            "bars, with again.",
+        )
     if not take.codes:
         raise Refused(409, f"{take.id} has no codes beside it, to go on from.")
     order = read_like(take, form, limits, given, keeps=["audio_prompt"])

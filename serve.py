@@ -148,15 +148,17 @@ def get_models(request: Page) -> None:
 
 
 def describe_models(server: "PageServer") -> list[dict[str, Any]]:
-    """The released models, the server's own first."""
+    """The server's own model first, then the one that is loaded, and all released ones."""
     own, loaded = server.limits.model, server.worker.name
-    names = [own, *(name for name in MODELS if name != own)]
+    names = dict.fromkeys([own, *([loaded] if loaded else []), *MODELS])
     return [describe_model(name, loaded) for name in names]
 
 
 def describe_model(name: str, loaded: str | None) -> dict[str, Any]:
     here = local(name) is not None or name in MODELS and missing(name) == 0
-    told = dict(id=name, object="model", loaded=name == loaded, local=here)
+    here = here or name == loaded
+    is_loaded = loaded is not None and same_model(name, loaded)
+    told = dict(id=name, object="model", loaded=is_loaded, local=here)
     return told | dict(kind=kind_of(name), duration=own_settings(name).get("duration"))
 
 

@@ -136,6 +136,15 @@ class TestExtend(RetakeTest):
 
 
 class TestPart(RetakeTest):
+    def test_a_loop(self):
+        """Is never longer, and no part of it is made again; but it is made anew."""
+        loop = dict(prompt="saw", seed=3, loop=True, bpm=120, bars=0.5)
+        self.make(**loop)
+        self.fails(409, "saw-3 is a loop", "/takes/saw-3/extend", seconds=1)
+        self.fails(400, "is a loop", "/takes/saw-3/regenerate", part="0.3:0.5")
+        (take,) = self.made(path="/takes/saw-3/again", bars=0.25)
+        self.assertEqual((take["seconds"], take["settings"]["bars"]), (0.5, 0.25))
+
     @slow(5)
     def test_made_again(self):
         """The best of the candidates, as generate.py makes them."""

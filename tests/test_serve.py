@@ -425,6 +425,28 @@ class TestModels(ServerTest):
         self.assertEqual(self.get("/health").json["model"], "tiny-magnet")
 
 
+class TestFlags(MadeTest):
+    """Those that change the model."""
+
+    model, adapter = (
+        str(REFERENCE / name)
+        for name in ("mono-transformers", "peft/ours-mono.safetensors")
+    )
+    flags = ("--model", model, "--adapter", adapter, "--adapter-scale", "0.5")
+    flags += ("--dtype", "float16")
+
+    @slow(4)
+    def test_the_same_as_of_generate(self):
+        fields = dict(prompt="bell", seed=1, duration=0.3)
+        more = dict(adapter=self.adapter, adapter_scale=0.5, dtype="float16")
+        want = self.same("a.wav", fields | more, self.model)
+        self.assertEqual(self.make(**fields), want)
+        again = self.make(path="/takes/bell-1/again", seed=1)["takes"][0]
+        self.assertEqual(self.get(f"/takes/{again['id']}.wav").body, want)
+        tiny = self.take(model="tiny")["settings"]
+        self.assertEqual(("adapter" in tiny, tiny["dtype"]), (False, "float16"))
+
+
 class TestTrouble(ServerTest):
     def test_a_full_disk(self):
         full = OSError(28, "No space left on device")
@@ -461,7 +483,6 @@ class TestTrouble(ServerTest):
     def test_paths_and_methods(self):
         for method, path, status in (
             ("GET", "/nothing", 404),
-            ("GET", "//", 404),
             ("GET", "/takes/", 404),
             ("GET", "/takes/a/b/c", 404),
             ("PUT", "/health", 405),
