@@ -25,7 +25,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
-from huggingface_hub.utils import logging
 from mlx.utils import tree_flatten
 
 import magnet
@@ -250,7 +249,7 @@ def main() -> None:
     sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
     args = parse_arguments()
     warnings.showwarning = warn
-    logging.set_verbosity_error()  # the Hub's retries; the end result is reported
+    os.environ["HF_HUB_VERBOSITY"] = "error"  # no retries; the end result is reported
     try:
         run(args)
     except (OSError, ValueError) as error:

@@ -19,8 +19,6 @@ import warnings
 from pathlib import Path
 
 import mlx.core as mx
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 import strict
@@ -129,6 +127,8 @@ def locate(path_or_repo: str | Path) -> list[Path]:
 def fetch(repo: str) -> list[Path]:
     """The FILES of a repository, from the Hub through its cache. Raises OSError with the
     reason, which has no full stop."""
+    from huggingface_hub import hf_hub_download
+
     reason = no_network(repo)
     options = dict(local_files_only=bool(reason))
     try:
@@ -152,9 +152,12 @@ def no_network(repo: str) -> str:
         import hub
 
         return hub.no_network()
+
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+
     try:
         get_hf_file_metadata(hf_hub_url(repo, FILES[0]))
-    except HfHubHTTPError:  # the Hub has answered
+    except errors.HfHubHTTPError:  # the Hub has answered
         return ""
     except Exception as error:  # of the library that huggingface_hub asks with
         return f"{error!s:.120}, and it is not in the cache."

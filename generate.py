@@ -27,6 +27,7 @@ if __name__ == "__main__":  # Ctrl-C while the rest is imported is no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import os
 import secrets
 import shlex
 import sys
@@ -38,7 +39,6 @@ from pathlib import Path
 from typing import TextIO
 
 import mlx.core as mx
-from huggingface_hub.utils import logging
 
 import jobs
 import lines
@@ -324,8 +324,7 @@ def edit(
     began = time.perf_counter()
     progress.stage("reading the take")
     making = remake.start(model, wanted, sounds, args)
-    steps = watch(making, making.doing, making.seconds, model, progress)
-    for _ in until(steps, stop):
+    for _ in watch(making, making.doing, making.seconds, model, stop, progress):
         pass
     if stop.heeded:
         return []
@@ -363,7 +362,7 @@ def make_batches(
             break
         name = f"batch {i} of {len(planned)}" if len(planned) > 1 else "generating"
         seconds = batch.duration
-        for _ in until(watch(batch, name, seconds, model, progress), stop):
+        for _ in watch(batch, name, seconds, model, stop, progress):
             pass
         progress.stage(f"{name}: decoding")
         for result in batch.save(args.save_codes):
@@ -381,9 +380,11 @@ def watch(
     name: str,
     seconds: float,
     model: MusicGen,
+    stop: Stop,
     progress: Progress,
 ) -> Iterator[Take]:
-    """The same steps, shown as so many seconds of sound, or a MAGNeT's as passes."""
+    """The same steps until Ctrl-C, shown as so many seconds of sound, or a MAGNeT's as
+    passes. After the last step Ctrl-C is not asked for."""
     progress.stage(f"{name}: the first step (a first run compiles MLX's kernels)")
     in_passes = model.config.masking is not None
     for take in steps:
@@ -393,6 +394,8 @@ def watch(
             progress.begin(name, seconds)
         progress.to(take.step if in_passes else take.frames / model.frame_rate)
         yield take
+        if take.step < take.total and stop():
+            return
 
 
 def stream_job(
@@ -412,7 +415,7 @@ def stream_job(
     record = jobs.take_settings(model, job, sounds, prompt_frames, start)
     take = jobs.make_take(model, [job], sounds, audio, start)
     seconds = job.options.duration
-    steps = until(watch(take, "streaming", seconds, model, progress), stop)
+    steps = watch(take, "streaming", seconds, model, stop, progress)
     pieces = play_take(model, take, args.chunk, steps)
     if args.save_codes:
         pieces = keep_codes(pieces, take, args.save_codes, record, args.force)
@@ -449,14 +452,6 @@ def play_all(results: list[Result], args: argparse.Namespace) -> None:
         for result in results:
             if not result.error and result.seconds:
                 play_file(result.job.output)
-
-
-def until(steps: Iterator[Take], stop: Stop) -> Iterator[Take]:
-    """The steps until Ctrl-C; after the last it is not asked for."""
-    for take in steps:
-        yield take
-        if take.step < take.total and stop():
-            return
 
 
 def keep_codes(
@@ -533,7 +528,7 @@ def main() -> None:
     sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
     args = parse_arguments(sys.argv[1:])
     warnings.showwarning = warn
-    logging.set_verbosity_error()  # the Hub's retries; the end result is reported
+    os.environ["HF_HUB_VERBOSITY"] = "error"  # no retries; the end result is reported
     try:
         sys.exit(run(args))
     except OSError as error:  # of the system, or with a message of ours

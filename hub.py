@@ -6,7 +6,8 @@ need.
 A short name comes before a folder of that name, which is `./small`. Of a short name
 exactly audiocraft's two files are fetched; of another repository these, or what its
 training left, or where it has none transformers' layout. Without a network the cache is
-read at once, for huggingface_hub tries for half a minute. Stands alone.
+read at once, for huggingface_hub tries for half a minute. Stands alone. Only what asks
+the Hub or its cache imports that library: a model in a folder need not wait for it.
 """
 
 import difflib
@@ -21,21 +22,6 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
 from urllib.parse import urlsplit
-from urllib.request import getproxies
-
-from huggingface_hub import (
-    constants,
-    hf_hub_download,
-    snapshot_download,
-    try_to_load_from_cache,
-)
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 
 AUDIOCRAFT_FILES = ("state_dict.bin", "compression_state_dict.bin")
 TRAINING_FILE = "checkpoint.th"  # of audiocraft, in place of the first
@@ -134,6 +120,9 @@ def same_model(name: str, other: str) -> bool:
 def fetch(name: str) -> Path:
     """The Hub's cache of what a model needs, by short name or Hub id. Raises ValueError
     for what is neither, OSError where the Hub does not give it."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
     check_name(name)
     repo, reason = MODELS.get(name, name), no_network()
     options = dict(local_files_only=bool(reason))
@@ -156,9 +145,11 @@ def fetch(name: str) -> Path:
         ) from error
 
 
-def failed(error: EntryNotFoundError, reason: str) -> bool:
+def failed(error: Exception, reason: str) -> bool:
     """Whether the connection failed, and not the search for a file, on the Hub or, where
     there is a `reason` not to ask it, in the cache."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     return isinstance(error, LocalEntryNotFoundError) and not reason
 
 
@@ -166,6 +157,8 @@ def fetch_training(repo: str, reason: str, **options) -> Path | None:
     """The folder of what audiocraft's training left: its checkpoint, and the codec,
     which its settings may name instead. None for a repository that has none, or has
     transformers' layout, too."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     def fetch_file(name: str) -> str | None:
         try:
@@ -182,6 +175,8 @@ def fetch_training(repo: str, reason: str, **options) -> Path | None:
 
 
 def fetch_transformers(repo: str, **options) -> Path:
+    from huggingface_hub import snapshot_download
+
     common = ["config.json", "spiece.model", "tokenizer.json"]
     common += ["preprocessor_config.json", "processor_config.json"]
     common += ["adapter_config.json"]  # of PEFT: what has only that is told of
@@ -228,8 +223,10 @@ def explain(
     `reason` is that of `no_network`. What is gated, missing, refused or out of reach is
     told apart, each with the way out.
     """
-    local_only = isinstance(error, LocalEntryNotFoundError)
-    if local_only and isinstance(error.__cause__, HfHubHTTPError) and not reason:
+    from huggingface_hub import constants, errors
+
+    local_only = isinstance(error, errors.LocalEntryNotFoundError)
+    if local_only and isinstance(error.__cause__, errors.HfHubHTTPError) and not reason:
         error, local_only = error.__cause__, False  # the Hub has answered
     status = getattr(getattr(error, "response", None), "status_code", None)
     code = f"HTTP {status}" if status else "no access"
@@ -240,18 +237,18 @@ def explain(
         text = (
             "the connection failed, and it is not in the cache. Connect, and try again"
         )
-    elif isinstance(error, GatedRepoError):
+    elif isinstance(error, errors.GatedRepoError):
         text = f"it is gated ({code}). Ask for access at {page}, and set HF_TOKEN to a "
         text += "token of that account"
-    elif isinstance(error, RepositoryNotFoundError):
+    elif isinstance(error, errors.RepositoryNotFoundError):
         text = f"there is none of this name, or it is private ({code}). Compare with "
         text += f"{page}; for a private one set HF_TOKEN"
-    elif isinstance(error, EntryNotFoundError) and status:
+    elif isinstance(error, errors.EntryNotFoundError) and status:
         name = re.search(r"/resolve/[^/\s]+/([^\s?]+?)\.?(\s|$)", str(error))
         text = f"it has no {name[1] if name else 'such file'} ({code})"
-    elif isinstance(error, HfHubHTTPError) and status in (401, 403):
+    elif isinstance(error, errors.HfHubHTTPError) and status in (401, 403):
         text = f"it refused the token ({code}). Correct HF_TOKEN, or unset it"
-    elif isinstance(error, HfHubHTTPError) and status:
+    elif isinstance(error, errors.HfHubHTTPError) and status:
         text = f"it answered with {code}. Try again later"
     else:
         text = str(error)
@@ -260,6 +257,8 @@ def explain(
 
 def in_part(repo: str, reason: str, files: tuple[str, ...], error: OSError) -> str:
     """The reason, which names what is missing where the rest is in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
     there = [f for f in files if isinstance(try_to_load_from_cache(repo, f), str)]
     missing = ", ".join(f for f in files if f not in there) if there else ""
     if error.errno == ENOENT and error.filename and not there:
@@ -277,6 +276,10 @@ def no_network() -> str:
     It is asked where its server answers within LOOK seconds, and unseen where a proxy
     stands between, or the environment sets HF_HUB_OFFLINE to 0.
     """
+    from urllib.request import getproxies
+
+    from huggingface_hub import constants
+
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set, and it is not in the cache."
     url = urlsplit(constants.ENDPOINT)

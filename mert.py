@@ -26,8 +26,6 @@ if sys.platform == "darwin":  # where an M5 rounds the factors of float32 produc
 
 import mlx.core as mx
 import mlx.nn as nn
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError
 
 REPO = "m-a-p/MERT-v1-95M"
 FILES = ("config.json", "pytorch_model.bin")
@@ -329,9 +327,12 @@ def no_network(repo: str) -> str:
         import hub
 
         return hub.no_network()
+
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+
     try:
         get_hf_file_metadata(hf_hub_url(repo, FILES[0]))
-    except HfHubHTTPError:  # the Hub has answered
+    except errors.HfHubHTTPError:  # the Hub has answered
         return ""
     except Exception as error:  # of the library that huggingface_hub asks with
         return f"{error!s:.120}, and it is not in the cache."
@@ -377,6 +378,8 @@ def locate(path_or_repo: str | Path) -> list[Path]:
 def fetch(repo: str) -> list[Path]:
     """The FILES of a repository, from the Hub through its cache. Raises OSError with the
     reason, which has no full stop."""
+    from huggingface_hub import hf_hub_download
+
     reason = no_network(repo)
     options = dict(local_files_only=bool(reason))
     try:

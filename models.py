@@ -10,8 +10,6 @@ import argparse
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from huggingface_hub import constants, try_to_load_from_cache
-
 from hub import AUDIOCRAFT_FILES, BESIDE, MAGNETS, MODELS, follows
 from outputs import print_result
 
@@ -80,6 +78,8 @@ def missing(name: str) -> float:
 
 
 def is_cached(repo: str, file: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
     try:
         return isinstance(try_to_load_from_cache(repo, file), str)
     except (OSError, ValueError):  # a damaged entry
@@ -108,6 +108,8 @@ def rows() -> Iterator[tuple[str, ...]]:
 
 def table() -> str:
     """All models, a line each, and what the columns mean."""
+    from huggingface_hub import constants
+
     lines = [HEAD, *rows()]
     widths = [max(map(len, column)) for column in zip(*lines)]
     padded = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]

@@ -15,8 +15,6 @@ import sys
 import time
 from typing import TextIO
 
-from huggingface_hub.utils import tqdm
-
 from messages import Forgiving
 
 STAGE = "{desc}"
@@ -36,10 +34,7 @@ class Progress:
     def __init__(self, shown: bool = True, stream: TextIO | None = None):
         self._file = forgiving(sys.stderr if stream is None else stream)
         self._shown, self._moves = shown, shown and is_terminal(self._file)
-        form = dict(bar_format=STAGE, leave=False, miniters=0)
-        shape = SHAPE if no_shape(self._file) else dict(dynamic_ncols=True)
-        form |= shape
-        self._bar = tqdm(file=self._file, disable=not self._moves, **form)
+        self._bar = moving_line(self._file) if self._moves else None
         self._text, self._last = "", time.monotonic()
         self._total, self._unit = 0.0, SOUND
 
@@ -47,13 +42,15 @@ class Progress:
         return self
 
     def __exit__(self, *_) -> None:
-        self._bar.close()
+        if self._moves:
+            self._bar.close()
 
     def stage(self, text: str) -> None:
         """Say what is done from now on, such as "loading small"."""
         self._text = text
-        self._bar.bar_format = STAGE
-        self._bar.set_description_str(text)
+        if self._moves:
+            self._bar.bar_format = STAGE
+            self._bar.set_description_str(text)
         self._say(text)
 
     def begin(self, text: str, total: float, unit: str = SOUND) -> None:
@@ -82,8 +79,21 @@ class Progress:
             print(text, file=self._file, flush=True)
 
 
+def moving_line(stream: TextIO):
+    """An empty line at the end of a terminal, as the downloads of the Hub have it."""
+    from huggingface_hub.utils import tqdm  # here, for it is slow to import
+
+    shape = SHAPE if no_shape(stream) else dict(dynamic_ncols=True)
+    return tqdm(file=stream, bar_format=STAGE, leave=False, miniters=0, **shape)
+
+
 def say(line: str, stream: TextIO | None) -> None:
     """Print a line to a stream, above what moves in the terminal."""
+    if "tqdm" not in sys.modules:  # then nothing moves
+        print(line, file=forgiving(stream))
+        return
+    from huggingface_hub.utils import tqdm
+
     tqdm.write(line, file=forgiving(stream))
 
 

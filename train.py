@@ -10,13 +10,13 @@
 
 `synth` trains a small model on the clips of `synth.py`. First the codec learns to
 reconstruct sound through its codebooks, then T5 and the decoder together learn to write
-its codes; a MAGNeT learns them on the same codec and T5 (see train_magnet.py). `lora`
+its codes (see train_lm.py); a MAGNeT learns them on the same codec and T5. `lora`
 trains an adapter of a model (see lora.py) on sounds and captions of your own, with
 `--format peft` as the library PEFT loads it. `--resume` goes on from the last checkpoint.
 It lies in the output folder under `training`, or for an adapter in the folder
-`OUTPUT.training`. Needs training.py, train_codec.py, train_magnet.py, synth.py, lora.py,
-peft_files.py, convert.py, prompt.py, musicgen.py and all that these need, outputs.py and
-messages.py beside it.
+`OUTPUT.training`. Needs training.py, train_codec.py, train_lm.py, train_magnet.py,
+synth.py, lora.py, peft_files.py, prompt.py, musicgen.py and all that these need,
+outputs.py and messages.py beside it.
 """
 
 import signal
@@ -26,7 +26,6 @@ if __name__ == "__main__":  # Ctrl-C while the rest is imported is no traceback
 
 import argparse
 import hashlib
-import io
 import json
 import os
 import sys
@@ -34,178 +33,30 @@ import warnings
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-import sentencepiece
-from mlx.utils import tree_flatten, tree_unflatten
 
 import peft_files
 import synth
 from audio import check_writable, load_audio
-from checkpoints import MusicGenConfig
-from convert import FILES, save_model
-from decoder import Condition, DecoderConfig
 from hub import local
 from lora import LAYERS, TARGETS, Adapted, add_adapters, content, find, save_adapter
 from messages import Forgiving, one_line
-from musicgen import MusicGen, delay, delay_mask
+from musicgen import MusicGen
 from outputs import check_apart, leave_nothing, named_path
 from prompt import check_codes, encode_prompt
 from quantize import add_flags, asked
 from settings import save_arrays
 from strict import in_a_line
-from t5 import T5Config, Tokenizer
-from train_codec import (
-    CODEC,
-    CODEC_FILE,
-    MISHEARD,
-    WITHOUT_TEXT,
-    encode_clips,
-    load_codec,
-    save_samples,
-    train_codec,
-)
+from train_codec import WITHOUT_TEXT, train_codec
+from train_lm import lm_loss, padded, train_lm
 from train_magnet import train_magnet
 from training import CHECKPOINT, ENDLESS, Training, alone, check_new, counted, wipe
 
-DECODER = DecoderConfig(
-    vocab_size=512,
-    hidden_size=192,
-    num_hidden_layers=4,
-    num_attention_heads=3,
-    ffn_dim=768,
-)
-PIECES = 200  # of the tokenizer's vocabulary
-TEXT = T5Config(
-    vocab_size=PIECES + 100,  # with the sentinels
-    d_model=96,
-    d_kv=32,
-    d_ff=256,
-    num_layers=2,
-    num_heads=3,
-)
 CLIPS = {  # to make: samples of 2 GB, codes of 77 MB
     "codec": 4000,
     "lm": 24_000,
     "magnet": 24_000,
 }
-
-
-# T5 and decoder
-
-
-def train_tokenizer(folder: Path, seed: int) -> Tokenizer:
-    """Train a vocabulary on captions, and write it as `spiece.model`."""
-    path, content = folder / "spiece.model", io.BytesIO()
-    random = np.random.default_rng(seed)
-    clips = (synth.KNOWN[random.integers(len(synth.KNOWN))] for _ in range(20_000))
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(
-            synth.caption(clip, random, synth.MISSING) for clip in clips
-        ),
-        model_writer=content,
-        vocab_size=PIECES,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        normalization_rule_name="nmt_nfkc_cf",  # ignores case
-        hard_vocab_limit=False,
-        num_threads=1,  # the same pieces on every machine
-        minloglevel=2,
-    )
-    path.write_bytes(content.getvalue())
-    return Tokenizer(path)
-
-
-def lm_loss(
-    model: MusicGen,
-    ids: mx.array,
-    mask: mx.array,
-    with_text: mx.array,
-    codes: mx.array,
-) -> tuple:
-    """Cross-entropy of codes (B, T, K) under texts: `ids` and their `mask`, (B, L).
-
-    Rows where `with_text` (B,) is False are unconditional. As in audiocraft, only the
-    first T steps count, not those in which the delayed codebooks run out. Returns the
-    mean loss, each codebook's loss (K,), and no state.
-    """
-    config = model.config.decoder
-    T, blank = codes.shape[1], config.vocab_size
-    targets = delay(codes, config.delays, T, blank)[:, :T]
-    tokens = mx.pad(targets[:, :-1], [(0, 0), (1, 0), (0, 0)], constant_values=blank)
-    text = Condition(model.text_encoder(ids, mask), mask & with_text[:, None])
-    decoder, prefix = model.decoder, None
-    if model.conditioner is not None:  # its prefix: no sound, then the text
-        null = model.conditioner.states([None] * len(codes), None)
-        prefix = decoder.prefix(Condition(*null), text)
-    no_cache = [None] * len(decoder.layers)
-    logits = decoder(tokens, decoder.text_kv(text), no_cache, prefix).astype(mx.float32)
-    valid = delay_mask(T, config.delays)[:T]  # (T, K), False at blanks
-    losses = nn.losses.cross_entropy(logits, mx.where(valid, targets, 0)) * valid
-    losses = losses.sum(axis=(0, 1)) / (len(codes) * valid.sum(axis=0))  # (K,)
-    return losses.mean(), losses, {}
-
-
-def train_lm(args: argparse.Namespace) -> None:
-    """Train T5 and the decoder on codes of clips, and write the whole model.
-
-    Raises FileNotFoundError where the codec was not trained before, FileExistsError
-    where a model is there that is not to be lost.
-    """
-    folder = args.output / "training" / "lm"
-    check_new(args, folder, *(args.output / name for name in FILES))
-    mx.random.seed(args.seed)
-    path = args.output / "training" / "codec" / CODEC_FILE
-    codec = load_codec(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(folder, args.seed)
-    config = MusicGenConfig(DECODER, TEXT, CODEC, synth.SECONDS)
-    model = MusicGen(config, tokenizer)
-    start_small(model)
-    model.audio_encoder = codec
-    model.audio_encoder.freeze()
-    settings = dict(batch=args.batch, clips=args.clips, seed=args.seed)
-    settings["codec"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    training = Training(model, lm_loss, args, folder, {}, settings)
-    random = training.random
-    clips, codes = encode_clips(codec, args.clips)
-
-    def batch() -> tuple[mx.array, ...]:
-        rows = random.integers(len(clips), size=args.batch)
-        labels = [synth.misheard(clips[r], random, MISHEARD) for r in rows]
-        texts = [synth.caption(label, random, synth.MISSING) for label in labels]
-        ids = [tokenizer.encode(text) for text in texts]
-        ids, mask = padded(ids, 32)
-        with_text = mx.array(random.random(args.batch) >= WITHOUT_TEXT)
-        return ids, mask, with_text, codes[mx.array(rows)].astype(mx.int32)
-
-    def write() -> None:
-        save_model(model, args.output)
-        save_samples(model, folder)
-
-    names = tuple(f"codebook {k}" for k in range(DECODER.num_codebooks))
-    training.run(batch, names, write)
-
-
-def start_small(model: MusicGen) -> None:
-    """Draw initial weights that suit T5, which does not scale its attention scores, and
-    the decoder, which sums its K embeddings."""
-    for name, weight in tree_flatten(model.parameters()):
-        if name.endswith(("shared.weight", "emb.weight", "SelfAttention.q.weight")):
-            deviation = 0.05 if "SelfAttention" in name else 0.3
-            weight = deviation * mx.random.normal(weight.shape)
-            model.update(tree_unflatten([(name, weight)]))
-
-
-def padded(ids: list[list[int]], length: int) -> tuple[mx.array, mx.array]:
-    """Token ids and their mask, both (B, length). Longer texts lose their end."""
-    rows = np.zeros((len(ids), length), np.int32)
-    for row, text_ids in zip(rows, ids):
-        row[: len(text_ids)] = text_ids[:length]
-    mask = np.arange(length) < np.array([len(text_ids) for text_ids in ids])[:, None]
-    return mx.array(rows), mx.array(mask)
 
 
 # Adapters

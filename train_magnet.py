@@ -17,8 +17,8 @@ A row of 12 frames in stage 1 of 4, in spans of 3, a dot is masked and ? counts:
 Three things are not as in audiocraft's training. There a batch has one stage, and all
 stages are as frequent; here each row has its own, and FIRST of them have the first, which
 makes the tune. A span may begin before the first frame here, so that each frame is masked
-as often. And some rows, `--holes` of them, are masked in one part only, as in takes of
-which a part is filled. On a MAGNeT of the same sizes the training goes on from its
+as often. And some rows, `--holes` of them, are masked in one part only, with all
+codebooks around it to be seen, as in takes of which a part is filled. On a MAGNeT of the same sizes the training goes on from its
 decoder. Needs magnet.py, convert.py, train_codec.py, training.py, synth.py, audio.py,
 decoder.py and what these need beside it.
 """
@@ -46,7 +46,7 @@ from training import Training, check_new
 SIZES = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, ffn_dim=512)
 MASKING = MaskingConfig()  # the paper's
 TEXTS = 100  # captions of each kind of clip
-FIRST = 0.4  # share of rows whose stage is the first; the others are alike
+FIRST = 0.6  # share of rows whose stage is the first; the others are alike
 
 
 def train_magnet(args: argparse.Namespace) -> None:
@@ -181,8 +181,10 @@ class Batches:
         attended = self.texts.mask[which] & with_text[:, None]
         codes = self.codes[mx.array(rows)].astype(mx.int32)
         stages = mx.array(draw_stages(self.shares, size, random))
-        masked = self.spans(*self.parts(), key=mx.random.key(random.integers(2**32)))
-        return self.texts.states[which], attended, codes, masked, stages
+        rates, *parts = self.parts()
+        key = mx.random.key(random.integers(2**32))
+        masked, inside = self.spans(rates, *parts, key=key), self.spans.inside(*parts)
+        return self.texts.states[which], attended, codes, masked, inside, stages
 
     def parts(self) -> tuple[mx.array, mx.array, mx.array]:
         """Where each row (B,) is masked: rates, and the first frames and the numbers of
@@ -219,6 +221,7 @@ def magnet_loss(
     attended: mx.array,
     codes: mx.array,
     masked: mx.array,
+    inside: mx.array,
     stages: mx.array,
 ) -> tuple:
     """Cross-entropy of what is masked in each row's own codebook.
@@ -228,13 +231,14 @@ def magnet_loss(
             without text.
         codes: (B, T, K).
         masked: frames (B, T) that are masked in the own codebook.
+        inside: frames (B, T) of the parts that are made, beyond which all is seen.
         stages: the own codebooks (B,).
 
     Returns the mean loss of what is masked, each codebook's loss (K,), and no state.
     MAGNeT paper, section 3.
     """
     text, no_cache = Condition(states, attended), [None] * len(decoder.layers)
-    tokens, own = hide(codes, masked, stages, decoder.config.vocab_size)
+    tokens, own = hide(codes, masked, inside, stages, decoder.config.vocab_size)
     sees = visible(codes.shape[1], stages, MASKING.subcodes_context)
     heads = decoder.config.num_attention_heads
     sees = mx.repeat(sees, heads, axis=0)[None]  # (1, B * H, T, T)
@@ -247,13 +251,13 @@ def magnet_loss(
 
 
 def hide(
-    codes: mx.array, masked: mx.array, stages: mx.array, blank: int
+    codes: mx.array, masked: mx.array, inside: mx.array, stages: mx.array, blank: int
 ) -> tuple[mx.array, mx.array]:
     """Codes (B, T, K) as they are seen in their rows' stages (B,), and which codebook is
     each row's own, as 1 among 0 (B, K)."""
     codebook = mx.arange(codes.shape[2])
     own, later = codebook == stages[:, None], codebook > stages[:, None]
-    hidden = masked[..., None] & own[:, None] | later[:, None]
+    hidden = masked[..., None] & own[:, None] | inside[..., None] & later[:, None]
     return mx.where(hidden, blank, codes), own.astype(mx.float32)
 
 
@@ -295,7 +299,12 @@ class Spans:
         begins = rank < mx.maximum(count, 1)[:, None]
         frame = place[: self.frames]
         masked = sum(begins[:, frame + i] for i in range(self.length)) > 0
-        return masked & (frame >= firsts) & (frame < firsts + lengths)
+        return masked & self.inside(firsts[:, 0], lengths[:, 0])
+
+    def inside(self, firsts: mx.array, lengths: mx.array) -> mx.array:
+        """Frames (B, T) of the parts."""
+        frame, firsts = mx.arange(self.frames), firsts[:, None]
+        return (frame >= firsts) & (frame < firsts + lengths[:, None])
 
 
 def covered(frames: int, length: int) -> np.ndarray:

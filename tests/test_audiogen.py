@@ -231,9 +231,8 @@ class TestPublished(Test):
             (cache / repo).mkdir(parents=True, exist_ok=True)
             return shutil.copy(folders[repo] / name, cache / repo / name)
 
-        with patch("hub.hf_hub_download", download):
-            with patch("t5_files.hf_hub_download", download):
-                model = MusicGen.from_pretrained("audiogen-medium")
+        with patch("huggingface_hub.hf_hub_download", download):
+            model = MusicGen.from_pretrained("audiogen-medium")
         self.assertEqual(model.config.default_duration, 5)
         names = dict(zip(folders, (hub.AUDIOCRAFT_FILES, t5_files.FILES)))
         wanted = [(repo, name) for repo, files in names.items() for name in files]

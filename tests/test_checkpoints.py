@@ -290,7 +290,7 @@ class TestCheckpoints(Test):
     def test_tiny_that_is_not_there(self):
         missing = self.folder / "tiny"
         with patch.object(checkpoints, "TINY", missing):
-            with patch("hub.hf_hub_download") as fetch:
+            with patch("huggingface_hub.hf_hub_download") as fetch:
                 for name in hub.BESIDE:
                     pattern = f"{name} must hold .*: copy that folder, too, from where"
                     with self.assertRaisesRegex(FileNotFoundError, pattern):

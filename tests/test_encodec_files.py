@@ -87,10 +87,10 @@ class TestEncodecFiles(Test):
             fetched.append((repo, name))
             return str(REFERENCE / "encodec_24khz" / name)
 
-        with patch("encodec_files.hf_hub_download", download):
+        with patch("huggingface_hub.hf_hub_download", download):
             self.assertEqual(Encodec.from_pretrained("24khz").sampling_rate, 24000)
         repo = "facebook/encodec_24khz"
         self.assertEqual(fetched, [(repo, name) for name in encodec_files.FILES])
-        with patch("encodec_files.hf_hub_download", side_effect=OSError("offline")):
+        with patch("huggingface_hub.hf_hub_download", side_effect=OSError("offline")):
             with self.assertRaisesRegex(OSError, "codec a/b, .* offline, .* 24khz,"):
                 Encodec.from_pretrained("a/b")

@@ -115,7 +115,7 @@ class TestCuts(Test):
         seeds = [*range(100, 108)]
         audio = np.array(model.generate(prompts, 10.0, seed=seeds))
         loud = lambda sound: np.abs(sound[-RATE // 200 :]).max() >= 0.2  # noqa: E731
-        self.assertGreater(sum(loud(take[: 8 * RATE]) for take in audio), 5)
+        self.assertGreater(sum(loud(take[: 8 * RATE]) for take in audio), 4)
         cuts = [find_cut(take, RATE, 8 * RATE) for take in audio]
         self.assertEqual(sum(loud(take[:cut]) for take, cut in zip(audio, cuts)), 0)
 

@@ -114,20 +114,22 @@ class TestTokenizer(Test):
 
     def test_its_own_comes_first(self):
         shutil.move(self.spiece, self.model / "spiece.model")
-        with patch("t5_files.hf_hub_download", side_effect=AssertionError):
+        with patch("huggingface_hub.hf_hub_download", side_effect=AssertionError):
             self.read()
 
     def test_from_the_folder_and_then_from_the_hub(self):
-        with patch("t5_files.hf_hub_download", side_effect=AssertionError):
+        with patch("huggingface_hub.hf_hub_download", side_effect=AssertionError):
             self.read()
         elsewhere = shutil.move(self.spiece, self.folder / "spiece.model")
-        with patch("t5_files.hf_hub_download", return_value=elsewhere) as fetch:
+        with patch("huggingface_hub.hf_hub_download", return_value=elsewhere) as fetch:
             self.read()
         self.assertEqual(fetch.call_args.args, (published.T5_REPO, "spiece.model"))
 
     def test_no_hub(self):
         self.spiece.unlink()
-        failing = patch("t5_files.hf_hub_download", side_effect=OSError("offline"))
+        failing = patch(
+            "huggingface_hub.hf_hub_download", side_effect=OSError("offline")
+        )
         with failing, patch("hub.no_network", return_value=""):
             with self.assertRaises(OSError) as caught:
                 self.read()

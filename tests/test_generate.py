@@ -24,6 +24,13 @@ from musicgen import MusicGen
 from options import STYLE_OPTIONS
 from resample import true_peak
 
+# Runs generate.py, and then names what was imported.
+LISTING = """
+import atexit, runpy, sys
+atexit.register(lambda: print(*sys.modules))
+runpy.run_path("generate.py", run_name="__main__")
+"""
+
 
 class TestCommandLine(ScriptTest):
     model = str(REFERENCE / "stereo-audiocraft")
@@ -51,6 +58,22 @@ class TestCommandLine(ScriptTest):
         told = settings.read_settings(output)
         wanted = dict(prompt="drums", seed=4, duration=0.5, model=self.model, top_k=250)
         self.assertEqual({name: told[name] for name in wanted}, wanted)
+
+    def test_a_folder_needs_no_library_of_the_hub(self):
+        """Which takes a quarter of the start, where everything is here already."""
+        slow = {"huggingface_hub", "tqdm", "requests", "httpx", "urllib.request"}
+        slow |= {"torch", "transformers", "unittest", "asyncio"}
+        output = self.folder / "x.wav"
+        command = [sys.executable, "-c", LISTING, "--prompt", "bell", "--model", "tiny"]
+        command += ["--duration", "0.1", "--output", str(output)]
+        for more in ([], ["--stream", "--force"], ["--takes", "2"]):
+            options = dict(cwd=ROOT, capture_output=True, text=True)
+            result = subprocess.run(command + more, **options)
+            self.assertEqual((result.returncode, result.stderr), (0, ""))
+            *lines, modules = result.stdout.splitlines()
+            self.assertIn(" s of audio in ", lines[-1])
+            self.assertIn("musicgen", modules.split())
+            self.assertEqual(slow & {*modules.split()}, set())
 
     def test_flags_reach_the_model(self):
         output = self.folder / "out.wav"
@@ -166,7 +189,9 @@ class TestCommandLine(ScriptTest):
             (["small", "--adapter", damaged], "is damaged or no adapter"),
             (["small", "--adapter", self.folder / "no"], "There is no adapter"),
         ):
-            with patch("hub.hf_hub_download", side_effect=AssertionError) as fetch:
+            with patch(
+                "huggingface_hub.hf_hub_download", side_effect=AssertionError
+            ) as fetch:
                 status, out, err = self.run_script(*flags, *more)
             self.assertIn(status, (1, 2))
             self.assertRegex(err, f"^generate.py: error: .*{pattern}.*\n$")

@@ -11,7 +11,8 @@ from unittest.mock import patch
 
 import mlx.core as mx
 from common import REFERENCE, ROOT, Test
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import constants
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 import checkpoints
 import convert
@@ -32,7 +33,7 @@ class TestHub(Test):
             calls.append(allow_patterns)
             return str(self.folder)
 
-        with patch("hub.snapshot_download", snapshot):
+        with patch("huggingface_hub.snapshot_download", snapshot):
             hub.fetch_transformers("a/b")
             (self.folder / "model-00001-of-00002.safetensors").touch()
             hub.fetch_transformers("a/b")
@@ -46,7 +47,7 @@ class TestHub(Test):
     def test_short_name_does_not_fall_back(self):
         missing = EntryNotFoundError("no such file")
         for name, falls_back in (("small", False), ("someone/model", True)):
-            with patch("hub.hf_hub_download", side_effect=missing):
+            with patch("huggingface_hub.hf_hub_download", side_effect=missing):
                 with patch("hub.fetch_transformers") as fetch:
                     if falls_back:
                         checkpoints.locate(name)
@@ -82,14 +83,16 @@ class TestHub(Test):
         for name in {*hub.MODELS} - {*hub.BESIDE}:
             self.assertIsNone(hub.local(name))
             hub.check_name(f"./{name}")
-            with patch("hub.hf_hub_download", return_value="cache/file") as fetch:
+            with patch(
+                "huggingface_hub.hf_hub_download", return_value="cache/file"
+            ) as fetch:
                 self.assertEqual(str(checkpoints.locate(name)), "cache")
                 self.assertEqual(fetch.call_args.args[0], hub.MODELS[name])
             self.assertEqual(str(checkpoints.locate(f"./{name}")), name)
         self.assertEqual(checkpoints.locate("tiny"), checkpoints.TINY)
         self.assertEqual(hub.MODELS.keys() - {*hub.BESIDE}, checkpoints.SHORT_NAMES)
         asked = AssertionError("the Hub is asked")
-        with patch("encodec_files.hf_hub_download", side_effect=asked):
+        with patch("huggingface_hub.hf_hub_download", side_effect=asked):
             with self.assertRaisesRegex(AssertionError, "the Hub is asked"):
                 encodec_files.read("32khz")
             encodec_files.read("./32khz")
@@ -173,10 +176,8 @@ class TestHub(Test):
             (cache / repo).mkdir(parents=True, exist_ok=True)
             return shutil.copy(folders[repo] / name, cache / repo / name)
 
-        with patch("hub.hf_hub_download", download):
-            with patch("t5_files.hf_hub_download", download):
-                with patch("encodec_files.hf_hub_download", download):
-                    MusicGen.from_pretrained("stereo-small")
+        with patch("huggingface_hub.hf_hub_download", download):
+            MusicGen.from_pretrained("stereo-small")
         names = {
             "facebook/musicgen-stereo-small": hub.AUDIOCRAFT_FILES,
             "facebook/encodec_32khz": encodec_files.FILES,
@@ -229,13 +230,13 @@ class TestNoNetwork(Test):
         self.enterContext(patch.dict(os.environ))
         for name in names:
             os.environ.pop(name, None)
-        self.enterContext(patch.object(hub.constants, "HF_HUB_OFFLINE", False))
+        self.enterContext(patch.object(constants, "HF_HUB_OFFLINE", False))
         self.server = self.enterContext(socket.create_server(("127.0.0.1", 0)))
         self.port = self.server.getsockname()[1]
         self.set_endpoint(f"http://localhost:{self.port}")
 
     def set_endpoint(self, url: str) -> None:
-        self.enterContext(patch.object(hub.constants, "ENDPOINT", url))
+        self.enterContext(patch.object(constants, "ENDPOINT", url))
 
     def test_a_server_that_answers(self):
         self.assertEqual(hub.no_network(), "")
@@ -281,14 +282,14 @@ class TestNoNetwork(Test):
             self.assertIn("no network", hub.no_network())  # the Hub's address is http
         self.set_endpoint("no-scheme")
         self.assertEqual(hub.no_network(), "")
-        with patch.object(hub.constants, "HF_HUB_OFFLINE", True):
+        with patch.object(constants, "HF_HUB_OFFLINE", True):
             self.assertIn("HF_HUB_OFFLINE is set", hub.no_network())
 
     def test_each_part_is_named_with_the_ways_out(self):
         self.server.close()
         out = "there is no network .localhost does not answer.*cache. Connect, and .*"
         out += r"HF_HUB_OFFLINE=0\. "
-        cache = patch.object(hub.constants, "HF_HUB_CACHE", str(self.folder))
+        cache = patch.object(constants, "HF_HUB_CACHE", str(self.folder))
         for name, ask, pattern in (
             ("model", lambda: hub.fetch("small"), "model facebook/.*--model tiny"),
             ("other", lambda: hub.fetch("some/one"), "model some/one.*--model tiny"),
@@ -320,14 +321,14 @@ class TestNoNetwork(Test):
     def test_reasons_end_as_sentences(self):
         """Whether the Hub's own message ends in a full stop or not."""
         for error in ("offline", "offline.", "offline.\n"):
-            for module, ask in (
-                (hub, lambda: hub.fetch("some/one")),
-                (t5_files, lambda: t5_files.read("some/one")),
-                (encodec_files, lambda: encodec_files.read("some/one")),
-                (mert, lambda: mert.MERT.from_pretrained("some/one")),
+            for ask in (
+                lambda: hub.fetch("some/one"),
+                lambda: t5_files.read("some/one"),
+                lambda: encodec_files.read("some/one"),
+                lambda: mert.MERT.from_pretrained("some/one"),
             ):
                 wrong = dict(side_effect=OSError(error))
-                with patch.object(module, "hf_hub_download", **wrong):
+                with patch("huggingface_hub.hf_hub_download", **wrong):
                     wanted = "and there is no such folder: offline. To work offline, "
                     with self.assertRaisesRegex(OSError, wanted):
                         ask()
@@ -373,7 +374,7 @@ class TestNoNetwork(Test):
             for file in (*(f"snapshots/{'0' * 40}/{f}" for f in files), "refs/main"):
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
                 (folder / file).write_text("0" * 40)
-        with patch.object(hub.constants, "HF_HUB_CACHE", str(self.folder)):
+        with patch.object(constants, "HF_HUB_CACHE", str(self.folder)):
             self.assertEqual(hub.fetch("some/one").name, "0" * 40)
             self.assertEqual(len(t5_files.locate("some/t5")), 3)
             self.assertEqual(len(encodec_files.locate("some/codec")), 2)
@@ -394,8 +395,8 @@ class TestAdapter(Test):
             return str(self.folder)
 
         with patch("hub.no_network", return_value=""):
-            with patch("hub.hf_hub_download", side_effect=missing):
-                with patch("hub.snapshot_download", snapshot):
+            with patch("huggingface_hub.hf_hub_download", side_effect=missing):
+                with patch("huggingface_hub.snapshot_download", snapshot):
                     with self.assertRaisesRegex(OSError, "an adapter of PEFT, and no"):
                         MusicGen.from_pretrained("owner/adapter")
 
@@ -405,8 +406,8 @@ class TestTraining(Test):
 
     def setUp(self):
         super().setUp()
-        constants = dict(HF_HUB_CACHE=str(self.folder / "hub"), HF_HUB_OFFLINE=True)
-        self.enterContext(patch.multiple(hub.constants, **constants))
+        values = dict(HF_HUB_CACHE=str(self.folder / "hub"), HF_HUB_OFFLINE=True)
+        self.enterContext(patch.multiple(constants, **values))
 
     def download(self, has: dict) -> list:
         """Let the Hub give these files; returns the names that are asked for."""
@@ -420,7 +421,7 @@ class TestTraining(Test):
             folder.mkdir(parents=True, exist_ok=True)
             return shutil.copy(has[name], folder / name)
 
-        self.enterContext(patch("hub.hf_hub_download", give))
+        self.enterContext(patch("huggingface_hub.hf_hub_download", give))
         self.enterContext(patch("hub.no_network", return_value=""))
         return asked
 
@@ -472,7 +473,7 @@ class TestTraining(Test):
 
     def test_a_connection_that_breaks(self):
         """It is no sign that the repository lacks a file."""
-        broken = hub.LocalEntryNotFoundError("An error happened")
+        broken = LocalEntryNotFoundError("An error happened")
         names = ("state_dict.bin", "config.json", "checkpoint.th")
         for name in (*names, "compression_state_dict.bin"):
 
@@ -484,6 +485,6 @@ class TestTraining(Test):
                 return other
 
             with patch("hub.no_network", return_value=""):
-                with patch("hub.hf_hub_download", give):
+                with patch("huggingface_hub.hf_hub_download", give):
                     with self.assertRaisesRegex(OSError, "the connection failed"):
                         hub.fetch("some/one")

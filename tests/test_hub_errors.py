@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest.mock import Mock, patch
 
 from common import REFERENCE, ROOT, Test
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 import encodec_files
 import hub
@@ -108,8 +110,8 @@ class TestHalfCached(Test):
 
     def setUp(self):
         super().setUp()
-        constants = dict(HF_HUB_CACHE=str(self.folder), HF_HUB_OFFLINE=True)
-        self.enterContext(patch.multiple(hub.constants, **constants))
+        values = dict(HF_HUB_CACHE=str(self.folder), HF_HUB_OFFLINE=True)
+        self.enterContext(patch.multiple(constants, **values))
 
     def put(self, repo: str, files: dict[str, str]) -> None:
         folder = self.folder / f"models--{repo.replace('/', '--')}"
@@ -220,11 +222,9 @@ class TestHalfCached(Test):
                 shutil.copytree(source, folder / "t5-base", dirs_exist_ok=True)
             shutil.rmtree(folder / part, ignore_errors=True)
             for reason in (gone, offline):
-                missing = hub.LocalEntryNotFoundError("Cannot find\nthe file\n" * 99)
+                missing = LocalEntryNotFoundError("Cannot find\nthe file\n" * 99)
                 with patch("hub.no_network", return_value=reason):
-                    with patch(
-                        "encodec_files.hf_hub_download", side_effect=missing
-                    ), patch("mert.hf_hub_download", side_effect=missing):
+                    with patch("huggingface_hub.hf_hub_download", side_effect=missing):
                         with self.assertRaises(OSError) as caught:
                             published.read(folder)
                 told = str(caught.exception)
@@ -252,8 +252,8 @@ class TestExplained(Test):
     def test_a_hub_that_fails(self):
         for status in (429, 500, 503):
             answer = Mock(status_code=status, headers={})
-            error = hub.HfHubHTTPError("Server Error", response=answer)
-            broken = hub.LocalEntryNotFoundError("An error happened")
+            error = HfHubHTTPError("Server Error", response=answer)
+            broken = LocalEntryNotFoundError("An error happened")
             broken.__cause__ = error  # as of a file
             for wrong in (error, broken):
                 told = hub.explain(wrong, "some/one")
@@ -263,20 +263,20 @@ class TestExplained(Test):
 
     def test_a_connection_that_breaks(self):
         """After the first look, and behind a proxy, where there is none."""
-        broken = hub.LocalEntryNotFoundError("An error happened while trying")
+        broken = LocalEntryNotFoundError("An error happened while trying")
         told = (
             "the connection failed, and it is not in the cache. Connect, and try again"
         )
         self.assertEqual(hub.explain(broken, "some/one"), told)
         with patch("hub.no_network", return_value=""):
-            with patch("hub.hf_hub_download", side_effect=broken):
+            with patch("huggingface_hub.hf_hub_download", side_effect=broken):
                 for name in ("small", "some/one"):
                     with self.assertRaisesRegex(OSError, told):
                         hub.fetch(name)
 
     def test_the_folder_of_a_finetune(self):
         """Nothing is asked of the Hub for what lies there whole."""
-        with patch("t5_files.hf_hub_download", side_effect=AssertionError):
+        with patch("huggingface_hub.hf_hub_download", side_effect=AssertionError):
             path = t5_files.find_spiece(
                 REFERENCE / "finetune-float16", "google-t5/t5-base"
             )

@@ -293,7 +293,7 @@ class TestErrors(PluginTest):
 
     def test_a_model_that_cannot_be_had(self):
         """The run fails; an answer without success would keep the plug-in waiting."""
-        with patch("hub.constants.HF_HUB_OFFLINE", True):
+        with patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
             name = "thepatch/vanya_ai_dnb_0.1"
             told = self.poll(self.begin("process_audio", tune(1), model_name=name))
         self.assertEqual((told["success"], told["status"]), (True, "failed"))

@@ -200,7 +200,7 @@ class TestLines(ScriptTest):
     def test_models_that_follow_nothing_are_told_before_loading(self):
         save_audio("s.wav", mx.full((1300, 1), 0.1), 32000)
         self.write({"melody": "s.wav"}, {"style": "s.wav"})
-        with patch("hub.hf_hub_download", side_effect=AssertionError):
+        with patch("huggingface_hub.hf_hub_download", side_effect=AssertionError):
             for model in ("small", "facebook/musicgen-large"):
                 status, _, err = self.script("--model", model)
                 self.assertEqual(status, 1)

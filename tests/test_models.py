@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import manifests
 from common import ROOT, Test
+from huggingface_hub import constants
 
 import encodec_files
 import hub
@@ -128,9 +129,7 @@ class TestSizes(Test):
 class TestCache(Test):
     def setUp(self):
         super().setUp()
-        self.enterContext(
-            patch.object(models.constants, "HF_HUB_CACHE", str(self.folder))
-        )
+        self.enterContext(patch.object(constants, "HF_HUB_CACHE", str(self.folder)))
 
     def put(self, repo: str, *files: str) -> None:
         folder = self.folder / f"models--{repo.replace('/', '--')}"

@@ -237,11 +237,11 @@ class TestPublishedFolders(Test):
 
     def test_says_which_folder_is_missing(self):
         folder = self.copy("stereo-audiocraft")
-        with patch("t5_files.hf_hub_download", side_effect=OSError("offline")):
+        with patch("huggingface_hub.hf_hub_download", side_effect=OSError("offline")):
             shutil.rmtree(folder / "t5-base")
             self.fails(f"{folder} needs T5 in t5-base/", folder, OSError)
         shutil.copytree(REFERENCE / "stereo-audiocraft/t5-base", folder / "t5-base")
-        with patch("encodec_files.hf_hub_download", side_effect=OSError("offline")):
+        with patch("huggingface_hub.hf_hub_download", side_effect=OSError("offline")):
             shutil.rmtree(folder / "encodec_32khz")
             pattern = (
                 f"{folder} needs the codec .* in encodec_32khz/ .*(offline|OFFLINE)"

@@ -95,7 +95,7 @@ class TestSolver(SolverTest):
         self.assertGreedy(folder, PROMPTS, NAME)
         (folder / "compression_state_dict.bin").unlink()
         shutil.rmtree(folder / "encodec_32khz")
-        with patch("encodec_files.hf_hub_download", side_effect=OSError("offline")):
+        with patch("huggingface_hub.hf_hub_download", side_effect=OSError("offline")):
             with self.assertRaisesRegex(
                 OSError, "needs the codec facebook/encodec_32khz in .*(offline|OFFLINE)"
             ):

@@ -50,7 +50,7 @@ class TestTextless(ScriptTest):
             for plain in (False, True):
                 with self.subTest((name, file, plain)):
                     folder = self.folder_of(name, codec, file)
-                    with patch("t5_files.hf_hub_download") as fetch:
+                    with patch("huggingface_hub.hf_hub_download") as fetch:
                         model = MusicGen.from_pretrained(folder, mx.float32)
                     fetch.assert_not_called()
                     model.plain = plain

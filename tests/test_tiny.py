@@ -77,7 +77,7 @@ class TestTiny(Test):
     def test_continuation_keeps_tempo_and_timbre(self):
         """Of a sound, with a text that says nothing of them."""
         kept = []
-        for clip in self.clips[:6]:
+        for clip in self.clips[:12]:
             sound = synth.render(clip, np.random.default_rng(1), 2.5)[:, None]
             options = dict(audio_prompt=mx.array(sound), drop_prompt=True, seed=2)
             audio = self.model.generate("a melody", duration=5.5, **options)

@@ -13,6 +13,7 @@ from common import Test, slow
 import synth
 import train
 import train_codec
+import train_lm
 from musicgen import MusicGen
 
 
@@ -20,16 +21,20 @@ class TestTrain(Test):
     def setUp(self):
         super().setUp()
         self.out = self.folder / "tiny"
-        self.codec = self.out / "training" / "codec" / train.CODEC_FILE
+        self.codec = self.out / "training" / "codec" / train_codec.CODEC_FILE
 
     def synth(self, *flags: str, force: bool = True, **patches) -> str:
         """How two steps of a smaller model end: the message, or nothing; with these
-        patches of train.py and train_codec.py."""
+        patches of the scripts that train."""
         small = dict(num_filters=4, hidden_size=8, codebook_size=64)
-        codec = dataclasses.replace(train.CODEC, target_bandwidths=(1.2,), **small)
+        codec = dataclasses.replace(
+            train_codec.CODEC, target_bandwidths=(1.2,), **small
+        )
         sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-        decoder = dataclasses.replace(train.DECODER, vocab_size=64, ffn_dim=48, **sizes)
-        text = dataclasses.replace(train.TEXT, d_model=16, d_kv=8, d_ff=16)
+        decoder = dataclasses.replace(
+            train_lm.DECODER, vocab_size=64, ffn_dim=48, **sizes
+        )
+        text = dataclasses.replace(train_lm.TEXT, d_model=16, d_kv=8, d_ff=16)
         pool = Mock()
         pool.__enter__ = lambda _: Mock(imap=lambda f, x, chunksize: map(f, x))
         pool.__exit__ = lambda *_: None
@@ -40,7 +45,7 @@ class TestTrain(Test):
         argv += ["--batch", "2", "--clips", "2", *flags]
         argv += ["--force"] if force and "--resume" not in flags else []
         with ExitStack() as stack:
-            for module in (train, train_codec):
+            for module in (train, train_codec, train_lm):
                 own = {k: v for k, v in patches.items() if hasattr(module, k)}
                 stack.enter_context(patch.multiple(module, **own))
             stack.enter_context(patch.object(sys, "argv", argv))
@@ -82,9 +87,9 @@ class TestTrain(Test):
         used = {
             name: Mock(wraps=getattr(module, name))
             for module, name in (
-                (train, "start_small"),
+                (train_lm, "start_small"),
                 (train_codec, "make_clips"),
-                (train, "lm_loss"),
+                (train_lm, "song_loss"),
             )
         }
         with patch.object(synth, "misheard", misheard):
@@ -92,12 +97,12 @@ class TestTrain(Test):
         used["start_small"].assert_called_once()
         (made,) = used["make_clips"].mock_calls
         self.assertEqual(made.args[1], synth.KNOWN)
-        self.assertEqual(misheard.call_args.args[2], train.MISHEARD)
-        *_, told, codes = used["lm_loss"].call_args.args
+        self.assertEqual(misheard.call_args.args[2], train_lm.MISHEARD)
+        *_, told, codes, _ = used["song_loss"].call_args.args
         self.assertFalse(told.any())
         self.assertEqual(codes.shape, (2, 400, 4))
         self.synth("--lm", WITHOUT_TEXT=0.0, **used)
-        self.assertTrue(used["lm_loss"].call_args.args[3].all())
+        self.assertTrue(used["song_loss"].call_args.args[3].all())
         audio = MusicGen.from_pretrained(self.out).generate("slow bell", duration=0.2)
         self.assertEqual(audio.shape, (1, 6400, 1))
 

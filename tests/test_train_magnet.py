@@ -130,7 +130,7 @@ class TestBatches(Test):
 
     def test_each_row_has_its_text(self):
         with patch.object(train_magnet, "TEXTS", 7):
-            states, attended, codes, masked, stages = self.batches(400)()
+            states, attended, codes, masked, inside, stages = self.batches(400)()
         self.assertEqual(states.shape, (400, 6, 8))
         rows = np.array(codes[:, 0, 0])
         self.assertEqual({*rows}, {0, 1, 2, 3})
@@ -138,7 +138,10 @@ class TestBatches(Test):
         self.assertSame(attended.any(axis=1), attended.all(axis=1))
         self.assertAlmostEqual(1 - attended[:, 0].mean().item(), 0.15, delta=0.06)
         self.assertEqual((codes.shape, codes.dtype), ((400, 90, 4), mx.int32))
-        self.assertEqual((masked.shape, masked.dtype), ((400, 90), mx.bool_))
+        for frames in (masked, inside):
+            self.assertEqual((frames.shape, frames.dtype), ((400, 90), mx.bool_))
+        self.assertFalse((masked & ~inside).any())
+        self.assertAlmostEqual(inside.all(axis=1).mean().item(), 0.7, delta=0.06)
 
     def test_rates_are_those_of_a_cosine(self):
         """A mean of 2 / pi, a quarter below cos(3/8 pi), in whole rows and in parts."""
@@ -155,9 +158,9 @@ class TestBatches(Test):
     def test_stages(self):
         """As often as their shares say; in each batch there is each."""
         random, shares = np.random.default_rng(0), stage_shares(4)
-        self.assertEqual(shares, [0.4, *[0.6 / 3] * 3])
+        self.assertEqual(shares, [0.6, *[0.4 / 3] * 3])
         self.assertEqual(stage_shares(1), [1.0])
-        drawn = np.array([draw_stages(shares, 7, random) for _ in range(3000)])
+        drawn = np.array([draw_stages(shares, 8, random) for _ in range(3000)])
         for row in drawn:
             self.assertEqual({*row}, {0, 1, 2, 3})
         means = [(drawn == k).mean() for k in range(4)]
@@ -176,11 +179,12 @@ class TestLoss(Test):
         lengths = mx.array([5, 2, 0])
         self.attended = mx.arange(5) < lengths[:, None]
         self.codes = mx.random.randint(0, 11, (3, 20, 4))
-        self.masked = mx.random.uniform(shape=(3, 20)) < 0.4
+        self.inside = mx.arange(20) < mx.array([20, 12, 20])[:, None]  # a part in one
+        self.masked = (mx.random.uniform(shape=(3, 20)) < 0.4) & self.inside
         self.stages = mx.array([0, 2, 3])
 
     def loss(self, **other) -> tuple[float, np.ndarray]:
-        names = ("states", "attended", "codes", "masked", "stages")
+        names = ("states", "attended", "codes", "masked", "inside", "stages")
         batch = [other.get(name, getattr(self, name)) for name in names]
         loss, losses, state = magnet_loss(self.decoder, *batch)
         self.assertEqual(state, {})
@@ -192,7 +196,7 @@ class TestLoss(Test):
         for row, stage in enumerate(self.stages.tolist()):
             codes = np.array(self.codes[row])
             seen = codes.copy()
-            seen[:, stage + 1 :] = 11
+            seen[np.array(self.inside[row]), stage + 1 :] = 11
             seen[np.array(self.masked[row]), stage] = 11
             text = Condition(self.states[row, None], self.attended[row, None])
             null = Condition(*map(mx.zeros_like, text))
@@ -209,10 +213,11 @@ class TestLoss(Test):
         self.assertEqual(losses[1], 0)  # no row has this stage
 
     def test_what_is_hidden(self):
-        tokens, own = hide(self.codes, self.masked, self.stages, 11)
+        tokens, own = hide(self.codes, self.masked, self.inside, self.stages, 11)
         for row, frame, k in np.ndindex(3, 20, 4):
             stage = self.stages[row].item()
-            hidden = k > stage or k == stage and self.masked[row, frame].item()
+            hidden = k > stage and self.inside[row, frame].item()
+            hidden = hidden or k == stage and self.masked[row, frame].item()
             wanted = 11 if hidden else self.codes[row, frame, k].item()
             self.assertEqual(tokens[row, frame, k].item(), wanted)
             self.assertEqual(own[row, k].item(), k == stage)
@@ -221,6 +226,10 @@ class TestLoss(Test):
         """Neither later codebooks, nor T5's states of what is no text."""
         before = self.loss()[0]
         later = mx.arange(4) > self.stages[:, None, None]
+        around = later & ~self.inside[..., None]  # the part of a row, all is seen
+        codes = mx.where(around, (self.codes + 1) % 11, self.codes)
+        self.assertNotAlmostEqual(self.loss(codes=codes)[0], before, 3)
+        later = later & self.inside[..., None]
         codes = mx.where(later, (self.codes + 1) % 11, self.codes)
         self.assertEqual(self.loss(codes=codes)[0], before)
         states = mx.where(self.attended[..., None], self.states, 9)
@@ -245,7 +254,8 @@ class TestLoss(Test):
         )
 
     def batch(self) -> tuple[mx.array, ...]:
-        return self.states, self.attended, self.codes, self.masked, self.stages
+        seen = (self.codes, self.masked, self.inside, self.stages)
+        return self.states, self.attended, *seen
 
     def test_training_lowers_the_loss(self):
         training, before = self.training(80, True), self.loss()[0]
@@ -285,7 +295,7 @@ class TestTrainMagnet(Test):
         sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
         patches = dict(SIZES=sizes | dict(ffn_dim=48), TEXTS=2) | patches
         argv = ["train.py", "synth", "--magnet", "--output", str(self.out)]
-        argv += ["--batch", "5", "--clips", "3", *flags]
+        argv += ["--batch", "8", "--clips", "3", *flags]
         with ExitStack() as stack:
             stack.enter_context(patch.multiple(train_magnet, **patches))
             stack.enter_context(patch.object(train_codec, "make_clips", clips))
@@ -303,7 +313,7 @@ class TestTrainMagnet(Test):
         with patch.object(synth, "misheard", misheard):
             self.assertEqual(self.run_main("--steps", "2"), "")
         self.assertEqual(misheard.call_count, 2 * len(synth.KNOWN))
-        self.assertEqual(misheard.call_args.args[2], train.MISHEARD)
+        self.assertEqual(misheard.call_args.args[2], train_magnet.MISHEARD)
         self.assertIn("step 2, losses: codebook 0 ", self.printed.getvalue())
         config = json.loads((self.out / "config.json").read_text())
         self.assertEqual(config["masking"], {"span_len": 3, "subcodes_context": 5})
@@ -380,7 +390,7 @@ class TestTrainMagnet(Test):
 
     def test_what_it_cannot_be_trained_on(self):
         message = self.run_main("--steps", "1", "--batch", "4")
-        self.assertIn("--batch must be 5 or more with --magnet, got 4: each", message)
+        self.assertIn("--batch must be 8 or more with --magnet, got 4: each", message)
         self.assertFalse(self.out.exists())  # nothing is left behind
         tiny = load("tiny")
         decoder = dataclasses.replace(tiny.config.decoder, audio_channels=2)
