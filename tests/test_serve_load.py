@@ -39,6 +39,7 @@ DURATIONS = (0.1, 0.2, 0.3)
 GROWTH = 40  # MB of memory, after the first third
 WAYS = ("wav", "stream", "events", "cancel", "leave", "look", "delete")
 OFTEN = (3, 2, 4, 3, 3, 2, 1)
+LEVELS = re.compile(r"was scaled down by|Samples beyond 1 are clipped")
 
 
 @dataclass
@@ -258,7 +259,8 @@ class TestLoad(Test):
         left = [*(self.folder / "uploads").glob("*/*")]
         left = [path for path in left if path.parent.name != "mlx"]
         self.assertEqual(left, [])
-        self.assertEqual((self.folder / "errors.txt").read_text(), "")
+        said = (self.folder / "errors.txt").read_text().splitlines()
+        self.assertEqual([line for line in said if not LEVELS.search(line)], [])
 
     def check_order(self, asked: list[Asked]) -> None:
         """Who waits comes nearer, and who came later is made later."""
