@@ -1,10 +1,9 @@
 """EnCodec: codes <-> samples.
 
-The neural codec of Défossez et al. (https://arxiv.org/abs/2210.13438), encoder and
-decoder, in its three published sizes: 24 kHz mono (causal), 32 kHz mono (the one that
-MusicGen speaks) and 48 kHz stereo (normalised, in overlapping chunks). Stands alone;
-encodec_files.py, strict.py and limits.py are needed to load published weights, hub.py
-to fetch them; audio.py, resample.py and outputs.py to pass a sound file through it.
+The neural codec of Défossez et al. (https://arxiv.org/abs/2210.13438): 24 kHz mono
+(causal), 32 kHz mono (MusicGen's) and 48 kHz stereo (normalised, in chunks). Stands
+alone; encodec_files.py, strict.py and limits.py are needed for published weights,
+hub.py to fetch, group_norm.py at 48 kHz; audio.py, resample.py, outputs.py for sounds.
 
     model = Encodec.from_pretrained("32khz")
     chunks = model.encode(audio)  # (B, N, C) at model.sampling_rate
@@ -137,7 +136,9 @@ def group_norm(config: EncodecConfig, channels: int) -> nn.Module | None:
     """What follows a convolution; weight norm is folded into its weights."""
     if config.norm_type == "weight_norm":
         return None
-    return nn.GroupNorm(1, channels, pytorch_compatible=True)
+    from group_norm import GroupNorm
+
+    return GroupNorm(1, channels)
 
 
 class TransposedKernel(nn.Module):

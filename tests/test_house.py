@@ -23,7 +23,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 # Every import points to an earlier layer, from people at the end to leaves.
 LAYERS = """
-    options outputs together limits ported hub resample decoder test strict parallel quantize beat edit endings forms access
+    options outputs together limits ported hub resample decoder test strict parallel quantize beat edit endings forms access group_norm
     messages torch_file settings audio decoder_names t5_files textless models peft_config sections
     progress lora loudness wav_stream synth demucs mert t5 audiocraft takes worker web
     training play stream encodec_files melody peft_files

@@ -138,25 +138,34 @@ class TestMaking(PageTest):
 
     @slow(8)
     def test_what_is_heard_is_the_take(self):
-        """To the sample, each piece where the last one ends, unless it came too late."""
+        """To the sample, each piece where the last one ends, unless it came too late. A
+        busy machine may lose some of the tape, so there are several tries."""
         page = self.open()
         page.run(TAPING)
-        self.make(page, "fast happy saw", "3", seed="5")
+        for seed in range(TRIES):
+            heard, planned = self.tape(page, seed)
+            if len(heard) == len(planned) and np.allclose(heard, planned, atol=1e-4):
+                break
+        np.testing.assert_allclose(heard, planned, atol=1e-4)
+
+    def tape(self, page: Page, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """What was heard of a take, and what its pieces say, up to where it fades."""
+        page.run("window.taped.length = 0")
+        self.make(page, "fast happy saw", "3", seed=str(seed))
         page.wait("player.playing && (window.plan = player.plan).length")
         page.wait("level() > -40")
         self.assertEqual(page.run("$('title').textContent"), "fast happy saw")
-        self.finish(page, 1)
+        self.finish(page, seed + 1)
         page.wait("!player.playing")
-        plan = page.run("plan")
+        plan, rate = page.run("plan"), 32000
         self.assertGreaterEqual(len(plan), 3)
         joins = [
             abs(after["time"] - before["time"] - before["seconds"]) < 1e-6
             for before, after in zip(plan, plan[1:])
         ]
         self.assertGreater(sum(joins), len(joins) / 2)
-        (path,) = self.takes.glob("*.wav")
-        audio = soundfile.read(path, dtype="float32")[0]
-        rate, begin = 32000, plan[0]["time"]
+        path = self.takes / f"fast-happy-saw-{seed}.wav"
+        audio, begin = soundfile.read(path, dtype="float32")[0], plan[0]["time"]
         planned = np.zeros(round((plan[-1]["time"] - begin + 1) * rate), np.float32)
         for part in plan:
             start, at = round((part["time"] - begin) * rate), round(part["at"] * rate)
@@ -164,11 +173,8 @@ class TestMaking(PageTest):
             planned[start : start + len(piece)] = piece
         heard = np.array(page.run("window.taped"), np.float32)
         first, start = [(abs(sound) > 0.01).argmax() for sound in (heard, planned)]
-        length = (
-            round((plan[-1]["time"] - begin) * rate) - start
-        )  # the file fades later
-        heard, planned = heard[first : first + length], planned[start : start + length]
-        np.testing.assert_allclose(heard, planned, atol=1e-4)
+        length = round((plan[-1]["time"] - begin) * rate) - start
+        return heard[first : first + length], planned[start : start + length]
 
     @slow(3)
     def test_a_slow_model_is_heard_in_few_breaks(self):
