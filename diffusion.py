@@ -7,8 +7,8 @@ are summed. Then the loudness of 32 bands is brought to that of EnCodec's own de
     model = MultiBandDiffusion.from_pretrained("musicgen")
     audio = model.decode(codes, codec, seed=0)  # codes (B, T, K) -> (B, N, C)
 
-or `python diffusion.py take.safetensors take.wav`. Needs bands.py and encodec.py beside
-it; diffusion_files.py, torch_file.py, strict.py and hub.py to load what was published,
+or `python diffusion.py take.safetensors take.wav`. Needs bands.py, group_norm.py and
+encodec.py beside it; diffusion_files.py, torch_file.py, strict.py and hub.py to load what was published,
 and for a take's codes musicgen.py, settings.py, audio.py and what these need.
 """
 
@@ -25,6 +25,7 @@ import numpy as np
 
 from bands import split_bands
 from encodec import Encodec
+from group_norm import GroupNorm
 
 if TYPE_CHECKING:
     from diffusion_files import Files
@@ -64,19 +65,15 @@ class UNetConfig:
 class ResBlock(nn.Module):
     def __init__(self, channels: int, groups: int, dilation: int):
         super().__init__()
-        self.norm1 = group_norm(groups, channels)
+        self.norm1 = GroupNorm(groups, channels)
         pad = dict(padding=dilation, dilation=dilation)
         self.conv1 = nn.Conv1d(channels, channels, 3, **pad)
-        self.norm2 = group_norm(groups, channels)
+        self.norm2 = GroupNorm(groups, channels)
         self.conv2 = nn.Conv1d(channels, channels, 3, **pad)
 
     def __call__(self, x: mx.array) -> mx.array:
         h = self.conv1(nn.relu(self.norm1(x)))
         return x + self.conv2(nn.relu(self.norm2(h)))
-
-
-def group_norm(groups: int, channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, channels, pytorch_compatible=True)
 
 
 def res_blocks(config: UNetConfig, channels: int) -> list[ResBlock]:
@@ -92,7 +89,7 @@ class EncoderLayer(nn.Module):
         kernel, self._stride = config.kernel, config.stride
         sizes = dict(stride=config.stride, padding=(kernel - config.stride) // 2)
         self.conv = nn.Conv1d(before, after, kernel, **sizes, bias=False)
-        self.norm = group_norm(config.norm_groups, after)
+        self.norm = GroupNorm(config.norm_groups, after)
         self.res_blocks = res_blocks(config, after)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -111,7 +108,7 @@ class DecoderLayer(nn.Module):
         kernel, stride = config.kernel, config.stride
         sizes = dict(stride=stride, padding=(kernel - stride) // 2)
         self.res_blocks = res_blocks(config, before)
-        self.norm = group_norm(config.norm_groups, before)
+        self.norm = GroupNorm(config.norm_groups, before)
         self.convtr = nn.ConvTranspose1d(before, after, kernel, **sizes, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -200,7 +197,9 @@ class Schedule:
             here, there = remains[step], remains[after]
             alpha = here / there
             found = unet(x, step, condition) * scale
-            x = (x - float((1 - alpha) / np.sqrt(1 - here)) * found) / float(np.sqrt(alpha))
+            x = (x - float((1 - alpha) / np.sqrt(1 - here)) * found) / float(
+                np.sqrt(alpha)
+            )
             if after > 0:
                 spread = np.sqrt((1 - there) / (1 - here) * (1 - alpha))
                 x = x + float(spread) * noise[i + 1] * scale
@@ -325,7 +324,9 @@ class MultiBandDiffusion:
     ) -> mx.array:
         """The same of one take, (T, K) -> (N, C)."""
         T, K = codes.shape
-        rows = codes.reshape(T, K // channels, channels).transpose(2, 0, 1)  # (C, T, K')
+        rows = codes.reshape(T, K // channels, channels).transpose(
+            2, 0, 1
+        )  # (C, T, K')
         reference = codec.decode_chunk(rows)
         condition = codec.quantizer.decode(rows)
         keys = mx.random.split(mx.random.key(seed), self.n_bands)
@@ -336,9 +337,7 @@ class MultiBandDiffusion:
             unet, schedule, processor = self.band(number)
             noise = mx.random.normal(shape, key=keys[number])
             made = [
-                schedule.sample(
-                    unet, condition[:, a:b], noise[:, :, a * hop : b * hop]
-                )
+                schedule.sample(unet, condition[:, a:b], noise[:, :, a * hop : b * hop])
                 for a, b in pieces
             ]
             total = total + processor(join(made, [a * hop for a, _ in pieces]))

@@ -76,7 +76,9 @@ def find(name: str) -> Path:
     if (folder := local(name)) is not None:
         found = [p for p in sorted(folder.iterdir()) if p.suffix in SUFFIXES]
         if not found:
-            raise FileNotFoundError(f"{name:.150} holds no {' or '.join(SUFFIXES)} file.")
+            raise FileNotFoundError(
+                f"{name:.150} holds no {' or '.join(SUFFIXES)} file."
+            )
         return found[0]
     from huggingface_hub import hf_hub_download
 
@@ -114,7 +116,9 @@ def make_band(part: dict[str, Any], sampling_rate: int) -> Band:
         field.name: setting(settings, f"schedule.{field.name}")
         for field in fields(Schedule)
     }
-    return Band(unet, Schedule(**schedule), make_processor(part, settings, sampling_rate))
+    return Band(
+        unet, Schedule(**schedule), make_processor(part, settings, sampling_rate)
+    )
 
 
 def make_processor(part: dict, settings: dict[str, Any], sampling_rate: int):

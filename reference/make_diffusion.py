@@ -54,8 +54,12 @@ def import_modules(checkout: Path) -> types.SimpleNamespace:
     for name in ("audiocraft.solvers", "audiocraft.solvers.compression"):
         sys.modules[name] = types.ModuleType(name)
     sys.modules["audiocraft.solvers.compression"].CompressionSolver = None
-    audiocraft.diffusion = importlib.import_module("audiocraft.models.multibanddiffusion")
-    audiocraft.schedule = importlib.import_module("audiocraft.modules.diffusion_schedule")
+    audiocraft.diffusion = importlib.import_module(
+        "audiocraft.models.multibanddiffusion"
+    )
+    audiocraft.schedule = importlib.import_module(
+        "audiocraft.modules.diffusion_schedule"
+    )
     return audiocraft
 
 
@@ -76,7 +80,9 @@ def make_file(audiocraft, path: Path, codec_dim: int) -> None:
             processor.sum_x += 0.1 * numbers(band, 8)
             processor.sum_x2 += 5 * numbers(band + 10, 8).abs() + 1
             processor.sum_target_x2 += 5 * numbers(band + 20, 8).abs() + 1
-        states = dict(model_state=unet.state_dict(), processor_state=processor.state_dict())
+        states = dict(
+            model_state=unet.state_dict(), processor_state=processor.state_dict()
+        )
         package[band] = dict(cfg=cfg, **states)
     torch.save(package | dict(n_bands=BANDS), path)
 

@@ -1,14 +1,19 @@
 """diffusion.py, bands.py and diffusion_files.py against audiocraft's values."""
 
+from unittest.mock import patch
+
 import mlx.core as mx
 import numpy as np
 from common import REFERENCE, Test
 
 import bands
 import diffusion
+import diffusion_files
 from bands import split_bands
 from diffusion import MultiBandDiffusion
+from diffusion_files import setting
 from musicgen import MusicGen
+from torch_file import load_torch
 
 FOLDER = REFERENCE / "diffusion-audiocraft"
 BANDS, ROWS = 3, 2
@@ -25,7 +30,9 @@ class TestAgainstAudiocraft(Test):
         super().setUpClass()
         cls.wanted = mx.load(str(FOLDER / "expected.safetensors"))
         cls.model = MultiBandDiffusion.from_pretrained(FOLDER)
-        cls.codec = MusicGen.from_pretrained(REFERENCE / "mono-audiocraft").audio_encoder
+        cls.codec = MusicGen.from_pretrained(
+            REFERENCE / "mono-audiocraft"
+        ).audio_encoder
         cls.codes = cls.wanted["codes"].swapaxes(1, 2)
         cls.condition = cls.codec.quantizer.decode(cls.codes)
         cls.N = cls.wanted["whole"].shape[2]
@@ -57,3 +64,157 @@ class TestAgainstAudiocraft(Test):
         found = self.model.sample(self.condition, self.noise)
         made = self.model.re_eq(found, self.codec.decode_chunk(self.codes))
         self.assertClose(made, self.want("whole"), 1e-4)
+
+
+class TestBands(Test):
+    def test_as_julius(self):
+        wanted = mx.load(str(FOLDER / "expected.safetensors"))
+        for rate, count in ((32000, 8), (24000, 8), (32000, 32)):
+            found = bands.low_pass_filters(rate, count)
+            self.assertEqual(found.shape[0], count - 1)
+            want = wanted[f"filters.{rate}.{count}"]
+            self.assertClose(found[mx.array([0, -1])], want, 1e-6)
+        taps = [
+            bands.low_pass_filters(r, n).shape[1]
+            for r, n in ((24000, 8), (32000, 8), (24000, 32), (32000, 32))
+        ]
+        self.assertEqual(taps, [629, 751, 2 * 1446 + 1, 2 * 1754 + 1])
+        sound = numbers(1, ROWS, 1, 5757)[:1, :2000]
+        want = wanted["bands"].swapaxes(2, 3)
+        self.assertClose(split_bands(sound, 32000, 8), want, 1e-6)
+
+    def test_they_sum_up(self):
+        """A tone of 1 kHz, noise and chords, in stereo and mono."""
+        time = mx.arange(32000)[None, :, None] / 32000
+        tone = mx.sin(2 * np.pi * 1000 * time)
+        chord = sum(mx.sin(2 * np.pi * f * time) for f in (110, 277, 440, 3520)) / 4
+        mx.random.seed(0)
+        noise = mx.random.normal((2, 9000, 2))
+        for sound in (tone, chord, noise):
+            for count in (1, 2, 8, 32):
+                parts = split_bands(sound, 32000, count)
+                self.assertEqual(parts.shape, (count, *sound.shape))
+                self.assertLess(mx.abs(parts.sum(axis=0) - sound).max().item(), 1e-5)
+
+    def test_a_tone_lies_in_its_band(self):
+        time = mx.arange(32000)[None, :, None] / 32000
+        places = []
+        for frequency in (60, 1000, 3000, 14000):
+            tone = mx.sin(2 * np.pi * frequency * time)
+            power = (split_bands(tone, 32000, 8) ** 2).mean(axis=(1, 2, 3))
+            places.append(power.argmax().item())
+            self.assertGreater(power.max().item(), 0.4)
+        edges = bands.edges(32000, 8)
+        wanted = [int((edges < f).sum()) for f in (60, 1000, 3000, 14000)]
+        self.assertEqual(places, wanted)
+
+    def test_what_cannot_be(self):
+        with self.assertRaisesRegex(ValueError, "n_bands must be 1 or more, got 0"):
+            split_bands(mx.zeros((1, 9, 1)), 32000, 0)
+
+
+class TestDecode(Test):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.model = MultiBandDiffusion.from_pretrained(FOLDER / "mbd_tiny.th")
+        cls.codec = MusicGen.from_pretrained(
+            REFERENCE / "mono-audiocraft"
+        ).audio_encoder
+        mx.random.seed(0)
+        cls.codes = mx.random.randint(0, 64, (2, 12, 4)).astype(mx.uint32)
+
+    def test_a_take_is_that_of_its_seed(self):
+        both = self.model.decode(self.codes, self.codec, seed=3)
+        self.assertEqual(both.shape, (2, 12 * 640, 1))
+        alone = self.model.decode(self.codes[1:], self.codec, seed=4)
+        self.assertClose(both[1:], alone, 1e-6)
+        other = self.model.decode(self.codes[1:], self.codec, seed=5)
+        self.assertGreater(mx.abs(other - alone).max().item(), 1e-3)
+
+    def test_stereo_is_two_rows(self):
+        codes = mx.stack([self.codes[0], self.codes[1]], axis=-1).reshape(1, 12, 8)
+        sound = self.model.decode(codes, self.codec, seed=3, channels=2)
+        self.assertEqual(sound.shape, (1, 12 * 640, 2))
+        quiet = mx.std(self.codec.decode_chunk(self.codes), axis=1)
+        self.assertTrue((mx.std(sound, axis=1) > quiet.min() / 9).all().item())
+
+    def test_pieces(self):
+        """Of the same noises, gone over from one into the next."""
+        whole = self.model.decode(self.codes[:1], self.codec, seed=3)
+        with patch.multiple(diffusion, PIECE=0.16, OVERLAP=0.08):
+            parts = self.model.decode(self.codes[:1], self.codec, seed=3)
+        self.assertEqual(parts.shape, whole.shape)
+        self.assertEqual(diffusion.cut(12, 8, 4), [(0, 8), (4, 12)])
+        self.assertEqual(diffusion.cut(12, 20, 4), [(0, 12)])
+        self.assertEqual(diffusion.cut(13, 8, 4), [(0, 8), (4, 12), (8, 13)])
+        ones = [mx.ones((1, n, 1)) for n in (8, 8, 5)]
+        joined = diffusion.join(ones, [0, 4, 8])
+        self.assertEqual(joined.shape, (1, 13, 1))
+        self.assertClose(joined, mx.ones((1, 13, 1)), 1e-6)
+
+    def test_a_codec_of_another_rate(self):
+        codec = MusicGen.from_pretrained(
+            REFERENCE / "audiogen-audiocraft"
+        ).audio_encoder
+        with self.assertRaisesRegex(ValueError, "must have 32000 Hz, got 16000"):
+            self.model.decode(self.codes, codec)
+
+    def test_one_band_at_a_time(self):
+        model = MultiBandDiffusion(diffusion_files.open_files(FOLDER), keep=False)
+        first = model.unet(0)
+        self.assertIs(model.unet(0), first)
+        model.unet(1)
+        self.assertEqual([*model._bands], [1])
+        with self.assertRaisesRegex(ValueError, "band must be from 0 to 2, got 3"):
+            model.unet(3)
+
+
+class TestFiles(Test):
+    def settings(self, **other) -> dict:
+        package = load_torch(FOLDER / "mbd_tiny.th", keys=(1,))[1]
+        return diffusion_files.flat(package["cfg"]) | other
+
+    def test_links(self):
+        """What refers to another setting is that one; what refers to itself is refused."""
+        self.assertEqual(self.settings()["channels"], "${one}")
+        self.assertEqual(setting(self.settings(), "channels"), 1)
+        for links in (dict(a="${a}"), dict(a="${b}", b="${c}", c="${b}")):
+            with self.assertRaisesRegex(ValueError, "refers to itself"):
+                setting(links, "a")
+        with self.assertRaisesRegex(ValueError, "its settings must have b"):
+            setting(dict(a="${b}"), "a")
+
+    def test_what_is_missing_or_not_ported(self):
+        package = load_torch(FOLDER / "mbd_tiny.th", keys=(1,))[1]
+        for place, value, told in (
+            (
+                ("schedule", "repartition"),
+                "linear",
+                "schedule.repartition must be 'power'",
+            ),
+            (("schedule", "beta_exp"), None, "must have schedule.beta_exp"),
+            (("diffusion_unet", "bilstm"), True, "diffusion_unet.bilstm must be False"),
+            (("diffusion_unet", "hidden"), None, "must have diffusion_unet.hidden"),
+            (("diffusion_unet", "hidden"), 8, "must be of shape"),
+            (("diffusion_unet", "depth"), 4, "lacks tensor"),
+            (("processor", "use"), None, "must have processor.use"),
+        ):
+            cfg = {
+                k: dict(v) if isinstance(v, dict) else v
+                for k, v in package["cfg"].items()
+            }
+            cfg[place[0]][place[1]] = value
+            if value is None:
+                del cfg[place[0]][place[1]]
+            with self.assertRaisesRegex(ValueError, told):
+                diffusion_files.make_band(package | dict(cfg=cfg), 32000)
+
+    def test_no_file(self):
+        (self.folder / "empty").mkdir()
+        with self.assertRaisesRegex(FileNotFoundError, "holds no .th or .pt file"):
+            MultiBandDiffusion.from_pretrained(self.folder / "empty")
+        path = self.folder / "bad.th"
+        path.write_bytes(b"PK" + bytes(99))
+        with self.assertRaisesRegex(ValueError, "is not a checkpoint that torch wrote"):
+            MultiBandDiffusion.from_pretrained(path)
