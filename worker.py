@@ -8,8 +8,9 @@ goes on.
     ticket.cancel()  # from any thread, at any time
 
 MLX is touched by that thread alone. It waits for nobody: events pile up in a ticket until
-they are taken. A task is any object with `run(worker, ticket)`; those of the page are in
-tasks.py. Needs hub.py, messages.py and strict.py beside it.
+they are taken. A task is any object with `quick` and `run(worker, ticket)`, see `Task`;
+those of the page are in tasks.py. Models go by the names of hub.py. Needs hub.py,
+messages.py and strict.py beside it.
 """
 
 import atexit
