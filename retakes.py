@@ -1,4 +1,5 @@
-"""What can be done with a take: again, longer, a part of it made again, split, louder.
+"""What can be done with a take: again, longer, a part of it made again, split, louder;
+and the chroma of a sound, for a melody model to follow.
 
     take = takes.find("slow-bell-7")
     task = read_again(takes, take, Form({"temp": 0.8}), limits)
@@ -33,7 +34,7 @@ from loops import write_loop_points
 from loudness import CEILING, to_loudness, to_peak
 from magnet_job import refuse
 from melody import RATE, MelodyConfig, extract_chroma
-from notes import parse
+from notes import Tune, parse
 from outputs import whole_folder
 from recall import NEW_IN_EDIT, OF_MODEL, staying
 from sources import read_start
@@ -82,30 +83,35 @@ def read_like(
     edited: Path | None = None,
     keeps: Iterable[str] = (),
 ) -> Order:
-    """An order with the settings of a take that stay beside those that are `given`, as of
-    `recall.staying`. Files of some settings that it `keeps` are not read."""
-    own = str(take.settings.get("model", limits.model))
-    model = read_model(given, own, limits)
+    """An order with the settings that are `given`, and with those of a take that hold
+    beside them (see `recall.staying`): all but what an edit makes anew, where the file
+    `edited` is edited. Raises Refused (409) for a file that the take followed and the
+    form lacks, but for the settings that `keeps` names."""
+    old = str(take.settings.get("model", limits.model))
+    model = read_model(given, old, limits)
     check_adapter(take, limits)
     same = {key for key in form.files if form.names.get(key) == name_of(take, key)}
     changes = {*given, *form.files} - same
     if given.get("stream") not in (True, "wav"):  # where the whole take is made first
         changes -= {"stream"}
-    stays = staying(take.settings, changes, None if model == own else model, edited)
+    record = staying(take.settings, changes, None if model == old else model, edited)
     for key in FILES:
-        if stays.get(key) and key not in form.files and key not in keeps:
+        if record.get(key) and key not in form.files and key not in keeps:
             raise Refused(
                 409,
-                f"{take.id} follows {stays[key]!s:.80}, which is not kept: send the file "
+                f"{take.id} follows {record[key]!s:.80}, which is not kept: send the file "
                 f"along, as {key}.",
             )
-    stays = {key: value for key, value in stays.items() if value is not None}
-    own_settings = {key: value for key, value in stays.items() if key not in OF_MODEL}
-    return make_order(form, own_settings | given, model, limits)
+    defaults = {
+        key: value
+        for key, value in record.items()
+        if value is not None and key not in OF_MODEL
+    }
+    return make_order(form, defaults | given, model, limits)
 
 
 def name_of(take: Take, key: str) -> str:
-    """How a file is called that a take has followed, or was begun with."""
+    """The name of the file that a take followed, or began with."""
     return Path(str(take.settings.get(key))).name
 
 
@@ -134,7 +140,7 @@ class Extend(Generate):
             refuse({"resume": True}, magnet=True)
         super().check()
 
-    def settle(self, model: "MusicGen") -> Start:
+    def first_codes(self, model: "MusicGen") -> Start:
         codes, _ = settings.load_codes(self._take.codes)
         duration = codes.shape[1] / model.frame_rate + self._seconds
         self.order.values["duration"] = duration
@@ -142,7 +148,8 @@ class Extend(Generate):
 
 
 def read_extension(takes: Takes, take: Take, form: Form, limits: Limits) -> Extend:
-    """A take that is longer by `seconds`. Raises as `read_again`."""
+    """A take that is longer by the form's `seconds`. Raises as `read_again`, and Refused
+    (409) for a loop, and for a take without codes."""
     given = read_given(form, ["seconds"])
     more = read_seconds("seconds", given.pop("seconds", None))
     if "duration" in given or given.get("takes", 1) != 1:
@@ -184,7 +191,7 @@ class Remake(Generate):
         super().check()
         if self.order.values["magnet"]:
             return
-        self._edit.part  # there is only one
+        self._edit.part  # raises ValueError for several, which only a MAGNeT fills in
         if self._candidates > 1 and self.jobs()[0].certain:
             raise ValueError(f"candidates must differ: {DIFFER}, or give candidates 1.")
 
@@ -222,7 +229,8 @@ def read_edit(takes: Takes, take: Take, form: Form, limits: Limits) -> Remake:
         dict(given), str(take.settings.get("model", limits.model)), limits
     )
     path = source(take, model)
-    order = read_like(take, form, limits, given | stream_of(given), edited=path)
+    stream = {"stream": read_stream(given)}
+    order = read_like(take, form, limits, given | stream, edited=path)
     if path.suffix != ".safetensors" and order.values["fade_out"] == FADE:
         order.values["fade_out"] = None  # it is in the sound
     if order.values["magnet"] and count is not None:
@@ -235,13 +243,13 @@ def read_edit(takes: Takes, take: Take, form: Form, limits: Limits) -> Remake:
     return Remake(takes, order._replace(takes=kept), Edit(parts, path), count)
 
 
-def stream_of(given: dict[str, Any]) -> dict[str, Any]:
-    """The stream that is asked for, which cannot be a wav: nothing is heard before the
-    candidates are compared."""
+def read_stream(given: dict[str, Any]) -> Any:
+    """The stream of an edit, else ValueError. It cannot be a wav: nothing is heard before
+    the candidates are compared."""
     stream = given.get("stream", False)
     if stream in (True, "wav"):
         raise ValueError('stream must be "events", since parts are heard at the end.')
-    return {"stream": stream}
+    return stream
 
 
 def read_count(count: Any) -> int:
@@ -276,10 +284,10 @@ def read_part(part: Any) -> tuple[float, float]:
 
 
 def source(take: Take, model: str) -> Path:
-    """What of a take is edited: its codes, or where these are another model's, or of
-    more than is heard, its sound."""
-    own = same_model(str(take.settings.get("model")), model)
-    return take.codes if take.codes and own and not cut(take) else take.path
+    """The file of a take to edit: its codes, or its sound where there are none, or these
+    are another model's, or hold more than is heard."""
+    same = same_model(str(take.settings.get("model")), model)
+    return take.codes if take.codes and same and not cut(take) else take.path
 
 
 def cut(take: Take) -> bool:
@@ -288,21 +296,19 @@ def cut(take: Take) -> bool:
 
 
 def read_again_edited(takes: Takes, take: Take, form: Form, limits: Limits) -> Remake:
-    """The same parts of the same take made once more."""
-    name, part = Path(str(take.settings["regenerated"])), take.settings.get("part", "")
-    found = [
-        t
-        for t in takes.every()
-        if name.name in (t.path.name, t.path.stem + name.suffix)
-    ]
-    if not found:
-        raise Refused(409, f"{take.id} was made of {name.name:.80}, which is gone.")
-    kept = ("prompt", "negative_prompt", "temp", "top_k", "top_p", "guidance_coef")
-    own = {
-        key: take.settings[key] for key in kept if take.settings.get(key) is not None
-    }
-    fields = own | dict(parts=str(part).split(), takes=1) | form.fields
-    return read_edit(takes, found[0], replace(form, fields=fields), limits)
+    """The edit that made a take, once more: the same parts of the same take, with any
+    seed. Raises as `read_again`, and Refused (409) where that take is gone."""
+    file = Path(str(take.settings["regenerated"]))
+    for origin in takes.every():
+        if file.name in (origin.path.name, origin.path.stem + file.suffix):
+            break
+    else:
+        raise Refused(409, f"{take.id} was made of {file.name:.80}, which is gone.")
+    fields = dict(parts=str(take.settings.get("part", "")).split(), takes=1)
+    for key in ("prompt", "negative_prompt", "temp", "top_k", "top_p", "guidance_coef"):
+        if take.settings.get(key) is not None:
+            fields[key] = take.settings[key]
+    return read_edit(takes, origin, replace(form, fields=fields | form.fields), limits)
 
 
 class Separate:
@@ -397,7 +403,7 @@ class Listen:
         self._form = form
 
     def check(self) -> None:
-        """Raise ValueError unless there is one of both."""
+        """Raise ValueError unless there is either a melody or notes."""
         fields, path = self._form.fields, self._form.files.get("melody")
         if unknown := fields.keys() - {"notes", "bpm", "beats_per_bar"}:
             raise ValueError(
@@ -409,7 +415,7 @@ class Listen:
         if path is None:
             self._tune()
 
-    def _tune(self):
+    def _tune(self) -> Tune:
         fields = self._form.fields
         beat = make_beat(fields.get("bpm"), fields.get("beats_per_bar"))
         if beat is None:

@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,12 @@ class Take:
     def as_json(self) -> dict[str, Any]:
         """What a page is told of it."""
         names = ("id", "seconds", "sampling_rate", "channels", "made", "starred")
-        told = {name: getattr(self, name) for name in names}
-        own = {name: self.settings.get(name) for name in ("prompt", "model", "seed")}
-        told |= own | dict(codes=self.codes is not None, suffix=self.path.suffix)
-        told |= dict(settings=self.settings, stems=[*self.stems])
-        return {key: finite(value) for key, value in told.items()}
+        fields = {name: getattr(self, name) for name in names}
+        for name in ("prompt", "model", "seed"):
+            fields[name] = self.settings.get(name)
+        fields |= dict(codes=self.codes is not None, suffix=self.path.suffix)
+        fields |= dict(settings=self.settings, stems=[*self.stems])
+        return {key: finite(value) for key, value in fields.items()}
 
 
 class Takes:
@@ -60,7 +61,7 @@ class Takes:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(os.path.expanduser(folder))
-        self._known: dict[tuple, Take | None] = {}  # by file, its time and its size
+        self._cache: dict[tuple, Take | None] = {}  # by file, its time and its size
         self._lock = threading.RLock()
 
     def every(self) -> list[Take]:
@@ -76,10 +77,10 @@ class Takes:
     def of(self, path: str | Path) -> Take:
         """The take in a file of the folder. Raises KeyError."""
         name = Path(path).name
-        found = [take for take in self.every() if take.path.name == name]
-        if not found:
-            raise KeyError(name)
-        return found[0]
+        for take in self.every():
+            if take.path.name == name:
+                return take
+        raise KeyError(name)
 
     def star(self, id: str, starred: bool) -> Take:
         """Mark a take, or take the mark away. Raises KeyError, or OSError."""
@@ -106,9 +107,9 @@ class Takes:
         where anything of that name is there."""
         self.folder.mkdir(parents=True, exist_ok=True)
         stem = Path(default_name(prompt, seed)).stem
-        taken = {name.partition(".")[0] for name in os.listdir(self.folder)}
+        stems = {name.partition(".")[0] for name in os.listdir(self.folder)}
         name, number = stem, 2
-        while name in taken:
+        while name in stems:
             name, number = f"{stem}-{number}", number + 1
         return self.folder / f"{name}{suffix}"
 
@@ -117,17 +118,18 @@ class Takes:
         return self.folder / f"{path.stem}.stems"
 
     def _all(self) -> dict[str, Take]:
-        """By id, the older first."""
+        """By id, the older first. Of two files with one stem the younger one has its
+        whole name for an id."""
         stars, found = self._stars(), []
-        known, self._known = self._known, {}
+        cached, self._cache = self._cache, {}  # what is gone is forgotten
         for entry in self._sounds():
             try:
-                changed = entry.stat()
+                stat = entry.stat()
             except OSError:  # it was removed meanwhile
                 continue
-            key = (entry.name, changed.st_mtime_ns, changed.st_size)
-            take = known[key] if key in known else read(Path(entry.path))
-            self._known[key] = take
+            key = (entry.name, stat.st_mtime_ns, stat.st_size)
+            take = cached[key] if key in cached else read(Path(entry.path))
+            self._cache[key] = take
             if take:
                 found.append(take)
         takes: dict[str, Take] = {}
@@ -145,21 +147,12 @@ class Takes:
         return [e for e in shown if Path(e.name).suffix.lower() in SUBTYPES]
 
     def _complete(self, take: Take, id: str, starred: bool) -> Take:
-        """With what is not in the file itself."""
+        """A take with what is not in its sound file."""
         codes = take.path.with_suffix(".safetensors")
         paths = sorted(self.stems_folder(take.path).glob("*.wav"))
-        return Take(
-            id,
-            take.path,
-            take.settings,
-            take.seconds,
-            take.sampling_rate,
-            take.channels,
-            take.made,
-            starred,
-            codes if codes.is_file() else None,
-            {path.stem: path for path in paths},
-        )
+        stems = {path.stem: path for path in paths}
+        beside = dict(codes=codes if codes.is_file() else None, stems=stems)
+        return replace(take, id=id, starred=starred, **beside)
 
     def _stars(self) -> set[str]:
         try:

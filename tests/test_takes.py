@@ -97,7 +97,7 @@ class TestList(TakesTest):
             self.assertEqual(self.takes.find("a").settings["prompt"], "fast saw")
             self.assertEqual(read.call_count, 2)
         (self.folder / "a.wav").unlink()
-        self.assertEqual((self.ids(), self.takes._known), ([], {}))
+        self.assertEqual((self.ids(), self.takes._cache), ([], {}))
 
     def test_many_threads(self):
         for i in range(20):
