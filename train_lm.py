@@ -108,12 +108,15 @@ def song_loss(
     codes: mx.array,
     changes: mx.array,
 ) -> tuple:
-    """The same of songs whose text changes: `ids` and `mask` (2, B, L) are of the texts
-    before and from the steps `changes` (B,) on."""
+    """Cross-entropy of codes (B, T, K) of songs whose text changes.
+
+    `ids` and `mask` (2, B, L) are of the texts before and after the change, `changes`
+    (B,) the steps from which on the second one holds. Else as `lm_loss`.
+    """
     states = model.text_encoder(ids.flatten(0, 1), mask.flatten(0, 1))
     before, after = mask
-    told = mx.concatenate([before, after], axis=1) & with_text[:, None]
-    text = Condition(mx.concatenate(mx.split(states, 2), axis=1), told)
+    tokens = mx.concatenate([before, after], axis=1) & with_text[:, None]  # (B, 2 L)
+    text = Condition(mx.concatenate(mx.split(states, 2), axis=1), tokens)
     sees = attended(mask, changes, codes.shape[1]) | ~with_text[:, None, None]
     added = mx.where(sees, 0, -mx.inf)[:, None].astype(model.decoder.dtype)
     text_kv = [kv._replace(mask=added) for kv in model.decoder.text_kv(text)]

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import numpy as np
 import soundfile
-from common import ROOT, ScriptTest, Test
+from common import ScriptTest, Test
 from served import Answer, ServedTest
 
 import juce

@@ -8,7 +8,6 @@ import sys
 import time
 from textwrap import dedent
 
-import numpy as np
 from common import ROOT, slow
 from serving import BELL, GENERATIONS, NOISE, ServerTest, in_base64, read_events
 
