@@ -1,4 +1,4 @@
-"""The wire of gary4juce, a plug-in (AU, VST3) that continues what a DAW plays.
+"""The protocol of gary4juce, a plug-in (AU, VST3) that continues what a DAW plays.
 
     plugin = Plugin(worker, takes, Limits("small"))
     status, answer = plugin.process_audio(form)
@@ -75,7 +75,8 @@ Answer = tuple[int, dict[str, Any]]  # the status of HTTP, and an object of JSON
 
 @dataclass
 class Session:
-    """A run that the plug-in asks after."""
+    """A run that the plug-in asks after. It is made without a `ticket`, and gets one
+    before anybody can ask."""
 
     id: str
     recording: Path
@@ -96,7 +97,7 @@ class Session:
 
 
 class Timed(Generate):
-    """Takes, and when it was begun to make them."""
+    """Takes that are timed: `began` is set when the worker begins to make them."""
 
     began: float | None = None
 
@@ -217,7 +218,7 @@ class Plugin:
             self._took = time.monotonic() - task.began
 
     def _hear(self, session: Session, event: Event) -> None:
-        """Take note of what happened."""
+        """Take an event of the worker's into what the plug-in is told."""
         data = event.data
         if event.name == "queued":
             place, seconds = data["place"], round(data["place"] * self._took)

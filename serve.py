@@ -3,9 +3,20 @@
     python serve.py --model tiny
 
 prints an address, and opens it in the browser. GUIDE.md tells what can be asked of it.
-What is made lies in the folder `takes`. Needs web.py, access.py, worker.py, tasks.py,
-retakes.py, juce.py, takes.py, magnet.py, models.py and quantize.py beside it, with what
-these need, and page.html, which is the page.
+What is made lies in the folder `takes`. A request goes this way:
+
+    in the thread of its connection         in the thread of the model
+    web.py      line, headers, form
+    access.py   may it be asked?
+    serve.py    route
+    tasks.py, retakes.py, juce.py
+                form -> task           ->   worker.py   queue
+                                            tasks.py    task -> takes, in takes.py's folder
+    serve.py    wav, events or JSON    <-   worker.py   events, while they are made
+
+Needs web.py, access.py, worker.py, tasks.py, retakes.py, juce.py, takes.py, magnet.py,
+models.py and quantize.py beside it, with what these need, and page.html, which is the
+page.
 """
 
 import signal

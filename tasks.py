@@ -201,12 +201,13 @@ class Generate:
     def check(self) -> None:
         """Raise ValueError or OSError for what cannot be made, before it is tried."""
         try:
-            for job in self.jobs():
+            planned = self.jobs()
+            for job in planned:
                 job.check(reads=self.reads)
         except (OverflowError, TypeError) as error:  # of values of absurd types
             raise ValueError(str(error)) from error
         if self.order.stream == "wav":
-            check_stream(job, self.order.takes)
+            check_stream(planned[0], self.order.takes)
             refuse({"stream": True}, bool(self.order.values["magnet"]))
 
     def first_codes(self, model: "MusicGen") -> Start | None:

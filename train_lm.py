@@ -176,21 +176,10 @@ def train_lm(args: argparse.Namespace) -> None:
     settings = dict(batch=args.batch, clips=args.clips, seed=args.seed)
     settings["codec"] = hashlib.sha256(path.read_bytes()).hexdigest()
     training = Training(model, song_loss, args, folder, {}, settings)
-    random = training.random
     clips, codes = encode_clips(codec, args.clips)
-    frames = mx.arange(codes.shape[1])[:, None]
 
     def batch() -> tuple[mx.array, ...]:
-        rows = random.integers(len(clips), size=(2, args.batch))
-        labels = [synth.misheard(clips[r], random, MISHEARD) for r in rows.flat]
-        texts = [synth.caption(label, random, synth.MISSING) for label in labels]
-        ids, mask = padded([tokenizer.encode(text) for text in texts], 32)
-        with_text = mx.array(random.random(args.batch) >= WITHOUT_TEXT)
-        changes = draw_changes(len(frames), args.batch, random)
-        before, after = codes[mx.array(rows)].astype(mx.int32)
-        song = mx.where(frames < changes[:, None, None], before, after)
-        ids, mask = (x.reshape(2, args.batch, -1) for x in (ids, mask))
-        return ids, mask, with_text, song, changes
+        return draw_songs(clips, codes, tokenizer, args.batch, training.random)
 
     def write() -> None:
         save_model(model, args.output)
@@ -198,6 +187,27 @@ def train_lm(args: argparse.Namespace) -> None:
 
     names = tuple(f"codebook {k}" for k in range(DECODER.num_codebooks))
     training.run(batch, names, write)
+
+
+def draw_songs(
+    clips: list[synth.Clip],
+    codes: mx.array,
+    tokenizer: Tokenizer,
+    size: int,
+    random: np.random.Generator,
+) -> tuple[mx.array, ...]:
+    """A batch for `song_loss`: `size` rows, each of two clips and their captions."""
+    rows = random.integers(len(clips), size=(2, size))
+    labels = [synth.misheard(clips[r], random, MISHEARD) for r in rows.flat]
+    texts = [synth.caption(label, random, synth.MISSING) for label in labels]
+    ids, mask = padded([tokenizer.encode(text) for text in texts], 32)
+    ids, mask = (x.reshape(2, size, -1) for x in (ids, mask))  # (2 B, L) -> (2, B, L)
+    with_text = mx.array(random.random(size) >= WITHOUT_TEXT)
+    changes = draw_changes(codes.shape[1], size, random)
+    before, after = codes[mx.array(rows)].astype(mx.int32)  # (B, T, K) each
+    frames = mx.arange(codes.shape[1])[:, None]
+    song = mx.where(frames < changes[:, None, None], before, after)
+    return ids, mask, with_text, song, changes
 
 
 def draw_changes(frames: int, rows: int, random: np.random.Generator) -> mx.array:

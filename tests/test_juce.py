@@ -1,4 +1,4 @@
-"""The plug-in's wire: requests as gary4juce sends them, and what it reads of the answers."""
+"""The plug-in's protocol: requests as gary4juce sends them, and what it reads of the answers."""
 
 import base64
 import io
