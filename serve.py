@@ -90,7 +90,7 @@ class Page(Request):
                 return route.answer(self, **words)
             methods += [route.method] if words is not None else []
         if methods:
-            raise Refused(405, f"It is asked for with {' or '.join(methods)}.")
+            raise Refused(405, f"This address takes {' or '.join(methods)}.")
         raise Refused(404, f"There is nothing at {self.path:.80}.")
 
     def fail(self, error: Exception) -> None:

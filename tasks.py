@@ -48,7 +48,7 @@ MOST_TAKES = 16
 MOST_TEXT = 10_000  # characters
 CHUNK = 0.5  # seconds of a piece, as of generate.py
 OFTEN = 0.1  # seconds between two tellings of how far it is
-FLOATS = {
+FLOATS = {  # flags of generate.py that are numbers with a point
     name
     for flags in FLAGS.values()
     for name, (_, reads) in flags.items()
