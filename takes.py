@@ -9,7 +9,8 @@
 A take is a sound file with settings in it, as generate.py writes them, or with codes
 beside it that have them: NAME.wav and NAME.safetensors. Its stems lie in NAME.stems. An
 id is looked up among the files that are there, and is never made a path. Nothing is
-computed with MLX, so any thread may ask. Needs settings.py, audio.py, resample.py and outputs.py beside it.
+computed with MLX, so any thread may ask. Needs settings.py, audio.py, resample.py and
+outputs.py beside it.
 """
 
 import json

@@ -142,8 +142,8 @@ class Request(BaseHTTPRequestHandler):
         return super().handle_expect_100()
 
     def _drain(self) -> None:
-        """Read on for LEFT seconds and throw it away. A connection that is closed while the
-        client still sends is reset, and the answer may be lost."""
+        """Read what nobody wants, for LEFT seconds: where a connection is closed while the
+        client still sends, it is reset, and the answer may be lost."""
         self.close_connection, self._patient.until = True, time.monotonic() + LEFT
         self.connection.shutdown(socket.SHUT_WR)
         while self.rfile.read1(PIECE):
