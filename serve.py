@@ -317,7 +317,7 @@ def answer(
 ) -> None:
     """Do a task, and answer with its events, with a wav that grows, or, once it is done,
     with what `whole` makes of the events (None: the takes, as JSON)."""
-    if hasattr(task, "check"):
+    if hasattr(task, "check"):  # for stems there is nothing to check
         task.check()
     after = request.hand_over()
     try:
