@@ -55,7 +55,7 @@ from lines import own_settings
 from magnet_job import is_magnet
 from messages import Forgiving, one_line
 from models import missing
-from outputs import in_words, leave_nothing
+from outputs import in_words, leave_nothing, named_path
 from quantize import BITS
 from retakes import Listen, Separate, read_again, read_edit, read_extension, read_level
 from settings import to_comment
@@ -494,7 +494,10 @@ FLAGS = {  # name, what it is, and how it is read
         "what every request must have; for another --host one is made and printed",
         dict(),
     ),
-    "takes_dir": ("folder of what is made", dict(default="takes")),
+    "takes_dir": (
+        "folder of what is made",
+        dict(type=named_path, default="takes"),
+    ),
     "no_open": ("open no browser", SWITCH),
     "max_seconds": ("longest take", dict(type=float, default=600.0)),
     "queue": ("requests that may wait", dict(type=int, default=MOST)),
@@ -526,6 +529,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         parser.error(
             "--port must be 0 to 65535, --queue 1 or more, --max-seconds above 0"
         )
+    if args.token is not None and not args.token.strip():
+        parser.error("--token must not be empty: leave it out, or give one")
+    if args.takes_dir.exists() and not args.takes_dir.is_dir():
+        parser.error(f"--takes-dir must be a folder, but {args.takes_dir} is none")
     return args
 
 

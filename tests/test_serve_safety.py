@@ -1,6 +1,8 @@
 """What a server refuses, and that it lives on: strangers' pages, paths, bodies, and those
 who send too slowly, too much, or read nothing."""
 
+import contextlib
+import io
 import json
 import shutil
 import socket
@@ -210,6 +212,14 @@ class TestToken(SafetyTest):
         self.assertGreaterEqual(len(server.token), 20)
         self.assertIn(server.token, server.address)
         self.assertIsNone(serve.parse_arguments(["--no-open"]).token)
+
+    def test_an_empty_one_opens_nothing(self):
+        """As of an unset variable of a shell: `--token "$TOKEN"`."""
+        for token in ("", " ", "\t"):
+            with contextlib.redirect_stderr(io.StringIO()) as err:
+                with self.assertRaises(SystemExit):
+                    serve.parse_arguments(["--host", "0.0.0.0", "--token", token])
+            self.assertIn("--token must not be empty", err.getvalue())
 
 
 class TestPaths(SafetyTest):
