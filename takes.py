@@ -144,15 +144,15 @@ class Takes:
             entries = [*os.scandir(self.folder)]
         except OSError:  # there is none yet
             return []
-        shown = [entry for entry in entries if not entry.name.startswith(".")]
+        shown = [e for e in entries if not e.name.startswith(".") and is_text(e.name)]
         return [e for e in shown if Path(e.name).suffix.lower() in SUBTYPES]
 
     def _complete(self, take: Take, id: str, starred: bool) -> Take:
         """A take with what is not in its sound file."""
-        codes = take.path.with_suffix(".safetensors")
-        paths = sorted(self.stems_folder(take.path).glob("*.wav"))
-        stems = {path.stem: path for path in paths}
-        beside = dict(codes=codes if codes.is_file() else None, stems=stems)
+        folder = self.stems_folder(take.path)
+        paths = [path for path in folder.glob("*.wav") if lies_in(path, folder)]
+        stems = {path.stem: path for path in sorted(paths)}
+        beside = dict(codes=codes_beside(take.path), stems=stems)
         return replace(take, id=id, starred=starred, **beside)
 
     def _stars(self) -> set[str]:
@@ -191,9 +191,31 @@ def read(path: Path) -> Take | None:
     return Take(path.stem, path, settings, seconds, rate, channels, made)
 
 
+def is_text(name: str) -> bool:
+    """Whether a file's name is one, so that an address and JSON can hold it."""
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path is a file that lies in the folder: no pipe, and no link out of it."""
+    return path.is_file() and path.resolve().parent == folder.resolve()
+
+
+def codes_beside(path: Path) -> Path | None:
+    """The codes beside a sound file, also where both are links to another folder."""
+    codes = path.with_suffix(".safetensors")
+    beside = lies_in(codes, path.parent) or lies_in(codes, path.resolve().parent)
+    return codes if beside else None
+
+
 def settings_beside(path: Path) -> dict[str, Any] | None:
     """The settings in the codes beside a sound file that has none itself."""
-    codes = path.with_suffix(".safetensors")
+    codes = codes_beside(path)
+    if codes is None:
+        return None
     try:
         with safe_open(codes, "numpy") as file:
             return from_comment((file.metadata() or {}).get("settings", ""), codes)
