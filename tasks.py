@@ -390,6 +390,7 @@ def tell_sound(
 def save_takes(batch: Batch, takes: Takes, ticket: Ticket) -> list[Result]:
     """Write the takes of a batch, and tell of each."""
     results = []
+    takes.folder.mkdir(parents=True, exist_ok=True)  # it may have gone meanwhile
     for result in batch.save(beside=True):
         results.append(result)
         if not result.error:
