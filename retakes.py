@@ -367,6 +367,7 @@ class Level:
         """Tells `take`."""
         take, loudness, peak = self._take, self._loudness, self._peak
         audio, rate = read_sound(take.path)
+        codes = settings.load_codes(take.codes)[0] if take.codes else None
         seed = take.settings.get("seed", 0)
         path = self._takes.free(str(take.settings.get("prompt", "")), seed)
         if loudness is not None:
@@ -379,8 +380,7 @@ class Level:
         save_audio(path, audio, rate, comment, overwrite=False, ceiling=ceiling)
         if "loop_start" in record:
             write_loop_points(path, len(audio), rate)
-        if take.codes:
-            codes, _ = settings.load_codes(take.codes)
+        if codes is not None:
             beside = path.with_suffix(".safetensors")
             settings.save_codes(beside, codes, record, overwrite=False)
         ticket.tell("take", **self._takes.of(path).as_json())

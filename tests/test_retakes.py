@@ -241,6 +241,12 @@ class TestLevel(RetakeTest):
         ):
             self.fails(400, pattern, LEVEL, **fields)
 
+    def test_of_damaged_codes_nothing_is_left(self):
+        (self.takes / "slow-bell-7.safetensors").write_bytes(b"damaged")
+        before = os.listdir(self.takes)
+        self.fails(400, "is damaged or holds no codes", LEVEL, peak=-6)
+        self.assertCountEqual(os.listdir(self.takes), before)
+
 
 class TestStems(RetakeTest):
     """With a small random Demucs."""
