@@ -156,7 +156,10 @@ class Request(BaseHTTPRequestHandler):
         self._folder = tempfile.TemporaryDirectory(prefix="musicgen-")
         form = read_form(self.rfile, self.headers, self._folder.name, BODY)
         self._unread = False
-        self._names = {str(path): form.names[key] for key, path in form.files.items()}
+        for key, path in form.files.items():
+            converted = path.with_name(f"{path.stem}-converted.wav")  # as audio.py says
+            self._names |= {str(converted): converted.name.partition("-")[2]}
+            self._names |= {str(path): form.names[key]}
         return form
 
     def hand_over(self) -> Callable[[], None]:
@@ -181,7 +184,10 @@ class Request(BaseHTTPRequestHandler):
         self._answered = True
         self.send_response(status)
         self.send_header("Content-Type", kind)
-        if length is None:
+        self._chunks = length is None and self.request_version != "HTTP/1.0"
+        if length is None and not self._chunks:  # it ends with the connection
+            self.close_connection = True
+        elif length is None:
             self.send_header("Transfer-Encoding", "chunked")
         else:
             self.send_header("Content-Length", str(length))
@@ -213,7 +219,7 @@ class Request(BaseHTTPRequestHandler):
 
     def chunk(self, data: bytes = b"") -> None:
         """A piece of a body that began without a length; the last one is empty."""
-        self.send(b"%x\r\n%s\r\n" % (len(data), data))
+        self.send(b"%x\r\n%s\r\n" % (len(data), data) if self._chunks else data)
 
     def file(self, path: Path, kind: str) -> None:
         """A file, or the range of it that is asked for. Raises FileNotFoundError."""

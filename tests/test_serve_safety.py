@@ -507,6 +507,23 @@ class TestFloods(SafetyTest):
             self.assertNotIn(b"bell", got)
         self.assert_lives()
 
+    def test_clients_that_know_no_chunks(self):
+        """Of HTTP/1.0, as some proxies: samples come as they are, up to the end."""
+        for fields in (SHORT | dict(stream=True), SHORT | dict(stream="events")):
+            body = json.dumps(fields).encode()
+            line = f"Content-Length: {len(body)}"
+            head = self.head(
+                f"POST {GENERATE} HTTP/1.0", "Content-Type: application/json", line
+            )
+            connection = self.connect()
+            connection.sendall(head + body)
+            with connection.makefile("rb") as answers:
+                headers, _, sound = answers.read().partition(b"\r\n\r\n")
+            self.assertNotIn(b"chunked", headers)
+            self.assertIn(b"Connection: close", headers)
+            self.assertIn(sound[:6], (b"RIFF\xff\xff", b"event:"))
+            self.assertFalse(sound.endswith(b"0\r\n\r\n"))
+
     def test_requests_in_a_row(self):
         """In one connection, and all at once."""
         connection = self.connect()
