@@ -247,8 +247,9 @@ class Request(BaseHTTPRequestHandler):
             return 0, size
         first, last = match.groups()
         if not first:
-            return max(size - int(last), 0), size
-        start, stop = int(first), min(int(last or size) + 1, size)
+            start, stop = max(size - int(last), 0), size
+        else:
+            start, stop = int(first), min(int(last or size) + 1, size)
         if start >= stop:
             raise ValueError("There is no such range.")
         return start, stop
