@@ -249,6 +249,8 @@ class Generate:
                 tell_sound(model, watched, ticket, comment, frames if dropped else 0)
             for _ in watched:  # what is left, which is all where nothing streams
                 pass
+            if ticket.heeded and start and watched.frames <= start.codes.shape[1]:
+                break  # it is no longer than what it goes on from
             results += save_takes(batch, self._takes, ticket)
             if ticket.heeded:
                 break
@@ -333,7 +335,7 @@ class Watched:
     @property
     def frames(self) -> int:
         """How many frames of the first row are made."""
-        return self.take.frames
+        return self.take.frames if self.take else 0
 
     @property
     def codes(self) -> mx.array:
