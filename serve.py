@@ -287,7 +287,7 @@ def plugin_begins(request: Page, name: str) -> None:
     """A request of gary4juce, to begin, to continue or to retry."""
     if name not in ("process_audio", "continue_music", "retry_music"):
         raise Refused(404, f"There is nothing at {request.path:.80}.")
-    status, reply = getattr(request.server.plugin, name)(request.form())
+    status, reply = getattr(request.server.plugin, name)(request.sounds())
     request.json(reply, status)
 
 
