@@ -249,6 +249,7 @@ class TestLevel(RetakeTest):
         for pattern, fields in (
             ("^loudness or peak must be given", {}),
             ("^loudness must be", dict(loudness=3)),
+            ("^loudness must be", dict(loudness=False)),
             ("^peak must be", dict(peak="0")),
             ("not be given together", dict(loudness=-14, peak=-1)),
             ("^'temp' is unknown", dict(temp=1)),
