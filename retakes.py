@@ -1,5 +1,4 @@
-"""What can be done with a take: again, longer, a part of it made again, split, louder;
-and the chroma of a sound, for a melody model to follow.
+"""What the model makes of a take: it again, a longer one, or a part of it again.
 
     take = takes.find("slow-bell-7")
     task = read_again(takes, take, Form({"temp": 0.8}), limits)
@@ -8,8 +7,7 @@ and the chroma of a sound, for a melody model to follow.
     task.check()  # raises ValueError for what cannot be made, before it is tried
 
 Tasks for worker.py, as those of tasks.py. What is made is a new take; the old one stays.
-Needs tasks.py, remake.py, demucs.py, melody.py, loudness.py, loops.py and what these need
-beside it.
+Needs tasks.py, remake.py, edit.py, recall.py, sources.py and what these need beside it.
 """
 
 import secrets
@@ -19,23 +17,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import demucs
 import remake
 import settings
-from audio import load_audio, read_sound, save_audio, save_stems
-from beat import make_beat
 from edit import CANDIDATES, MOST_CANDIDATES, Edit, split
 from endings import FADE
 from forms import Form
 from hub import same_model
-from job import DIFFER, check_level
+from job import DIFFER
 from jobs import Sounds, Start
-from loops import write_loop_points
-from loudness import CEILING, to_loudness, to_peak
 from magnet_job import refuse
-from melody import RATE, MelodyConfig, extract_chroma
-from notes import Tune, parse
-from outputs import whole_folder
 from recall import NEW_IN_EDIT, OF_MODEL, staying
 from sources import read_start
 from takes import Take, Takes
@@ -58,7 +48,6 @@ if TYPE_CHECKING:
 
 KEPT = 3  # of the candidates
 MOST_PARTS = 16
-LISTENS = 120.0  # seconds of a sound of which chroma is shown
 
 
 def read_again(
@@ -309,126 +298,3 @@ def read_again_edited(takes: Takes, take: Take, form: Form, limits: Limits) -> R
         if take.settings.get(key) is not None:
             fields[key] = take.settings[key]
     return read_edit(takes, origin, replace(form, fields=fields | form.fields), limits)
-
-
-class Separate:
-    """The stems of a take, by Demucs, in a folder beside it."""
-
-    quick = False
-
-    def __init__(self, takes: Takes, take: Take):
-        self._takes, self._take = takes, take
-
-    def run(self, worker: Worker, ticket: Ticket) -> None:
-        """Tells `progress`, and `take` at the end."""
-        if not self._take.stems:
-            ticket.tell("loading", model=demucs.REPO)
-            try:
-                model = demucs.HTDemucs.from_pretrained(demucs.REPO)
-            except OSError as error:
-                raise Refused(502, str(error)) from error
-            self._separate(model, worker, ticket)
-        if not ticket.heeded:
-            ticket.tell("take", **self._takes.find(self._take.id).as_json())
-
-    def _separate(self, model: demucs.HTDemucs, worker: Worker, ticket: Ticket) -> None:
-        path, of = self._take.path, self._take.seconds
-        audio = load_audio(path, model.sampling_rate, model.channels)
-        for done, pieces, stems in model.separate_steps(audio):
-            ticket.tell("progress", seconds=round(of * done / pieces, 3), of=of)
-            worker.do_quick()
-            if ticket.stops():
-                return
-        with whole_folder(self._takes.stems_folder(path)) as folder:
-            names = model.config.sources
-            named = {folder / f"{name}.wav": stem for name, stem in zip(names, stems)}
-            for _ in save_stems(named, model.sampling_rate):
-                pass
-
-
-class Level:
-    """A take at another loudness, in LUFS, or with another peak, in dB."""
-
-    quick = False
-
-    def __init__(
-        self, takes: Takes, take: Take, loudness: float | None, peak: float | None
-    ):
-        self._takes, self._take = takes, take
-        self._loudness, self._peak = loudness, peak
-
-    def check(self) -> None:
-        """Raise ValueError for a level that cannot be, and for none."""
-        check_level(self._loudness, self._peak)
-        if self._loudness is None and self._peak is None:
-            raise ValueError("loudness or peak must be given, such as loudness -14.")
-
-    def run(self, worker: Worker, ticket: Ticket) -> None:
-        """Tells `take`."""
-        take, loudness, peak = self._take, self._loudness, self._peak
-        audio, rate = read_sound(take.path)
-        codes = settings.load_codes(take.codes)[0] if take.codes else None
-        seed = take.settings.get("seed", 0)
-        path = self._takes.free(str(take.settings.get("prompt", "")), seed)
-        if loudness is not None:
-            audio = to_loudness(audio, rate, loudness, path.name)
-        else:
-            audio = to_peak(audio, peak)
-        record = take.settings | dict(loudness=loudness, peak=peak, subtype=None)
-        ceiling = CEILING if loudness is not None else peak
-        comment = settings.to_comment(record)
-        save_audio(path, audio, rate, comment, overwrite=False, ceiling=ceiling)
-        if "loop_start" in record:
-            write_loop_points(path, len(audio), rate)
-        if codes is not None:
-            beside = path.with_suffix(".safetensors")
-            settings.save_codes(beside, codes, record, overwrite=False)
-        ticket.tell("take", **self._takes.of(path).as_json())
-
-
-def read_level(takes: Takes, take: Take, form: Form) -> Level:
-    """Raises ValueError for other fields than `loudness`, `peak` and `stream`."""
-    if unknown := form.fields.keys() - {"loudness", "peak", "stream"}:
-        raise ValueError(f"'{min(unknown):.60}' is unknown; known are loudness, peak.")
-    return Level(takes, take, form.fields.get("loudness"), form.fields.get("peak"))
-
-
-class Listen:
-    """The chroma of a sound, or of typed notes, that a melody model would follow: twelve
-    notes a frame, from C on. Drums are not taken away."""
-
-    quick = True
-
-    def __init__(self, form: Form):
-        self._form = form
-
-    def check(self) -> None:
-        """Raise ValueError unless there is either a melody or notes."""
-        fields, path = self._form.fields, self._form.files.get("melody")
-        if unknown := fields.keys() - {"notes", "bpm", "beats_per_bar"}:
-            raise ValueError(
-                f"'{min(unknown):.60}' is unknown; known are melody, notes, bpm, "
-                "beats_per_bar."
-            )
-        if (path is None) == (fields.get("notes") is None):
-            raise ValueError("melody, which is a file, or notes must be given.")
-        if path is None:
-            self._tune()
-
-    def _tune(self) -> Tune:
-        fields = self._form.fields
-        beat = make_beat(fields.get("bpm"), fields.get("beats_per_bar"))
-        if beat is None:
-            raise ValueError("notes need a bpm, such as 120.")
-        return parse(fields["notes"], beat)
-
-    def run(self, worker: Worker, ticket: Ticket) -> None:
-        """Tells `chroma` (T, 12), and its frames a second."""
-        config = MelodyConfig()
-        if path := self._form.files.get("melody"):
-            audio = load_audio(path, RATE, 1, 0, int(LISTENS * RATE))
-            chroma = extract_chroma(audio, RATE)
-        else:
-            chroma = self._tune().chroma(config, seconds=LISTENS)
-        rate = RATE / (config.n_fft / 4)
-        ticket.tell("chroma", chroma=chroma.tolist(), frame_rate=rate)

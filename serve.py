@@ -9,14 +9,14 @@ What is made lies in the folder `takes`. A request goes this way:
     web.py      line, headers, form
     access.py   may it be asked?
     serve.py    route
-    tasks.py, retakes.py, juce.py
+    tasks.py, retakes.py, sound_tasks.py, juce.py
                 form -> task           ->   worker.py   queue
                                             tasks.py    task -> takes, in takes.py's folder
     serve.py    wav, events or JSON    <-   worker.py   events, while they are made
 
-Needs web.py, access.py, worker.py, tasks.py, retakes.py, juce.py, takes.py, magnet.py,
-models.py and quantize.py beside it, with what these need, and page.html, which is the
-page.
+Needs web.py, access.py, worker.py, tasks.py, retakes.py, sound_tasks.py, juce.py,
+takes.py, magnet.py, models.py and quantize.py beside it, with what these need, and
+page.html, which is the page.
 """
 
 import signal
@@ -57,8 +57,9 @@ from messages import Forgiving, one_line
 from models import missing
 from outputs import in_words, leave_nothing, named_path
 from quantize import BITS
-from retakes import Listen, Separate, read_again, read_edit, read_extension, read_level
+from retakes import read_again, read_edit, read_extension
 from settings import to_comment
+from sound_tasks import Listen, Separate, read_level
 from takes import Take, Takes
 from tasks import Generate, Limits, read_order
 from web import Request, Server
