@@ -68,19 +68,22 @@ class Takes:
     def every(self) -> list[Take]:
         """All that are there, the newest first."""
         with self._lock:
-            return sorted(self._all().values(), key=lambda t: (-t.made, t.id))
+            stars, listed = self._stars(), self._listed()
+            takes = [self._complete(id, take, stars) for id, take in listed.items()]
+            return sorted(takes, key=lambda t: (-t.made, t.id))
 
     def find(self, id: str) -> Take:
         """The take of that id. Raises KeyError."""
         with self._lock:
-            return self._all()[id]
+            return self._complete(id, self._listed()[id], self._stars())
 
     def of(self, path: str | Path) -> Take:
         """The take in a file of the folder. Raises KeyError."""
         name = Path(path).name
-        for take in self.every():
-            if take.path.name == name:
-                return take
+        with self._lock:
+            for id, take in self._listed().items():
+                if take.path.name == name:
+                    return self._complete(id, take, self._stars())
         raise KeyError(name)
 
     def star(self, id: str, starred: bool) -> Take:
@@ -95,7 +98,7 @@ class Takes:
     def delete(self, id: str) -> None:
         """Remove a take's sound, its codes and its stems. Raises KeyError, or OSError."""
         with self._lock:
-            take, all_takes = self.find(id), self._all().values()
+            take, all_takes = self.find(id), self._listed().values()
             take.path.unlink(missing_ok=True)
             alone = sum(other.path.stem == take.path.stem for other in all_takes) == 1
             if alone and take.codes:
@@ -118,11 +121,10 @@ class Takes:
         """Where the stems of a sound file of the folder lie."""
         return self.folder / f"{path.stem}.stems"
 
-    def _all(self) -> dict[str, Take]:
-        """By id, the older first. Of two files with one stem the younger one has its
-        whole name for an id."""
-        stars, found = self._stars(), []
-        cached, self._cache = self._cache, {}  # what is gone is forgotten
+    def _listed(self) -> dict[str, Take]:
+        """By id what the sound files say, the older first. Of two files with one stem the
+        younger one has its whole name for an id."""
+        cached, self._cache, found = self._cache, {}, []  # what is gone is forgotten
         for entry in self._sounds():
             try:
                 stat = entry.stat()
@@ -136,7 +138,7 @@ class Takes:
         takes: dict[str, Take] = {}
         for take in sorted(found, key=lambda take: (take.made, take.path.name)):
             id = take.path.name if take.path.stem in takes else take.path.stem
-            takes[id] = self._complete(take, id, take.path.name in stars)
+            takes[id] = take
         return takes
 
     def _sounds(self) -> list[os.DirEntry]:
@@ -147,13 +149,13 @@ class Takes:
         shown = [e for e in entries if not e.name.startswith(".") and is_text(e.name)]
         return [e for e in shown if Path(e.name).suffix.lower() in SUBTYPES]
 
-    def _complete(self, take: Take, id: str, starred: bool) -> Take:
+    def _complete(self, id: str, take: Take, stars: set[str]) -> Take:
         """A take with what is not in its sound file."""
         folder = self.stems_folder(take.path)
         paths = [path for path in folder.glob("*.wav") if lies_in(path, folder)]
         stems = {path.stem: path for path in sorted(paths)}
         beside = dict(codes=codes_beside(take.path), stems=stems)
-        return replace(take, id=id, starred=starred, **beside)
+        return replace(take, id=id, starred=take.path.name in stars, **beside)
 
     def _stars(self) -> set[str]:
         try:
