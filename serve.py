@@ -43,7 +43,6 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import mlx.core as mx
-from huggingface_hub.utils import logging
 
 import juce
 import magnet
@@ -562,7 +561,7 @@ def main() -> None:
     sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
     args = parse_arguments(sys.argv[1:])
     warnings.showwarning = warn
-    logging.set_verbosity_error()  # the Hub's retries; the end result is reported
+    os.environ["HF_HUB_VERBOSITY"] = "error"  # no retries; the end result is reported
     try:
         server = PageServer(args)
     except (OSError, OverflowError, ValueError) as error:

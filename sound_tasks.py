@@ -10,7 +10,8 @@ demucs.py, melody.py, notes.py, beat.py, loudness.py, loops.py, settings.py, out
 job.py and what these need beside it.
 """
 
-import demucs
+from typing import TYPE_CHECKING
+
 import settings
 from audio import load_audio, read_sound, save_audio, save_stems
 from beat import make_beat
@@ -23,6 +24,9 @@ from notes import Tune, parse
 from outputs import whole_folder
 from takes import Take, Takes
 from worker import Refused, Ticket, Worker
+
+if TYPE_CHECKING:
+    from demucs import HTDemucs
 
 LISTENS = 120.0  # seconds of a sound of which chroma is shown
 
@@ -38,16 +42,18 @@ class Separate:
     def run(self, worker: Worker, ticket: Ticket) -> None:
         """Tells `progress`, and `take` at the end."""
         if not self._take.stems:
-            ticket.tell("loading", model=demucs.REPO)
+            from demucs import REPO, HTDemucs
+
+            ticket.tell("loading", model=REPO)
             try:
-                model = demucs.HTDemucs.from_pretrained(demucs.REPO)
+                model = HTDemucs.from_pretrained(REPO)
             except OSError as error:
                 raise Refused(502, str(error)) from error
             self._separate(model, worker, ticket)
         if not ticket.heeded:
             ticket.tell("take", **self._takes.find(self._take.id).as_json())
 
-    def _separate(self, model: demucs.HTDemucs, worker: Worker, ticket: Ticket) -> None:
+    def _separate(self, model: "HTDemucs", worker: Worker, ticket: Ticket) -> None:
         path, of = self._take.path, self._take.seconds
         audio = load_audio(path, model.sampling_rate, model.channels)
         for done, pieces, stems in model.separate_steps(audio):
