@@ -65,18 +65,16 @@ class Patient(io.RawIOBase):
 
 
 class Request(BaseHTTPRequestHandler):
-    """A request of a client: write `answer`. `words` are its path's, between the slashes,
-    `query` is what stands after the question mark, and `id` is made for it here."""
+    """A request of a client. A class of one's own has `answer`, which ends with `json`,
+    `file` or `send_whole`, or `begin` and then `chunk`. `words` are its path's, between
+    the slashes, `query` is what stands after the question mark, and `id` is made for it
+    here."""
 
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "musicgen", ""
     timeout = PATIENCE
     command, request_version, requestline = None, "HTTP/1.1", ""
     _folder: tempfile.TemporaryDirectory | None = None
-
-    def answer(self) -> None:
-        """Answer with `json`, `file`, `send_whole`, or `begin` and then `chunk`."""
-        raise NotImplementedError
 
     # How it is heard
 
