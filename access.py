@@ -1,13 +1,12 @@
 """Who may ask a server of this machine: nobody through another site's page.
 
     access = Access("127.0.0.1", 8000)
-    access.check("POST", headers, query)  # raises Denied
+    access.check(headers, query)  # of a request; raises Denied
 
-A browser sends what any page tells it to. So the name that the browser was given must be
-one of this server (or a page could call us by its own: DNS rebinding), what another site
-sends is refused, and a request that changes something must have a form that needs the
-other site's leave. Where other machines can reach the server, each request needs a token.
-Stands alone.
+A browser sends what any page tells it to. So `Host` must be a name of this server, or
+another site could give its own name our address (DNS rebinding). `Origin` and
+`Sec-Fetch-Site` must not be another site's; programs that are no browsers send neither.
+Where other machines can reach the server, each request needs a token. Stands alone.
 """
 
 import hmac

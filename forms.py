@@ -130,8 +130,8 @@ def content_length(headers: Message) -> int:
     lengths = headers.get_all("Content-Length", ["0"])
     number = re.fullmatch(r"[0-9]{1,18}", str(lengths[0]).strip())
     if len(lengths) > 1 or not number:
-        told = ", ".join(map(str, lengths))
-        raise BadRequest(400, f"Content-Length must be one number, got {told!r:.60}.")
+        text = ", ".join(map(str, lengths))
+        raise BadRequest(400, f"Content-Length must be one number, got {text!r:.60}.")
     return int(number[0])
 
 

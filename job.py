@@ -275,7 +275,7 @@ def check_level(loudness: float | None, peak: float | None) -> None:
         ("loudness", loudness, -70, "LUFS"),
         ("peak", peak, -100, "dB"),
     ):
-        number = isinstance(level, int | float) and least <= level <= 0
+        number = type(level) in (int, float) and least <= level <= 0
         if not (level is None or number):
             raise ValueError(f"{name} must be from {least} to 0 {unit}, got {level!r}.")
     if loudness is not None and peak is not None:

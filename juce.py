@@ -1,4 +1,4 @@
-"""The wire of gary4juce, a plug-in (AU, VST3) that continues what a DAW plays.
+"""The protocol of gary4juce, a plug-in (AU, VST3) that continues what a DAW plays.
 
     plugin = Plugin(worker, takes, Limits("small"))
     status, answer = plugin.process_audio(form)
@@ -75,7 +75,8 @@ Answer = tuple[int, dict[str, Any]]  # the status of HTTP, and an object of JSON
 
 @dataclass
 class Session:
-    """A run that the plug-in asks after."""
+    """A run that the plug-in asks after. It is made without a `ticket`, and gets one
+    before anybody can ask."""
 
     id: str
     recording: Path
@@ -96,7 +97,7 @@ class Session:
 
 
 class Timed(Generate):
-    """Takes, and when it was begun to make them."""
+    """Takes that are timed: `began` is set when the worker begins to make them."""
 
     began: float | None = None
 
@@ -139,27 +140,36 @@ class Plugin:
         return self._begin(fields, old.recording, old.continues)
 
     def poll_status(self, id: str) -> Answer:
-        """How far a session is, and at the end its sound. Raises Refused."""
+        """How far a session is, and at the end its sound. Raises Refused (404) for one
+        that is not there."""
         session = self._find(id)
         with session.lock:
             session.polled = time.monotonic()
             while event := session.ticket.next(0):
                 self._hear(session, event)
-            status, told = session.queue["status"], dict(success=True)
-            told |= dict(generation_in_progress=status not in ("completed", "failed"))
-            told |= dict(transform_in_progress=False, generation_seed=session.seed)
-            told |= dict(progress=session.progress, queue_status=session.queue)
-            told |= dict(status=status)
+            status = session.queue["status"]
+            answer = {
+                "success": True,
+                "status": status,
+                "generation_in_progress": status not in ("completed", "failed"),
+                "transform_in_progress": False,
+                "generation_seed": session.seed,
+                "progress": session.progress,
+                "queue_status": session.queue,
+            }
             if status == "failed":
-                return 200, told | dict(error=session.queue["message"])
-            if status == "completed":
-                try:
-                    sound = base64.b64encode(self._sound(session)).decode()
-                except (KeyError, OSError, ValueError) as error:
-                    wrong = f"The take cannot be read any more: {error}."
-                    return 200, told | dict(status="failed", error=wrong)
-                return 200, told | dict(audio_data=sound)
-            return 200, told
+                answer["error"] = session.queue["message"]
+            elif status == "completed":
+                answer |= self._audio_data(session)
+            return 200, answer
+
+    def _audio_data(self, session: Session) -> dict[str, Any]:
+        """The sound of a session that is over, or why there is none any more."""
+        try:
+            return {"audio_data": base64.b64encode(self._sound(session)).decode()}
+        except (KeyError, OSError, ValueError) as error:
+            reason = f"The take cannot be read any more: {error}."
+            return {"status": "failed", "error": reason}
 
     def _begin(self, fields: dict[str, Any], path: Path, continues: bool) -> Answer:
         self._make_room()
@@ -208,7 +218,7 @@ class Plugin:
             self._took = time.monotonic() - task.began
 
     def _hear(self, session: Session, event: Event) -> None:
-        """Take note of what happened."""
+        """Take an event of the worker's into what the plug-in is told."""
         data = event.data
         if event.name == "queued":
             place, seconds = data["place"], round(data["place"] * self._took)
@@ -225,8 +235,8 @@ class Plugin:
             session.progress = 100
             session.queue = queue_status("completed", "It is made.")
         elif event.name in LAST:
-            told = data.get("error", "It was cancelled.")
-            session.queue = queue_status("failed", told)
+            reason = data.get("error", "It was cancelled.")
+            session.queue = queue_status("failed", reason)
 
     def _sound(self, session: Session) -> bytes:
         """A wav of the take, after what was before it in the recording, with its rate
@@ -252,11 +262,10 @@ class Plugin:
         now = time.monotonic()
         with self._lock:
             sessions = sorted(self._sessions.values(), key=lambda one: one.polled)
-            over = [one for one in sessions if one.is_over]
+            over = [session for session in sessions if session.is_over]
             many = len(sessions) - MOST + 1
-            old = [
-                one for i, one in enumerate(over) if i < many or now - one.polled > KEPT
-            ]
+            old = over[: max(many, 0)]
+            old += [s for s in over[len(old) :] if now - s.polled > KEPT]
             for session in old:
                 del self._sessions[session.id]
         for session in old:
@@ -284,8 +293,8 @@ def ours(fields: dict[str, Any]) -> dict[str, Any]:
 def queue_status(
     status: str, message: str, position: int = 0, seconds: int = 0
 ) -> dict[str, Any]:
-    told = dict(status=status, message=message, position=position)
-    return told | dict(estimated_seconds=seconds)
+    queue = dict(status=status, message=message, position=position)
+    return queue | dict(estimated_seconds=seconds)
 
 
 def joined(
@@ -304,15 +313,15 @@ def models(described: list[dict[str, Any]], own: str) -> dict[str, Any]:
     """The plug-in's list of models, of that of GET /v1/models: those of music that are
     here, and the server's `own`, by size. It chooses the first one, or the one that it
     had before (PluginEditor.cpp:4312, 4472)."""
-    found: dict[str, list] = {size: [] for size in SIZES}
+    by_size: dict[str, list] = {size: [] for size in SIZES}
     for model in sorted(described, key=lambda model: model["id"] != own):
         here = model["local"] and model["id"] not in BESIDE
         music = model["kind"] in ("text", "melody", "style")
         if music and here or model["id"] == own:
             name = model["id"].rstrip("/").rpartition("/")[2]
-            told = dict(name=name, path=model["id"], type="single")
-            found[size_of(name)].append(told)
-    return dict(success=True, models=found)
+            entry = dict(name=name, path=model["id"], type="single")
+            by_size[size_of(name)].append(entry)
+    return dict(success=True, models=by_size)
 
 
 def size_of(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What can be done with a take: again, longer, a part of it made again, split, louder.
+"""What the model makes of a take: it again, a longer one, or a part of it again.
 
     take = takes.find("slow-bell-7")
     task = read_again(takes, take, Form({"temp": 0.8}), limits)
@@ -7,8 +7,7 @@
     task.check()  # raises ValueError for what cannot be made, before it is tried
 
 Tasks for worker.py, as those of tasks.py. What is made is a new take; the old one stays.
-Needs tasks.py, remake.py, demucs.py, melody.py, loudness.py, loops.py and what these need
-beside it.
+Needs tasks.py, remake.py, edit.py, recall.py, sources.py and what these need beside it.
 """
 
 import secrets
@@ -18,23 +17,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import demucs
 import remake
 import settings
-from audio import load_audio, read_sound, save_audio, save_stems
-from beat import make_beat
 from edit import CANDIDATES, MOST_CANDIDATES, Edit, split
 from endings import FADE
 from forms import Form
 from hub import same_model
-from job import DIFFER, check_level
+from job import DIFFER
 from jobs import Sounds, Start
-from loops import write_loop_points
-from loudness import CEILING, to_loudness, to_peak
 from magnet_job import refuse
-from melody import RATE, MelodyConfig, extract_chroma
-from notes import parse
-from outputs import whole_folder
 from recall import NEW_IN_EDIT, OF_MODEL, staying
 from sources import read_start
 from takes import Take, Takes
@@ -57,7 +48,6 @@ if TYPE_CHECKING:
 
 KEPT = 3  # of the candidates
 MOST_PARTS = 16
-LISTENS = 120.0  # seconds of a sound of which chroma is shown
 
 
 def read_again(
@@ -82,30 +72,35 @@ def read_like(
     edited: Path | None = None,
     keeps: Iterable[str] = (),
 ) -> Order:
-    """An order with the settings of a take that stay beside those that are `given`, as of
-    `recall.staying`. Files of some settings that it `keeps` are not read."""
-    own = str(take.settings.get("model", limits.model))
-    model = read_model(given, own, limits)
+    """An order with the settings that are `given`, and with those of a take that hold
+    beside them (see `recall.staying`): all but what an edit makes anew, where the file
+    `edited` is edited. Raises Refused (409) for a file that the take followed and the
+    form lacks, but for the settings that `keeps` names."""
+    old = str(take.settings.get("model", limits.model))
+    model = read_model(given, old, limits)
     check_adapter(take, limits)
     same = {key for key in form.files if form.names.get(key) == name_of(take, key)}
     changes = {*given, *form.files} - same
     if given.get("stream") not in (True, "wav"):  # where the whole take is made first
         changes -= {"stream"}
-    stays = staying(take.settings, changes, None if model == own else model, edited)
+    record = staying(take.settings, changes, None if model == old else model, edited)
     for key in FILES:
-        if stays.get(key) and key not in form.files and key not in keeps:
+        if record.get(key) and key not in form.files and key not in keeps:
             raise Refused(
                 409,
-                f"{take.id} follows {stays[key]!s:.80}, which is not kept: send the file "
+                f"{take.id} follows {record[key]!s:.80}, which is not kept: send the file "
                 f"along, as {key}.",
             )
-    stays = {key: value for key, value in stays.items() if value is not None}
-    own_settings = {key: value for key, value in stays.items() if key not in OF_MODEL}
-    return make_order(form, own_settings | given, model, limits)
+    defaults = {
+        key: value
+        for key, value in record.items()
+        if value is not None and key not in OF_MODEL
+    }
+    return make_order(form, defaults | given, model, limits)
 
 
 def name_of(take: Take, key: str) -> str:
-    """How a file is called that a take has followed, or was begun with."""
+    """The name of the file that a take followed, or began with."""
     return Path(str(take.settings.get(key))).name
 
 
@@ -134,7 +129,7 @@ class Extend(Generate):
             refuse({"resume": True}, magnet=True)
         super().check()
 
-    def settle(self, model: "MusicGen") -> Start:
+    def first_codes(self, model: "MusicGen") -> Start:
         codes, _ = settings.load_codes(self._take.codes)
         duration = codes.shape[1] / model.frame_rate + self._seconds
         self.order.values["duration"] = duration
@@ -142,7 +137,8 @@ class Extend(Generate):
 
 
 def read_extension(takes: Takes, take: Take, form: Form, limits: Limits) -> Extend:
-    """A take that is longer by `seconds`. Raises as `read_again`."""
+    """A take that is longer by the form's `seconds`. Raises as `read_again`, and Refused
+    (409) for a loop, and for a take without codes."""
     given = read_given(form, ["seconds"])
     more = read_seconds("seconds", given.pop("seconds", None))
     if "duration" in given or given.get("takes", 1) != 1:
@@ -184,7 +180,7 @@ class Remake(Generate):
         super().check()
         if self.order.values["magnet"]:
             return
-        self._edit.part  # there is only one
+        self._edit.part  # raises ValueError for several, which only a MAGNeT fills in
         if self._candidates > 1 and self.jobs()[0].certain:
             raise ValueError(f"candidates must differ: {DIFFER}, or give candidates 1.")
 
@@ -222,7 +218,8 @@ def read_edit(takes: Takes, take: Take, form: Form, limits: Limits) -> Remake:
         dict(given), str(take.settings.get("model", limits.model)), limits
     )
     path = source(take, model)
-    order = read_like(take, form, limits, given | stream_of(given), edited=path)
+    stream = {"stream": read_stream(given)}
+    order = read_like(take, form, limits, given | stream, edited=path)
     if path.suffix != ".safetensors" and order.values["fade_out"] == FADE:
         order.values["fade_out"] = None  # it is in the sound
     if order.values["magnet"] and count is not None:
@@ -235,13 +232,13 @@ def read_edit(takes: Takes, take: Take, form: Form, limits: Limits) -> Remake:
     return Remake(takes, order._replace(takes=kept), Edit(parts, path), count)
 
 
-def stream_of(given: dict[str, Any]) -> dict[str, Any]:
-    """The stream that is asked for, which cannot be a wav: nothing is heard before the
-    candidates are compared."""
+def read_stream(given: dict[str, Any]) -> Any:
+    """The stream of an edit, else ValueError. It cannot be a wav: nothing is heard before
+    the candidates are compared."""
     stream = given.get("stream", False)
     if stream in (True, "wav"):
         raise ValueError('stream must be "events", since parts are heard at the end.')
-    return {"stream": stream}
+    return stream
 
 
 def read_count(count: Any) -> int:
@@ -276,10 +273,10 @@ def read_part(part: Any) -> tuple[float, float]:
 
 
 def source(take: Take, model: str) -> Path:
-    """What of a take is edited: its codes, or where these are another model's, or of
-    more than is heard, its sound."""
-    own = same_model(str(take.settings.get("model")), model)
-    return take.codes if take.codes and own and not cut(take) else take.path
+    """The file of a take to edit: its codes, or its sound where there are none, or these
+    are another model's, or hold more than is heard."""
+    same = same_model(str(take.settings.get("model")), model)
+    return take.codes if take.codes and same and not cut(take) else take.path
 
 
 def cut(take: Take) -> bool:
@@ -288,141 +285,16 @@ def cut(take: Take) -> bool:
 
 
 def read_again_edited(takes: Takes, take: Take, form: Form, limits: Limits) -> Remake:
-    """The same parts of the same take made once more."""
-    name, part = Path(str(take.settings["regenerated"])), take.settings.get("part", "")
-    found = [
-        t
-        for t in takes.every()
-        if name.name in (t.path.name, t.path.stem + name.suffix)
-    ]
-    if not found:
-        raise Refused(409, f"{take.id} was made of {name.name:.80}, which is gone.")
-    kept = ("prompt", "negative_prompt", "temp", "top_k", "top_p", "guidance_coef")
-    own = {
-        key: take.settings[key] for key in kept if take.settings.get(key) is not None
-    }
-    fields = own | dict(parts=str(part).split(), takes=1) | form.fields
-    return read_edit(takes, found[0], replace(form, fields=fields), limits)
-
-
-class Separate:
-    """The stems of a take, by Demucs, in a folder beside it."""
-
-    quick = False
-
-    def __init__(self, takes: Takes, take: Take):
-        self._takes, self._take = takes, take
-
-    def run(self, worker: Worker, ticket: Ticket) -> None:
-        """Tells `progress`, and `take` at the end."""
-        if not self._take.stems:
-            ticket.tell("loading", model=demucs.REPO)
-            try:
-                model = demucs.HTDemucs.from_pretrained(demucs.REPO)
-            except OSError as error:
-                raise Refused(502, str(error)) from error
-            self._separate(model, worker, ticket)
-        if not ticket.heeded:
-            ticket.tell("take", **self._takes.find(self._take.id).as_json())
-
-    def _separate(self, model: demucs.HTDemucs, worker: Worker, ticket: Ticket) -> None:
-        path, of = self._take.path, self._take.seconds
-        audio = load_audio(path, model.sampling_rate, model.channels)
-        for done, pieces, stems in model.separate_steps(audio):
-            ticket.tell("progress", seconds=round(of * done / pieces, 3), of=of)
-            worker.do_quick()
-            if ticket.stops():
-                return
-        with whole_folder(self._takes.stems_folder(path)) as folder:
-            names = model.config.sources
-            named = {folder / f"{name}.wav": stem for name, stem in zip(names, stems)}
-            for _ in save_stems(named, model.sampling_rate):
-                pass
-
-
-class Level:
-    """A take at another loudness, in LUFS, or with another peak, in dB."""
-
-    quick = False
-
-    def __init__(
-        self, takes: Takes, take: Take, loudness: float | None, peak: float | None
-    ):
-        self._takes, self._take = takes, take
-        self._loudness, self._peak = loudness, peak
-
-    def check(self) -> None:
-        """Raise ValueError for a level that cannot be, and for none."""
-        check_level(self._loudness, self._peak)
-        if self._loudness is None and self._peak is None:
-            raise ValueError("loudness or peak must be given, such as loudness -14.")
-
-    def run(self, worker: Worker, ticket: Ticket) -> None:
-        """Tells `take`."""
-        take, loudness, peak = self._take, self._loudness, self._peak
-        audio, rate = read_sound(take.path)
-        seed = take.settings.get("seed", 0)
-        path = self._takes.free(str(take.settings.get("prompt", "")), seed)
-        if loudness is not None:
-            audio = to_loudness(audio, rate, loudness, path.name)
-        else:
-            audio = to_peak(audio, peak)
-        record = take.settings | dict(loudness=loudness, peak=peak, subtype=None)
-        ceiling = CEILING if loudness is not None else peak
-        comment = settings.to_comment(record)
-        save_audio(path, audio, rate, comment, overwrite=False, ceiling=ceiling)
-        if "loop_start" in record:
-            write_loop_points(path, len(audio), rate)
-        if take.codes:
-            codes, _ = settings.load_codes(take.codes)
-            beside = path.with_suffix(".safetensors")
-            settings.save_codes(beside, codes, record, overwrite=False)
-        ticket.tell("take", **self._takes.of(path).as_json())
-
-
-def read_level(takes: Takes, take: Take, form: Form) -> Level:
-    """Raises ValueError for other fields than `loudness`, `peak` and `stream`."""
-    if unknown := form.fields.keys() - {"loudness", "peak", "stream"}:
-        raise ValueError(f"'{min(unknown):.60}' is unknown; known are loudness, peak.")
-    return Level(takes, take, form.fields.get("loudness"), form.fields.get("peak"))
-
-
-class Listen:
-    """The chroma of a sound, or of typed notes, that a melody model would follow: twelve
-    notes a frame, from C on. Drums are not taken away."""
-
-    quick = True
-
-    def __init__(self, form: Form):
-        self._form = form
-
-    def check(self) -> None:
-        """Raise ValueError unless there is one of both."""
-        fields, path = self._form.fields, self._form.files.get("melody")
-        if unknown := fields.keys() - {"notes", "bpm", "beats_per_bar"}:
-            raise ValueError(
-                f"'{min(unknown):.60}' is unknown; known are melody, notes, bpm, "
-                "beats_per_bar."
-            )
-        if (path is None) == (fields.get("notes") is None):
-            raise ValueError("melody, which is a file, or notes must be given.")
-        if path is None:
-            self._tune()
-
-    def _tune(self):
-        fields = self._form.fields
-        beat = make_beat(fields.get("bpm"), fields.get("beats_per_bar"))
-        if beat is None:
-            raise ValueError("notes need a bpm, such as 120.")
-        return parse(fields["notes"], beat)
-
-    def run(self, worker: Worker, ticket: Ticket) -> None:
-        """Tells `chroma` (T, 12), and its frames a second."""
-        config = MelodyConfig()
-        if path := self._form.files.get("melody"):
-            audio = load_audio(path, RATE, 1, 0, int(LISTENS * RATE))
-            chroma = extract_chroma(audio, RATE)
-        else:
-            chroma = self._tune().chroma(config, seconds=LISTENS)
-        rate = RATE / (config.n_fft / 4)
-        ticket.tell("chroma", chroma=chroma.tolist(), frame_rate=rate)
+    """The edit that made a take, once more: the same parts of the same take, with any
+    seed. Raises as `read_again`, and Refused (409) where that take is gone."""
+    file = Path(str(take.settings["regenerated"]))
+    for origin in takes.every():
+        if file.name in (origin.path.name, origin.path.stem + file.suffix):
+            break
+    else:
+        raise Refused(409, f"{take.id} was made of {file.name:.80}, which is gone.")
+    fields = dict(parts=str(take.settings.get("part", "")).split(), takes=1)
+    for key in ("prompt", "negative_prompt", "temp", "top_k", "top_p", "guidance_coef"):
+        if take.settings.get(key) is not None:
+            fields[key] = take.settings[key]
+    return read_edit(takes, origin, replace(form, fields=fields | form.fields), limits)

@@ -3,9 +3,20 @@
     python serve.py --model tiny
 
 prints an address, and opens it in the browser. GUIDE.md tells what can be asked of it.
-What is made lies in the folder `takes`. Needs web.py, access.py, worker.py, tasks.py,
-retakes.py, juce.py, takes.py, magnet.py, models.py and quantize.py beside it, with what
-these need, and page.html, which is the page.
+What is made lies in the folder `takes`. A request goes this way:
+
+    in the thread of its connection         in the thread of the model
+    web.py      line, headers, form
+    access.py   may it be asked?
+    serve.py    route
+    tasks.py, retakes.py, sound_tasks.py, juce.py
+                form -> task           ->   worker.py   queue
+                                            tasks.py    task -> takes, in takes.py's folder
+    serve.py    wav, events or JSON    <-   worker.py   events, while they are made
+
+Needs web.py, access.py, worker.py, tasks.py, retakes.py, sound_tasks.py, juce.py,
+takes.py, magnet.py, models.py and quantize.py beside it, with what these need, and
+page.html, which is the page.
 """
 
 import signal
@@ -32,7 +43,6 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import mlx.core as mx
-from huggingface_hub.utils import logging
 
 import juce
 import magnet
@@ -44,10 +54,11 @@ from lines import own_settings
 from magnet_job import is_magnet
 from messages import Forgiving, one_line
 from models import missing
-from outputs import in_words, leave_nothing
+from outputs import in_words, leave_nothing, named_path
 from quantize import BITS
-from retakes import Listen, Separate, read_again, read_edit, read_extension, read_level
+from retakes import read_again, read_edit, read_extension
 from settings import to_comment
+from sound_tasks import Listen, Separate, read_level
 from takes import Take, Takes
 from tasks import Generate, Limits, read_order
 from web import Request, Server
@@ -59,8 +70,9 @@ POLICY = (  # the page takes nothing from elsewhere, and stands in no other page
     "'self' 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
 )
 LOOK = 0.5  # seconds between two looks whether a client is still there
-KINDS = {".wav": "audio/wav", ".flac": "audio/flac", ".ogg": "audio/ogg"}
-KINDS |= {".mp3": "audio/mpeg", ".m4a": "audio/mp4"}
+CONTENT_TYPES = {".wav": "audio/wav", ".flac": "audio/flac", ".ogg": "audio/ogg"}
+CONTENT_TYPES |= {".mp3": "audio/mpeg", ".m4a": "audio/mp4"}
+ByName = dict[str, list[dict[str, Any]]]  # the data of events
 
 
 class Page(Request):
@@ -70,16 +82,15 @@ class Page(Request):
 
     def answer(self) -> None:
         self.server.access.check(self.headers, self.query)
+        method = "GET" if self.command == "HEAD" else self.command
         methods = []
         for route in ROUTES:
-            found = route.match(self.words)
-            if found is not None and route.method == self.command.replace(
-                "HEAD", "GET"
-            ):
-                return route.answer(self, **found)
-            methods += [route.method] if found is not None else []
+            words = route.match(self.words)
+            if words is not None and route.method == method:
+                return route.answer(self, **words)
+            methods += [route.method] if words is not None else []
         if methods:
-            raise Refused(405, f"It is asked for with {' or '.join(methods)}.")
+            raise Refused(405, f"This address takes {' or '.join(methods)}.")
         raise Refused(404, f"There is nothing at {self.path:.80}.")
 
     def fail(self, error: Exception) -> None:
@@ -112,7 +123,8 @@ def in_a_sentence(error: Exception) -> str:
 
 
 class Route(NamedTuple):
-    """What answers a method and a path, in which a word in braces is any."""
+    """A method and a path, and the function that answers them. A word of the path in
+    braces stands for any, and is given to the function by that name."""
 
     method: str
     path: str
@@ -120,13 +132,13 @@ class Route(NamedTuple):
 
     def match(self, words: list[str]) -> dict[str, str] | None:
         """The words in the braces of the path, or None where it is another."""
-        own = self.path.split("/")[1:]
-        if len(own) != len(words):
+        pattern = self.path.split("/")[1:]
+        if len(pattern) != len(words):
             return None
-        pairs = [*zip(own, words)]
-        if any(mine != word for mine, word in pairs if not mine.startswith("{")):
+        pairs = [*zip(pattern, words)]
+        if any(part != word for part, word in pairs if not part.startswith("{")):
             return None
-        return {mine[1:-1]: word for mine, word in pairs if mine.startswith("{")}
+        return {part[1:-1]: word for part, word in pairs if part.startswith("{")}
 
 
 # What is asked
@@ -134,13 +146,13 @@ class Route(NamedTuple):
 
 def get_page(request: Page) -> None:
     kind, more = "text/html; charset=utf-8", {"Content-Security-Policy": POLICY}
-    request.bytes(PAGE.read_bytes(), kind, Cache_Control="no-cache", **more)
+    request.send_whole(PAGE.read_bytes(), kind, Cache_Control="no-cache", **more)
 
 
 def get_health(request: Page) -> None:
     worker = request.server.worker
-    told = dict(status="ok", model=worker.name, loading=worker.loading)
-    request.json(told | dict(queue=worker.waiting, busy=worker.busy))
+    health = dict(status="ok", model=worker.name, loading=worker.loading)
+    request.json(health | dict(queue=worker.waiting, busy=worker.busy))
 
 
 def get_models(request: Page) -> None:
@@ -158,8 +170,8 @@ def describe_model(name: str, loaded: str | None) -> dict[str, Any]:
     here = local(name) is not None or name in MODELS and missing(name) == 0
     here = here or name == loaded
     is_loaded = loaded is not None and same_model(name, loaded)
-    told = dict(id=name, object="model", loaded=is_loaded, local=here)
-    return told | dict(kind=kind_of(name), duration=own_settings(name).get("duration"))
+    model = dict(id=name, object="model", loaded=is_loaded, local=here)
+    return model | dict(kind=kind_of(name), duration=own_settings(name).get("duration"))
 
 
 def kind_of(model: str) -> str:
@@ -185,7 +197,7 @@ def get_take(request: Page, id: str) -> None:
     if suffix == ".json":
         request.json(take.as_json())
     elif suffix == take.path.suffix:
-        request.file(take.path, KINDS[suffix.lower()])
+        request.file(take.path, CONTENT_TYPES[suffix.lower()])
     elif suffix == ".safetensors" and take.codes:
         request.file(take.codes, "application/octet-stream")
     elif suffix in (".wav", ".flac"):
@@ -200,14 +212,14 @@ def convert(request: Page, take: Take, suffix: str) -> None:
     with tempfile.TemporaryDirectory(prefix="musicgen-") as folder:
         path = Path(folder) / f"sound{suffix}"
         write_samples(path, audio, rate, to_comment(take.settings), "PCM_16")
-        request.file(path, KINDS[suffix])
+        request.file(path, CONTENT_TYPES[suffix])
 
 
 def get_stem(request: Page, id: str, name: str) -> None:
     path = request.take(id).stems.get(name.removesuffix(".wav"))
     if path is None:
         raise Refused(404, f"There is no stem {name!r:.40}.")
-    request.file(path, KINDS[".wav"])
+    request.file(path, CONTENT_TYPES[".wav"])
 
 
 def delete_take(request: Page, id: str) -> None:
@@ -275,13 +287,13 @@ def plugin_begins(request: Page, name: str) -> None:
     """A request of gary4juce, to begin, to continue or to retry."""
     if name not in ("process_audio", "continue_music", "retry_music"):
         raise Refused(404, f"There is nothing at {request.path:.80}.")
-    status, told = getattr(request.server.plugin, name)(request.form())
-    request.json(told, status)
+    status, reply = getattr(request.server.plugin, name)(request.sounds())
+    request.json(reply, status)
 
 
 def plugin_polls(request: Page, id: str) -> None:
-    status, told = request.server.plugin.poll_status(id)
-    request.json(told, status)
+    status, reply = request.server.plugin.poll_status(id)
+    request.json(reply, status)
 
 
 def plugin_models(request: Page) -> None:
@@ -303,9 +315,9 @@ def stream_of(form: Form) -> str:
 def answer(
     request: Page, task: Task, stream: str, whole: "Callable | None" = None
 ) -> None:
-    """Do it, and tell of it as it is asked for: in events, as a stream, or by `whole`
-    once it is done (None: the takes that were made)."""
-    if hasattr(task, "check"):
+    """Do a task, and answer with its events, with a wav that grows, or, once it is done,
+    with what `whole` makes of the events (None: the takes, as JSON)."""
+    if hasattr(task, "check"):  # for stems there is nothing to check
         task.check()
     after = request.hand_over()
     try:
@@ -315,11 +327,10 @@ def answer(
         raise
     with closing(until_gone(request, ticket)) as events:
         if stream:
-            return (answer_events if stream == "events" else answer_wav)(
-                request, events
-            )
-        found = gather(events)
-    (whole or answer_takes)(request, found)
+            streams = answer_events if stream == "events" else answer_wav
+            return streams(request, events)
+        by_name = gather(events)
+    (whole or answer_takes)(request, by_name)
 
 
 def until_gone(request: Page, ticket: Ticket) -> Iterator[Event]:
@@ -337,42 +348,43 @@ def until_gone(request: Page, ticket: Ticket) -> Iterator[Event]:
         ticket.cancel()
 
 
-def gather(events: Iterator[Event]) -> dict[str, list[dict[str, Any]]]:
-    """All events by name. Raises Refused for an error, and where nothing was made."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def gather(events: Iterator[Event]) -> ByName:
+    """The data of all events but `audio`, by the events' names. Raises Refused for an
+    error, and where nothing was made."""
+    by_name: ByName = {}
     for name, data in events:
         if name == "error":
             raise Refused(data["status"], data["error"])
         if name != "audio":
-            found.setdefault(name, []).append(data)
-    if "cancelled" in found and "take" not in found:
+            by_name.setdefault(name, []).append(data)
+    if "cancelled" in by_name and "take" not in by_name:
         raise Refused(409, "It was cancelled before anything was made.")
-    return found
+    return by_name
 
 
-def answer_takes(request: Page, found: dict[str, list[dict[str, Any]]]) -> None:
-    request.json({"takes": found.get("take", [])})
+def answer_takes(request: Page, events: ByName) -> None:
+    request.json({"takes": events.get("take", [])})
 
 
-def answer_file(request: Page, found: dict[str, list[dict[str, Any]]]) -> None:
+def answer_file(request: Page, events: ByName) -> None:
     """The bytes of the only take's file."""
-    if not found.get("take"):
+    if not events.get("take"):
         raise Refused(500, "Nothing was made.")
-    take = found["take"][0]
+    take = events["take"][0]
     data = request.take(take["id"]).path.read_bytes()
-    request.bytes(data, KINDS[take["suffix"]], **take_headers(take))
+    request.send_whole(data, CONTENT_TYPES[take["suffix"]], **take_headers(take))
 
 
 def take_headers(take: dict[str, Any]) -> dict[str, Any]:
     return {"X-Take-Id": quote(take["id"]), "X-Seed": take["seed"]}
 
 
-def answer_stems(request: Page, found: dict[str, list[dict[str, Any]]]) -> None:
-    request.json({"stems": found["take"][0]["stems"]})
+def answer_stems(request: Page, events: ByName) -> None:
+    request.json({"stems": events["take"][0]["stems"]})
 
 
-def answer_chroma(request: Page, found: dict[str, list[dict[str, Any]]]) -> None:
-    request.json(found["chroma"][0])
+def answer_chroma(request: Page, events: ByName) -> None:
+    request.json(events["chroma"][0])
 
 
 def answer_events(request: Page, events: Iterator[Event]) -> None:
@@ -384,7 +396,7 @@ def answer_events(request: Page, events: Iterator[Event]) -> None:
         if name == "audio":
             data = {"data": base64.b64encode(data["data"]).decode()}
         if name == "error":
-            data = {"error": request.said(data["error"])}
+            data = {"error": request.as_sentence(data["error"])}
         request.chunk(f"event: {name}\ndata: {json.dumps(data)}\n\n".encode())
     request.chunk()
 
@@ -396,7 +408,7 @@ def answer_wav(request: Page, events: Iterator[Event]) -> None:
         if name == "start":
             take = take_headers(data)
         elif name == "header":
-            request.begin(200, KINDS[".wav"], None, **take)
+            request.begin(200, CONTENT_TYPES[".wav"], None, **take)
         elif name == "error":
             raise Refused(data["status"], data["error"])
         elif name == "cancelled" and not take:
@@ -482,7 +494,10 @@ FLAGS = {  # name, what it is, and how it is read
         "what every request must have; for another --host one is made and printed",
         dict(),
     ),
-    "takes_dir": ("folder of what is made", dict(default="takes")),
+    "takes_dir": (
+        "folder of what is made",
+        dict(type=named_path, default="takes"),
+    ),
     "no_open": ("open no browser", SWITCH),
     "max_seconds": ("longest take", dict(type=float, default=600.0)),
     "queue": ("requests that may wait", dict(type=int, default=MOST)),
@@ -514,6 +529,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         parser.error(
             "--port must be 0 to 65535, --queue 1 or more, --max-seconds above 0"
         )
+    if args.token is not None and not args.token.strip():
+        parser.error("--token must not be empty: leave it out, or give one")
+    if args.takes_dir.exists() and not args.takes_dir.is_dir():
+        parser.error(f"--takes-dir must be a folder, but {args.takes_dir} is none")
     return args
 
 
@@ -542,12 +561,12 @@ def main() -> None:
     sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
     args = parse_arguments(sys.argv[1:])
     warnings.showwarning = warn
-    logging.set_verbosity_error()
+    os.environ["HF_HUB_VERBOSITY"] = "error"  # no retries; the end result is reported
     try:
         server = PageServer(args)
     except (OSError, OverflowError, ValueError) as error:
-        said = in_words(error) if isinstance(error, OSError) else error
-        sys.exit(f"serve.py: error: {args.host}:{args.port}: {one_line(said)}")
+        reason = one_line(in_a_sentence(error))
+        sys.exit(f"serve.py: error: {args.host}:{args.port}: {reason}")
     print(server.address, flush=True)
     if not args.no_open:
         threading.Thread(target=webbrowser.open, args=[server.address]).start()

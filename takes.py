@@ -8,8 +8,9 @@
 
 A take is a sound file with settings in it, as generate.py writes them, or with codes
 beside it that have them: NAME.wav and NAME.safetensors. Its stems lie in NAME.stems. An
-id is looked up among the files that are there, and is never made a path. MLX is not
-touched. Needs settings.py, audio.py, resample.py and outputs.py beside it.
+id is looked up among the files that are there, and is never made a path. Nothing is
+computed with MLX, so any thread may ask. Needs settings.py, audio.py, resample.py and
+outputs.py beside it.
 """
 
 import json
@@ -17,7 +18,7 @@ import math
 import os
 import shutil
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,12 @@ class Take:
     def as_json(self) -> dict[str, Any]:
         """What a page is told of it."""
         names = ("id", "seconds", "sampling_rate", "channels", "made", "starred")
-        told = {name: getattr(self, name) for name in names}
-        own = {name: self.settings.get(name) for name in ("prompt", "model", "seed")}
-        told |= own | dict(codes=self.codes is not None, suffix=self.path.suffix)
-        told |= dict(settings=self.settings, stems=[*self.stems])
-        return {key: finite(value) for key, value in told.items()}
+        fields = {name: getattr(self, name) for name in names}
+        for name in ("prompt", "model", "seed"):
+            fields[name] = self.settings.get(name)
+        fields |= dict(codes=self.codes is not None, suffix=self.path.suffix)
+        fields |= dict(settings=self.settings, stems=[*self.stems])
+        return {key: finite(value) for key, value in fields.items()}
 
 
 class Takes:
@@ -60,26 +62,29 @@ class Takes:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(os.path.expanduser(folder))
-        self._known: dict[tuple, Take | None] = {}  # by file, its time and its size
+        self._cache: dict[tuple, Take | None] = {}  # by file, its time and its size
         self._lock = threading.RLock()
 
     def every(self) -> list[Take]:
         """All that are there, the newest first."""
         with self._lock:
-            return sorted(self._all().values(), key=lambda t: (-t.made, t.id))
+            stars, listed = self._stars(), self._listed()
+            takes = [self._complete(id, take, stars) for id, take in listed.items()]
+            return sorted(takes, key=lambda t: (-t.made, t.id))
 
     def find(self, id: str) -> Take:
         """The take of that id. Raises KeyError."""
         with self._lock:
-            return self._all()[id]
+            return self._complete(id, self._listed()[id], self._stars())
 
     def of(self, path: str | Path) -> Take:
         """The take in a file of the folder. Raises KeyError."""
         name = Path(path).name
-        found = [take for take in self.every() if take.path.name == name]
-        if not found:
-            raise KeyError(name)
-        return found[0]
+        with self._lock:
+            for id, take in self._listed().items():
+                if take.path.name == name:
+                    return self._complete(id, take, self._stars())
+        raise KeyError(name)
 
     def star(self, id: str, starred: bool) -> Take:
         """Mark a take, or take the mark away. Raises KeyError, or OSError."""
@@ -93,7 +98,7 @@ class Takes:
     def delete(self, id: str) -> None:
         """Remove a take's sound, its codes and its stems. Raises KeyError, or OSError."""
         with self._lock:
-            take, all_takes = self.find(id), self._all().values()
+            take, all_takes = self.find(id), self._listed().values()
             take.path.unlink(missing_ok=True)
             alone = sum(other.path.stem == take.path.stem for other in all_takes) == 1
             if alone and take.codes:
@@ -106,9 +111,9 @@ class Takes:
         where anything of that name is there."""
         self.folder.mkdir(parents=True, exist_ok=True)
         stem = Path(default_name(prompt, seed)).stem
-        taken = {name.partition(".")[0] for name in os.listdir(self.folder)}
+        stems = {name.partition(".")[0] for name in os.listdir(self.folder)}
         name, number = stem, 2
-        while name in taken:
+        while name in stems:
             name, number = f"{stem}-{number}", number + 1
         return self.folder / f"{name}{suffix}"
 
@@ -116,24 +121,24 @@ class Takes:
         """Where the stems of a sound file of the folder lie."""
         return self.folder / f"{path.stem}.stems"
 
-    def _all(self) -> dict[str, Take]:
-        """By id, the older first."""
-        stars, found = self._stars(), []
-        known, self._known = self._known, {}
+    def _listed(self) -> dict[str, Take]:
+        """By id what the sound files say, the older first. Of two files with one stem the
+        younger one has its whole name for an id."""
+        cached, self._cache, found = self._cache, {}, []  # what is gone is forgotten
         for entry in self._sounds():
             try:
-                changed = entry.stat()
+                stat = entry.stat()
             except OSError:  # it was removed meanwhile
                 continue
-            key = (entry.name, changed.st_mtime_ns, changed.st_size)
-            take = known[key] if key in known else read(Path(entry.path))
-            self._known[key] = take
+            key = (entry.name, stat.st_mtime_ns, stat.st_size)
+            take = cached[key] if key in cached else read(Path(entry.path))
+            self._cache[key] = take
             if take:
                 found.append(take)
         takes: dict[str, Take] = {}
         for take in sorted(found, key=lambda take: (take.made, take.path.name)):
             id = take.path.name if take.path.stem in takes else take.path.stem
-            takes[id] = self._complete(take, id, take.path.name in stars)
+            takes[id] = take
         return takes
 
     def _sounds(self) -> list[os.DirEntry]:
@@ -141,25 +146,16 @@ class Takes:
             entries = [*os.scandir(self.folder)]
         except OSError:  # there is none yet
             return []
-        shown = [entry for entry in entries if not entry.name.startswith(".")]
+        shown = [e for e in entries if not e.name.startswith(".") and is_text(e.name)]
         return [e for e in shown if Path(e.name).suffix.lower() in SUBTYPES]
 
-    def _complete(self, take: Take, id: str, starred: bool) -> Take:
-        """With what is not in the file itself."""
-        codes = take.path.with_suffix(".safetensors")
-        paths = sorted(self.stems_folder(take.path).glob("*.wav"))
-        return Take(
-            id,
-            take.path,
-            take.settings,
-            take.seconds,
-            take.sampling_rate,
-            take.channels,
-            take.made,
-            starred,
-            codes if codes.is_file() else None,
-            {path.stem: path for path in paths},
-        )
+    def _complete(self, id: str, take: Take, stars: set[str]) -> Take:
+        """A take with what is not in its sound file."""
+        folder = self.stems_folder(take.path)
+        paths = [path for path in folder.glob("*.wav") if lies_in(path, folder)]
+        stems = {path.stem: path for path in sorted(paths)}
+        beside = dict(codes=codes_beside(take.path), stems=stems)
+        return replace(take, id=id, starred=take.path.name in stars, **beside)
 
     def _stars(self) -> set[str]:
         try:
@@ -197,9 +193,31 @@ def read(path: Path) -> Take | None:
     return Take(path.stem, path, settings, seconds, rate, channels, made)
 
 
+def is_text(name: str) -> bool:
+    """Whether a file's name is one, so that an address and JSON can hold it."""
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path is a file that lies in the folder: no pipe, and no link out of it."""
+    return path.is_file() and path.resolve().parent == folder.resolve()
+
+
+def codes_beside(path: Path) -> Path | None:
+    """The codes beside a sound file, also where both are links to another folder."""
+    codes = path.with_suffix(".safetensors")
+    beside = lies_in(codes, path.parent) or lies_in(codes, path.resolve().parent)
+    return codes if beside else None
+
+
 def settings_beside(path: Path) -> dict[str, Any] | None:
     """The settings in the codes beside a sound file that has none itself."""
-    codes = path.with_suffix(".safetensors")
+    codes = codes_beside(path)
+    if codes is None:
+        return None
     try:
         with safe_open(codes, "numpy") as file:
             return from_comment((file.metadata() or {}).get("settings", ""), codes)

@@ -48,7 +48,7 @@ MOST_TAKES = 16
 MOST_TEXT = 10_000  # characters
 CHUNK = 0.5  # seconds of a piece, as of generate.py
 OFTEN = 0.1  # seconds between two tellings of how far it is
-FLOATS = {
+FLOATS = {  # flags of generate.py that are numbers with a point
     name
     for flags in FLAGS.values()
     for name, (_, reads) in flags.items()
@@ -120,8 +120,8 @@ def read_given(form: Form, more: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def read_model(given: dict[str, Any], own: str, limits: Limits) -> str:
-    """The model that is asked for, or `own`, without what makes a folder of it. Raises
-    Refused for what is not served."""
+    """The model that is asked for, which is taken out of `given`, or else `own`. Raises
+    Refused for what is not served, such as a folder that --model does not name."""
     name = read_text("model", given.pop("model", own))
     if name in (own, limits.model) or name in MODELS:
         return name
@@ -135,8 +135,8 @@ def read_model(given: dict[str, Any], own: str, limits: Limits) -> str:
 
 
 def make_order(form: Form, given: dict[str, Any], model: str, limits: Limits) -> Order:
-    """An order of settings that were read; without a seed, if none is given. Raises
-    ValueError naming what cannot be."""
+    """An order of the settings of `read_given`. It has no seed where none is given.
+    Raises ValueError, which names the field."""
     takes, stream = given.pop("takes", 1), given.pop("stream", False)
     if type(takes) is not int or not 1 <= takes <= MOST_TAKES:
         raise ValueError(f"takes must be from 1 to {MOST_TAKES}, got {takes!r:.40}.")
@@ -169,8 +169,8 @@ def read_text(name: str, value: Any) -> str:
 
 
 def check_duration(seconds: Any, most: float) -> None:
-    """Raise ValueError for more seconds than are allowed; what is no number is told by
-    the job."""
+    """Raise ValueError for more seconds than are allowed. What is no number is left to
+    the job to refuse."""
     if isinstance(seconds, int | float) and seconds > most:
         raise ValueError(f"duration must be at most {most:g} s here, got {seconds:g}.")
 
@@ -180,7 +180,7 @@ class Generate:
     is made, where the order streams."""
 
     quick = False
-    reads = True  # its audio prompt, which lies in what `settle` gives otherwise
+    reads = True  # an audio prompt; False where `first_codes` stand in its place
 
     def __init__(self, takes: Takes, order: Order):
         self._takes, self.order = takes, order
@@ -188,11 +188,11 @@ class Generate:
     def jobs(self) -> list[Job]:
         """A job for each take. Raises ValueError."""
         order, planned = self.order, []
-        seed, step = order.values["seed"], order.values.get("best_of") or 1
+        first, step = order.values["seed"], order.values.get("best_of") or 1
         for i in range(order.takes):
-            own = seed + i * step if isinstance(seed, int) else seed
-            path = self._takes.free(order.values["prompt"], own)
-            job = make_job(order.values | dict(seed=own, output=path))
+            seed = first + i * step if isinstance(first, int) else first
+            path = self._takes.free(order.values["prompt"], seed)
+            job = make_job(order.values | dict(seed=seed, output=path))
             check_duration(job.options.duration, order.most)
             parts = {part.name: getattr(job, part.name) for part in fields(job)}
             planned.append(NamedJob(**parts, names=order.names))
@@ -201,17 +201,18 @@ class Generate:
     def check(self) -> None:
         """Raise ValueError or OSError for what cannot be made, before it is tried."""
         try:
-            for job in self.jobs():
+            planned = self.jobs()
+            for job in planned:
                 job.check(reads=self.reads)
         except (OverflowError, TypeError) as error:  # of values of absurd types
             raise ValueError(str(error)) from error
         if self.order.stream == "wav":
-            check_stream(job, self.order.takes)
+            check_stream(planned[0], self.order.takes)
             refuse({"stream": True}, bool(self.order.values["magnet"]))
 
-    def settle(self, model: "MusicGen") -> Start | None:
-        """What the takes begin with, before there are jobs: nothing but an audio prompt,
-        if any."""
+    def first_codes(self, model: "MusicGen") -> Start | None:
+        """The codes that the takes go on from, if any. It is called before the jobs are
+        planned, and may change the order."""
         return None
 
     def run(self, worker: Worker, ticket: Ticket) -> None:
@@ -220,7 +221,7 @@ class Generate:
         model = worker.use(self.order.model, ticket)
         if ticket.stops():
             return
-        start = self.settle(model)
+        start = self.first_codes(model)
         wanted, sounds = timed(self.jobs(), model), Sounds(model)
         for job in wanted:
             tell_start(ticket, model, job)
@@ -245,18 +246,20 @@ class Generate:
                 frames = prompt_frames(model, wanted[0], sounds, start)
                 comment = header(model, wanted[0], sounds, start, frames)
                 dropped = wanted[0].audio_prompt and wanted[0].audio_prompt.drop
-                pour(model, watched, ticket, comment, frames if dropped else 0)
+                tell_sound(model, watched, ticket, comment, frames if dropped else 0)
             for _ in watched:  # what is left, which is all where nothing streams
                 pass
-            results += keep(batch, self._takes, ticket)
+            if ticket.heeded and start and watched.frames <= start.codes.shape[1]:
+                break  # it is no longer than what it goes on from
+            results += save_takes(batch, self._takes, ticket)
             if ticket.heeded:
                 break
-        tell_failures(results)
+        raise_failure(results)
 
 
 def timed(wanted: list[Job], model: "MusicGen") -> list[Job]:
-    """The jobs as of the model, now that it is known. Raises ValueError for what it
-    cannot make."""
+    """The jobs with the model's own duration where none is given. Raises ValueError for
+    what it cannot make."""
     wanted = [job.timed(model) for job in wanted]
     for job in wanted:
         if job.fault:
@@ -265,7 +268,7 @@ def timed(wanted: list[Job], model: "MusicGen") -> list[Job]:
 
 
 def check_stream(job: Job, takes: int) -> None:
-    """Raise ValueError for what needs the whole take before it is heard."""
+    """Raise ValueError for a job that needs its whole take before any of it is heard."""
     ending = job.ending
     whole = dict(takes=takes > 1, best_of=job.best_of, loop=job.loop is not None)
     whole |= dict(loudness=job.loudness is not None, peak=job.peak is not None)
@@ -283,30 +286,30 @@ def check_stream(job: Job, takes: int) -> None:
 
 def tell_start(ticket: Ticket, model: "MusicGen", job: Job) -> None:
     """Tell what a take will be."""
-    form = dict(sampling_rate=model.sampling_rate, channels=model.channels)
-    told = dict(id=job.output.stem, prompt=job.prompt, seed=job.seed)
-    ticket.tell("start", **told, **form, seconds=job.options.duration)
+    data = dict(id=job.output.stem, prompt=job.prompt, seed=job.seed)
+    data |= dict(sampling_rate=model.sampling_rate, channels=model.channels)
+    ticket.tell("start", **data, seconds=job.options.duration)
 
 
 class Share(NamedTuple):
-    """What part of all a batch is: how much was before it, and how much it is, of the
-    seconds that are made in all."""
+    """Which share of all the work a batch is, by which its progress is told."""
 
-    before: float
-    size: float
-    seconds: float
+    before: float  # share of the batches before it, from 0 to 1
+    size: float  # its own
+    seconds: float  # that stand for all the work
 
 
 class Watched:
-    """Steps that a ticket is told of, until it stops: an iteration that can be left and
-    gone on with. `take` is the one of the first row."""
+    """The steps of a batch, until its ticket stops: each is told as progress, and quick
+    tasks are done after it. One loop may leave it and another go on. `take` is that of
+    the first row."""
 
     def __init__(
         self, steps: Iterable["Take"], worker: Worker, ticket: Ticket, share: Share
     ):
         self.take: "Take | None" = None
         self._steps, self._worker, self._ticket = iter(steps), worker, ticket
-        self._share, self._told, self._more = share, 0.0, False
+        self._share, self._last, self._more = share, 0.0, False
 
     def __iter__(self) -> Iterator["Take"]:
         return self
@@ -324,15 +327,15 @@ class Watched:
 
     def _tell(self, done: float) -> None:
         (before, size, of), now = self._share, time.monotonic()
-        if done == 1 or now - self._told >= OFTEN:
-            self._told = now
+        if done == 1 or now - self._last >= OFTEN:
+            self._last = now
             seconds = round((before + size * done) * of, 3)
             self._ticket.tell("progress", seconds=seconds, of=of)
 
     @property
     def frames(self) -> int:
-        """Frames of the first row that there are."""
-        return self.take.frames
+        """How many frames of the first row are made."""
+        return self.take.frames if self.take else 0
 
     @property
     def codes(self) -> mx.array:
@@ -365,12 +368,12 @@ def header(
     return settings.to_comment(jobs.take_settings(model, job, sounds, frames, start))
 
 
-def pour(
+def tell_sound(
     model: "MusicGen", steps: Watched, ticket: Ticket, comment: str, dropped: int = 0
 ) -> None:
-    """Tell the sound of the first row while the steps are made, less some frames that are
-    dropped: `header`, the beginning of a wav file, then `audio`, samples (N, C) of 16
-    bits, little endian."""
+    """Tell the sound of the first row while the steps are made, without its first
+    `dropped` frames: `header`, the beginning of a wav file, then `audio`, samples (N, C)
+    of 16 bits, little endian."""
     pieces = Pieces()
     wav = WavStream(pieces, model.channels, model.sampling_rate, comment, rewinds=False)
     ticket.tell("header", data=pieces.taken())
@@ -378,17 +381,18 @@ def pour(
     if first is None:  # the batch tells why
         return
     skip = dropped * model.config.audio_encoder.hop_length
-    made = pieces_of(model, steps, model.frames_in(CHUNK), chain([first], steps))
-    for piece in made:
-        kept, skip = piece[skip:], max(skip - len(piece), 0)
-        if len(kept):
-            wav.write(kept)
+    chunk = model.frames_in(CHUNK)
+    for piece in pieces_of(model, steps, chunk, chain([first], steps)):
+        samples, skip = piece[skip:], max(skip - len(piece), 0)
+        if len(samples):
+            wav.write(samples)
             ticket.tell("audio", data=pieces.taken())
 
 
-def keep(batch: Batch, takes: Takes, ticket: Ticket) -> list[Result]:
+def save_takes(batch: Batch, takes: Takes, ticket: Ticket) -> list[Result]:
     """Write the takes of a batch, and tell of each."""
     results = []
+    takes.folder.mkdir(parents=True, exist_ok=True)  # it may have gone meanwhile
     for result in batch.save(beside=True):
         results.append(result)
         if not result.error:
@@ -396,7 +400,7 @@ def keep(batch: Batch, takes: Takes, ticket: Ticket) -> list[Result]:
     return results
 
 
-def tell_failures(results: Iterable[Result]) -> None:
+def raise_failure(results: Iterable[Result]) -> None:
     """Raise Refused for the first take that failed."""
     for result in results:
         if result.error:

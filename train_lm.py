@@ -108,12 +108,15 @@ def song_loss(
     codes: mx.array,
     changes: mx.array,
 ) -> tuple:
-    """The same of songs whose text changes: `ids` and `mask` (2, B, L) are of the texts
-    before and from the steps `changes` (B,) on."""
+    """Cross-entropy of codes (B, T, K) of songs whose text changes.
+
+    `ids` and `mask` (2, B, L) are of the texts before and after the change, `changes`
+    (B,) the steps from which on the second one holds. Else as `lm_loss`.
+    """
     states = model.text_encoder(ids.flatten(0, 1), mask.flatten(0, 1))
     before, after = mask
-    told = mx.concatenate([before, after], axis=1) & with_text[:, None]
-    text = Condition(mx.concatenate(mx.split(states, 2), axis=1), told)
+    tokens = mx.concatenate([before, after], axis=1) & with_text[:, None]  # (B, 2 L)
+    text = Condition(mx.concatenate(mx.split(states, 2), axis=1), tokens)
     sees = attended(mask, changes, codes.shape[1]) | ~with_text[:, None, None]
     added = mx.where(sees, 0, -mx.inf)[:, None].astype(model.decoder.dtype)
     text_kv = [kv._replace(mask=added) for kv in model.decoder.text_kv(text)]
@@ -173,21 +176,10 @@ def train_lm(args: argparse.Namespace) -> None:
     settings = dict(batch=args.batch, clips=args.clips, seed=args.seed)
     settings["codec"] = hashlib.sha256(path.read_bytes()).hexdigest()
     training = Training(model, song_loss, args, folder, {}, settings)
-    random = training.random
     clips, codes = encode_clips(codec, args.clips)
-    frames = mx.arange(codes.shape[1])[:, None]
 
     def batch() -> tuple[mx.array, ...]:
-        rows = random.integers(len(clips), size=(2, args.batch))
-        labels = [synth.misheard(clips[r], random, MISHEARD) for r in rows.flat]
-        texts = [synth.caption(label, random, synth.MISSING) for label in labels]
-        ids, mask = padded([tokenizer.encode(text) for text in texts], 32)
-        with_text = mx.array(random.random(args.batch) >= WITHOUT_TEXT)
-        changes = draw_changes(len(frames), args.batch, random)
-        before, after = codes[mx.array(rows)].astype(mx.int32)
-        song = mx.where(frames < changes[:, None, None], before, after)
-        ids, mask = (x.reshape(2, args.batch, -1) for x in (ids, mask))
-        return ids, mask, with_text, song, changes
+        return draw_songs(clips, codes, tokenizer, args.batch, training.random)
 
     def write() -> None:
         save_model(model, args.output)
@@ -195,6 +187,27 @@ def train_lm(args: argparse.Namespace) -> None:
 
     names = tuple(f"codebook {k}" for k in range(DECODER.num_codebooks))
     training.run(batch, names, write)
+
+
+def draw_songs(
+    clips: list[synth.Clip],
+    codes: mx.array,
+    tokenizer: Tokenizer,
+    size: int,
+    random: np.random.Generator,
+) -> tuple[mx.array, ...]:
+    """A batch for `song_loss`: `size` rows, each of two clips and their captions."""
+    rows = random.integers(len(clips), size=(2, size))
+    labels = [synth.misheard(clips[r], random, MISHEARD) for r in rows.flat]
+    texts = [synth.caption(label, random, synth.MISSING) for label in labels]
+    ids, mask = padded([tokenizer.encode(text) for text in texts], 32)
+    ids, mask = (x.reshape(2, size, -1) for x in (ids, mask))  # (2 B, L) -> (2, B, L)
+    with_text = mx.array(random.random(size) >= WITHOUT_TEXT)
+    changes = draw_changes(codes.shape[1], size, random)
+    before, after = codes[mx.array(rows)].astype(mx.int32)  # (B, T, K) each
+    frames = mx.arange(codes.shape[1])[:, None]
+    song = mx.where(frames < changes[:, None, None], before, after)
+    return ids, mask, with_text, song, changes
 
 
 def draw_changes(frames: int, rows: int, random: np.random.Generator) -> mx.array:

@@ -18,9 +18,9 @@ Three things are not as in audiocraft's training. There a batch has one stage, a
 stages are as frequent; here each row has its own, and FIRST of them have the first, which
 makes the tune. A span may begin before the first frame here, so that each frame is masked
 as often. And some rows, `--holes` of them, are masked in one part only, with all
-codebooks around it to be seen, as in takes of which a part is filled. On a MAGNeT of the same sizes the training goes on from its
-decoder. Needs magnet.py, convert.py, train_codec.py, training.py, synth.py, audio.py,
-decoder.py and what these need beside it.
+codebooks around it to be seen, as in takes of which a part is filled. On a MAGNeT of the
+same sizes the training goes on from its decoder. Needs magnet.py, convert.py,
+train_codec.py, training.py, synth.py, audio.py, decoder.py and what these need beside it.
 """
 
 import argparse

@@ -36,7 +36,7 @@ from messages import one_line
 BODY = 64 * 2**20  # bytes of a body, at most
 PATIENCE = 15.0  # seconds without a byte
 HEADERS = 30.0  # seconds for all headers
-LEFT = 3.0  # seconds in which what is not wanted may still come
+LEFT = 3.0  # seconds for which the rest of an unwanted body is read
 MOST = 200  # connections at once
 PIECE = 2**16  # bytes that are sent at once
 RANGE = re.compile(r"bytes=(\d{0,15})-(\d{0,15})")
@@ -65,18 +65,16 @@ class Patient(io.RawIOBase):
 
 
 class Request(BaseHTTPRequestHandler):
-    """A request of a client. `words` are those of its path, between the slashes, `query`
-    is what stands after the question mark, and `id` its name."""
+    """A request of a client. A class of one's own has `answer`, which ends with `json`,
+    `file` or `send_whole`, or `begin` and then `chunk`. `words` are its path's, between
+    the slashes, `query` is what stands after the question mark, and `id` is made for it
+    here."""
 
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "musicgen", ""
     timeout = PATIENCE
     command, request_version, requestline = None, "HTTP/1.1", ""
     _folder: tempfile.TemporaryDirectory | None = None
-
-    def answer(self) -> None:
-        """To be written."""
-        raise NotImplementedError
 
     # How it is heard
 
@@ -97,27 +95,27 @@ class Request(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         try:
-            if self._hear():
+            if self._read_headers():
                 self._reply()
         except OSError:  # there is nobody to be answered
             self.close_connection = True
         finally:
             self.hand_over()()
 
-    def _hear(self) -> bool:
-        """Read the headers; whether there is something to be answered."""
+    def _read_headers(self) -> bool:
+        """Read the request's line and headers. Returns whether to answer."""
         self._patient.until = time.monotonic() + HEADERS
         try:
             self.raw_requestline = self.rfile.readline(2**16 + 1)
             if len(self.raw_requestline) > 2**16:
                 self.send_error(414, "The path is too long.")
                 return False
-            heard = self.parse_request()
+            parsed = self.parse_request()
         except TimeoutError:
             self.send_error(408, "The headers came too slowly.")
             return False
         self._patient.until = inf
-        return heard and self.request_version != "HTTP/0.9"
+        return parsed and self.request_version != "HTTP/0.9"
 
     def _reply(self) -> None:
         self._unread = self.headers.get("Transfer-Encoding") is not None
@@ -132,7 +130,7 @@ class Request(BaseHTTPRequestHandler):
         except Exception as error:
             self.fail(error)
         if self._unread:
-            self._let_come()
+            self._drain()
 
     def handle_expect_100(self) -> bool:
         """A body that is too long is not asked for."""
@@ -141,8 +139,9 @@ class Request(BaseHTTPRequestHandler):
             return False
         return super().handle_expect_100()
 
-    def _let_come(self) -> None:
-        """Read what nobody wants for a while, or the client may lose the answer."""
+    def _drain(self) -> None:
+        """Read what nobody wants, for LEFT seconds: where a connection is closed while the
+        client still sends, it is reset, and the answer may be lost."""
         self.close_connection, self._patient.until = True, time.monotonic() + LEFT
         self.connection.shutdown(socket.SHUT_WR)
         while self.rfile.read1(PIECE):
@@ -155,7 +154,10 @@ class Request(BaseHTTPRequestHandler):
         self._folder = tempfile.TemporaryDirectory(prefix="musicgen-")
         form = read_form(self.rfile, self.headers, self._folder.name, BODY)
         self._unread = False
-        self._names = {str(path): form.names[key] for key, path in form.files.items()}
+        for key, path in form.files.items():
+            converted = path.with_name(f"{path.stem}-converted.wav")  # as audio.py says
+            self._names |= {str(converted): converted.name.partition("-")[2]}
+            self._names |= {str(path): form.names[key]}
         return form
 
     def hand_over(self) -> Callable[[], None]:
@@ -180,15 +182,19 @@ class Request(BaseHTTPRequestHandler):
         self._answered = True
         self.send_response(status)
         self.send_header("Content-Type", kind)
-        if length is None:
+        self._chunks = length is None and self.request_version != "HTTP/1.0"
+        if length is None and not self._chunks:  # it ends with the connection
+            self.close_connection = True
+        elif length is None:
             self.send_header("Transfer-Encoding", "chunked")
         else:
             self.send_header("Content-Length", str(length))
         if self._unread or self.close_connection:
             self.close_connection = True
             self.send_header("Connection", "close")
-        named = {name.replace("_", "-"): value for name, value in more.items()}
-        for name, value in ({"X-Request-Id": self.id} | EXTRA | named).items():
+        headers = {"X-Request-Id": self.id} | EXTRA
+        headers |= {name.replace("_", "-"): value for name, value in more.items()}
+        for name, value in headers.items():
             self.send_header(name, str(value))
         self.end_headers()
 
@@ -198,18 +204,20 @@ class Request(BaseHTTPRequestHandler):
             for start in range(0, len(data), PIECE):
                 self.wfile.write(data[start : start + PIECE])
 
-    def bytes(self, data: bytes, kind: str, status: int = 200, **more: Any) -> None:
+    def send_whole(
+        self, data: bytes, kind: str, status: int = 200, **more: Any
+    ) -> None:
         """A whole answer."""
         self.begin(status, kind, len(data), **more)
         self.send(data)
 
-    def json(self, told: Any, status: int = 200, **more: Any) -> None:
+    def json(self, value: Any, status: int = 200, **more: Any) -> None:
         """A whole answer in JSON."""
-        self.bytes(json.dumps(told).encode(), "application/json", status, **more)
+        self.send_whole(json.dumps(value).encode(), "application/json", status, **more)
 
     def chunk(self, data: bytes = b"") -> None:
         """A piece of a body that began without a length; the last one is empty."""
-        self.send(b"%x\r\n%s\r\n" % (len(data), data))
+        self.send(b"%x\r\n%s\r\n" % (len(data), data) if self._chunks else data)
 
     def file(self, path: Path, kind: str) -> None:
         """A file, or the range of it that is asked for. Raises FileNotFoundError."""
@@ -232,13 +240,14 @@ class Request(BaseHTTPRequestHandler):
     def _range(self, size: int) -> tuple[int, int]:
         """First byte and end. Raises ValueError for a range that is not there; of several
         ranges, or what is none, all is given."""
-        found = RANGE.fullmatch(self.headers.get("Range", "").strip())
-        if not found or not any(found.groups()):
+        match = RANGE.fullmatch(self.headers.get("Range", "").strip())
+        if not match or not any(match.groups()):
             return 0, size
-        first, last = found.groups()
+        first, last = match.groups()
         if not first:
-            return max(size - int(last), 0), size
-        start, stop = int(first), min(int(last or size) + 1, size)
+            start, stop = max(size - int(last), 0), size
+        else:
+            start, stop = int(first), min(int(last or size) + 1, size)
         if start >= stop:
             raise ValueError("There is no such range.")
         return start, stop
@@ -252,7 +261,7 @@ class Request(BaseHTTPRequestHandler):
             traceback.print_exception(error, file=sys.stderr)
         self.send_error(status, str(error) or type(error).__name__)
 
-    def said(self, message: str) -> str:
+    def as_sentence(self, message: str) -> str:
         """A message as a sentence, in which the client's files are called as it calls
         them."""
         for path, name in self._names.items():
@@ -267,8 +276,8 @@ class Request(BaseHTTPRequestHandler):
             self.close_connection = True
         if not self._answered:
             wait = dict(Retry_After=10) if code == 503 else {}
-            said = self.said(message or "It cannot be answered")
-            self.json({"error": said}, code, **wait)
+            sentence = self.as_sentence(message or "It cannot be answered")
+            self.json({"error": sentence}, code, **wait)
 
     def log_message(self, *_) -> None:
         """Nothing: who asked for what stays here."""

@@ -8,8 +8,9 @@ goes on.
     ticket.cancel()  # from any thread, at any time
 
 MLX is touched by that thread alone. It waits for nobody: events pile up in a ticket until
-they are taken. A task is any object with `run(worker, ticket)`; those of the page are in
-tasks.py. Needs hub.py, messages.py and strict.py beside it.
+they are taken. A task is any object with `quick` and `run(worker, ticket)`, see `Task`;
+those of the page are in tasks.py. Models go by the names of hub.py. Needs hub.py,
+messages.py and strict.py beside it.
 """
 
 import atexit
@@ -50,7 +51,7 @@ class Refused(ValueError):
 
 class Task(Protocol):
     """What is to be done. A `quick` one is done between two steps of another, which it
-    holds up for less than a second; it has nothing to do with the model."""
+    holds up for less than a second; it does not touch the model."""
 
     quick: bool
 
@@ -61,7 +62,8 @@ class Task(Protocol):
 
 class Ticket:
     """A task in the queue, or under way: iterate to hear what happens, up to the last
-    event. One thread listens."""
+    event. One thread listens. `ended` is set with the last event, and `heeded` says
+    whether the task was told to stop."""
 
     def __init__(self, id: str, task: Task, after: Callable[[], None] | None = None):
         self.id, self.task, self.ended = id, task, threading.Event()
@@ -83,7 +85,7 @@ class Ticket:
             return None
 
     def tell(self, name: str, /, **data: Any) -> None:
-        """Something happened."""
+        """Add an event."""
         self._events.put(Event(name, data))
 
     def cancel(self) -> None:
@@ -93,7 +95,8 @@ class Ticket:
         self._withdraw(self)
 
     def stops(self) -> bool:
-        """Whether it is to stop, which then is a promise to do so."""
+        """Whether the task must stop. Once it was told so it has to: its ticket ends as
+        cancelled."""
         self.heeded = self.heeded or self._stop.is_set()
         return self.heeded
 

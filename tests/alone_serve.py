@@ -6,6 +6,7 @@ import threading
 from email.message import Message
 from http.client import HTTPConnection
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -87,6 +88,17 @@ def try_tasks(tasks):
 
 def try_retakes(retakes):
     assert retakes.read_parts(None, ["8:12", [1, 2]]) == ((8.0, 12.0), (1, 2))
+
+
+def try_sound_tasks(sound_tasks):
+    from forms import Form
+
+    told = []
+    worker, ticket = None, SimpleNamespace(tell=lambda name, **data: told.append(data))
+    task = sound_tasks.Listen(Form(dict(notes="C E", bpm=120)))
+    task.check()
+    task.run(worker, ticket)
+    assert told[0]["chroma"][0].index(1.0) == 0
 
 
 def try_serve(serve):

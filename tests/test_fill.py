@@ -289,7 +289,7 @@ class TestCommand(MagnetTest):
         self.assertEqual((first["seed"], second["seed"]), (5, 6))
         self.assertEqual(first["regenerated"], str(song))
         part = ["--prompt-start", 1, "--prompt-length", 0.8, "--prompt", "a"]
-        told = self.fill("--audio-prompt", song, "--fill", "0.5:0.7", *part)
+        self.fill("--audio-prompt", song, "--fill", "0.5:0.7", *part)
         self.assertEqual(soundfile.info(self.folder / "f.wav").frames, 0.8 * 32000)
 
     def test_again(self):

@@ -35,7 +35,7 @@ LAYERS = """
     ranking magnet
     convert evaluate loops regenerate magnet_job
     job evaluate_score fill train_magnet train_lm
-    train jobs recall evaluate_fill
+    train jobs recall evaluate_fill sound_tasks
     benchmark arguments lines sources
     fidelity remake tasks
     generate juce retakes
@@ -44,7 +44,7 @@ LAYERS = """
 
 # Those of many files, which say "and what these need".
 ON_TOP = """
-    serve juce retakes tasks generate remake sources job jobs lines arguments recall train train_lm train_magnet convert evaluate evaluate_score evaluate_fill benchmark fidelity
+    serve juce retakes sound_tasks tasks generate remake sources job jobs lines arguments recall train train_lm train_magnet convert evaluate evaluate_score evaluate_fill benchmark fidelity
 """.split()
 
 TEXT_TO_MUSIC = ("musicgen", "decoder", "t5", "encodec", "options", "checkpoints")

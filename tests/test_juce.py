@@ -1,9 +1,10 @@
-"""The plug-in's wire: requests as gary4juce sends them, and what it reads of the answers."""
+"""The plug-in's protocol: requests as gary4juce sends them, and what it reads of the answers."""
 
 import base64
 import io
 import json
 import re
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 import soundfile
-from common import ROOT, ScriptTest, Test
+from common import ScriptTest, Test
 from served import Answer, ServedTest
 
 import juce
@@ -257,8 +258,8 @@ class TestErrors(PluginTest):
         )
         for more, words in (
             ({"audio_data": "%%%"}, "'audio_data' must be base64"),
-            ({"audio_data": "QUFB"}, "recording.wav"),
-            ({"audio_data": ""}, "recording.wav"),
+            ({"audio_data": "QUFB"}, "audio_data is not a readable sound"),
+            ({"audio_data": ""}, "audio_data is not a readable sound"),
             ({"audio_data": None}, "audio_data must be the recording"),
             ({"prompt_duration": 2}, "prompt_duration must be more than 0 and less"),
             ({"prompt_duration": 0}, "prompt_duration must be"),
@@ -279,6 +280,15 @@ class TestErrors(PluginTest):
             self.assertIn(words, answer.json["error"])
         self.assertEqual(self.files(), [])
         self.assertEqual([*Path(self.server.plugin._folder.name).iterdir()], [])
+
+    def test_what_is_no_sound(self):
+        """No place of ours is told, which the plug-in could not reach."""
+        for name in ("process_audio", "continue_music"):
+            for data in ("", base64.b64encode(b"no sound").decode()):
+                answer = self.post(name, dict(audio_data=data, prompt_duration=1))
+                error = answer.json["error"]
+                self.assertRegex(error, "^audio_data is not a readable sound file")
+                self.assertNotIn(tempfile.gettempdir(), error)
 
     def test_unknown_sessions(self):
         for id in ("", "x", "..", "%2e%2e", "a" * 5000, "0" * 32):

@@ -16,6 +16,7 @@ from melody import extract_chroma
 from notes import parse
 from resample import true_peak
 from settings import load_codes, read_settings
+from worker import Ticket
 
 AGAIN = "/takes/slow-bell-7/again"
 EXTEND = "/takes/slow-bell-7/extend"
@@ -107,6 +108,19 @@ class TestExtend(RetakeTest):
         self.assertEqual(self.bytes_of(take), want)
         codes, _ = load_codes(self.takes / f"{take['id']}.safetensors")
         self.assertSame(codes, load_codes(self.folder / "a.safetensors")[0])
+
+    def test_stopped_before_there_is_more(self):
+        """Then no take is left that is shorter than the old one."""
+        before, tell = os.listdir(self.takes), Ticket.tell
+
+        def stop(ticket, name, /, **data):
+            tell(ticket, name, **data)
+            if name == "start":
+                ticket.cancel()
+
+        with patch.object(Ticket, "tell", stop):
+            self.fails(409, "^It was cancelled before", EXTEND, seconds=0.5)
+        self.assertCountEqual(os.listdir(self.takes), before)
 
     def test_of_a_take_that_began_with_a_sound(self):
         """Which lies in the codes: it need not come along."""
@@ -235,11 +249,18 @@ class TestLevel(RetakeTest):
         for pattern, fields in (
             ("^loudness or peak must be given", {}),
             ("^loudness must be", dict(loudness=3)),
+            ("^loudness must be", dict(loudness=False)),
             ("^peak must be", dict(peak="0")),
             ("not be given together", dict(loudness=-14, peak=-1)),
             ("^'temp' is unknown", dict(temp=1)),
         ):
             self.fails(400, pattern, LEVEL, **fields)
+
+    def test_of_damaged_codes_nothing_is_left(self):
+        (self.takes / "slow-bell-7.safetensors").write_bytes(b"damaged")
+        before = os.listdir(self.takes)
+        self.fails(400, "is damaged or holds no codes", LEVEL, peak=-6)
+        self.assertCountEqual(os.listdir(self.takes), before)
 
 
 class TestStems(RetakeTest):

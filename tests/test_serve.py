@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 import time
 from unittest.mock import patch
@@ -26,6 +27,7 @@ from serving import (
 import jobs
 import serve
 from settings import load_codes, read_settings
+from worker import Ticket
 
 
 class TestSameAsGenerate(MadeTest):
@@ -273,7 +275,7 @@ class TestTakes(ServerTest):
                 self.assertEqual(answer.status, 206 if part else 200)
                 told = f"bytes {start}-{stop - 1}/{size}" if part else None
                 self.assertEqual(answer.headers["Content-Range"], told)
-        for range_ in (f"bytes={size}-", "bytes=9-3"):
+        for range_ in (f"bytes={size}-", "bytes=9-3", "bytes=-0"):
             answer = self.get("/takes/slow-bell-7.wav", Range=range_)
             self.assertEqual(answer.status, 416)
             self.assertEqual(answer.headers["Content-Range"], f"bytes */{size}")
@@ -448,6 +450,20 @@ class TestFlags(MadeTest):
 
 
 class TestTrouble(ServerTest):
+    def test_a_folder_that_goes_meanwhile(self):
+        """Such as one that is emptied in the file manager: the take is not lost."""
+        tell, folder = Ticket.tell, self.takes
+
+        def leave(ticket, name, /, **data):
+            tell(ticket, name, **data)
+            if name == "progress" and data["seconds"] < data["of"]:
+                shutil.rmtree(folder, ignore_errors=True)
+
+        with patch.object(Ticket, "tell", leave):
+            answer = self.post(GENERATIONS, BELL)
+        self.assertEqual(answer.status, 200, answer.body[:200])
+        self.assertEqual(self.get("/takes/slow-bell-7").json["codes"], True)
+
     def test_a_full_disk(self):
         full = OSError(28, "No space left on device")
         with patch("audio.write_samples", side_effect=full):

@@ -59,11 +59,14 @@ class TestUploads(MadeTest):
                 self.assertEqual(os.listdir(folder), [])
 
     def test_what_is_no_sound(self):
+        """No place of ours is told, which the client could not reach."""
         (self.folder / "a.txt").write_text("no sound")
         body, kind = self.form(dict(duration=0.2), melody="a.txt")
         answer = self.post(GENERATIONS, body, Content_Type=kind)
         self.assertEqual(answer.status, 400)
         self.assertRegex(answer.json["error"], r"^a\.txt is not a readable sound")
+        self.assertIn("ffmpeg -i a.txt converted.wav", answer.json["error"])
+        self.assertNotIn(tempfile.gettempdir(), answer.json["error"])
         body, kind = self.form(dict(duration=0.2), tune="hum.wav")
         answer = self.post(GENERATIONS, body, Content_Type=kind)
         self.assertEqual((answer.status, "tune" in answer.json["error"]), (400, True))

@@ -7,7 +7,6 @@ goes on for two minutes in place of a second, and prints what it has seen.
 """
 
 import base64
-import io
 import json
 import os
 import random

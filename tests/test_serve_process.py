@@ -8,7 +8,6 @@ import sys
 import time
 from textwrap import dedent
 
-import numpy as np
 from common import ROOT, slow
 from serving import BELL, GENERATIONS, NOISE, ServerTest, in_base64, read_events
 
@@ -138,6 +137,8 @@ class TestCommand(ServerTest):
             ([f"--port={self.port}", "--host=0.0.0.0"], "in use"),
             (["--model=tiney"], "Did you mean tiny"),
             (["--port=99999"], "--port must be"),
+            ([f"--takes-dir={ROOT / 'serve.py'}"], "must be a folder"),
+            (["--takes-dir="], "must name a file or a folder"),
         ):
             process, _ = self.start(*flags)
             _, err = process.communicate(timeout=30)

@@ -1,6 +1,8 @@
 """What a server refuses, and that it lives on: strangers' pages, paths, bodies, and those
 who send too slowly, too much, or read nothing."""
 
+import contextlib
+import io
 import json
 import shutil
 import socket
@@ -210,6 +212,14 @@ class TestToken(SafetyTest):
         self.assertGreaterEqual(len(server.token), 20)
         self.assertIn(server.token, server.address)
         self.assertIsNone(serve.parse_arguments(["--no-open"]).token)
+
+    def test_an_empty_one_opens_nothing(self):
+        """As of an unset variable of a shell: `--token "$TOKEN"`."""
+        for token in ("", " ", "\t"):
+            with contextlib.redirect_stderr(io.StringIO()) as err:
+                with self.assertRaises(SystemExit):
+                    serve.parse_arguments(["--host", "0.0.0.0", "--token", token])
+            self.assertIn("--token must not be empty", err.getvalue())
 
 
 class TestPaths(SafetyTest):
@@ -496,6 +506,23 @@ class TestFloods(SafetyTest):
             self.assertNotIn(b" 200 ", got)
             self.assertNotIn(b"bell", got)
         self.assert_lives()
+
+    def test_clients_that_know_no_chunks(self):
+        """Of HTTP/1.0, as some proxies: samples come as they are, up to the end."""
+        for fields in (SHORT | dict(stream=True), SHORT | dict(stream="events")):
+            body = json.dumps(fields).encode()
+            line = f"Content-Length: {len(body)}"
+            head = self.head(
+                f"POST {GENERATE} HTTP/1.0", "Content-Type: application/json", line
+            )
+            connection = self.connect()
+            connection.sendall(head + body)
+            with connection.makefile("rb") as answers:
+                headers, _, sound = answers.read().partition(b"\r\n\r\n")
+            self.assertNotIn(b"chunked", headers)
+            self.assertIn(b"Connection: close", headers)
+            self.assertIn(sound[:6], (b"RIFF\xff\xff", b"event:"))
+            self.assertFalse(sound.endswith(b"0\r\n\r\n"))
 
     def test_requests_in_a_row(self):
         """In one connection, and all at once."""

@@ -77,6 +77,44 @@ class TestList(TakesTest):
         os.symlink(self.folder / "gone.wav", self.folder / "link.wav")
         self.assertEqual(self.ids(), ["a"])
 
+    def test_pipes_and_links_to_other_places(self):
+        """A pipe is never opened, which would wait for ever; what lies elsewhere is not
+        taken for what belongs to a take."""
+        self.write("a.wav")
+        save_audio(self.folder / "b.wav", np.zeros((99, 1)), RATE)
+        secret = self.folder / "other" / "secret"
+        (self.folder / "a.stems").mkdir()
+        secret.parent.mkdir()
+        secret.write_text("secret")
+        os.mkfifo(self.folder / "b.safetensors")
+        os.mkfifo(self.folder / "a.stems" / "pipe.wav")
+        (self.folder / "a.stems" / "folder.wav").mkdir()
+        os.symlink(secret, self.folder / "a.stems" / "link.wav")
+        os.symlink(secret, self.folder / "a.safetensors")
+        with patch.object(takes, "safe_open", side_effect=AssertionError):
+            found = self.takes.every()
+        told = [(take.id, take.codes, take.stems) for take in found]
+        self.assertEqual(told, [("a", None, {})])
+
+    def test_a_take_that_is_a_link(self):
+        """Where its codes lie beside it, these are its own."""
+        (self.folder / "other").mkdir()
+        for name in ("a.wav", "a.safetensors"):
+            self.write("a.wav") if name == "a.wav" else self.codes(name)
+            (self.folder / name).rename(self.folder / "other" / name)
+            os.symlink(self.folder / "other" / name, self.folder / name)
+        self.assertIsNotNone(self.takes.find("a").codes)
+
+    def test_names_that_are_no_text(self):
+        """Of other systems: no address could hold them."""
+        self.write("a.wav")
+        name = os.fsencode(self.folder) + b"/b\xff.wav"
+        try:
+            os.link(self.folder / "a.wav", name)
+        except OSError:
+            self.skipTest("this file system takes no such names")
+        self.assertEqual(self.ids(), ["a"])
+
     def test_settings_beside_a_sound_that_has_none(self):
         """As of an .m4a that afconvert wrote."""
         save_audio(self.folder / "a.wav", np.zeros((99, 1)), RATE)
@@ -97,7 +135,7 @@ class TestList(TakesTest):
             self.assertEqual(self.takes.find("a").settings["prompt"], "fast saw")
             self.assertEqual(read.call_count, 2)
         (self.folder / "a.wav").unlink()
-        self.assertEqual((self.ids(), self.takes._known), ([], {}))
+        self.assertEqual((self.ids(), self.takes._cache), ([], {}))
 
     def test_many_threads(self):
         for i in range(20):

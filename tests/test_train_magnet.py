@@ -13,7 +13,7 @@ from unittest.mock import Mock, patch
 
 import mlx.core as mx
 import numpy as np
-from common import ROOT, Test, slow
+from common import ROOT, Test
 
 import synth
 import train
