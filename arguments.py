@@ -4,7 +4,7 @@
     args.prompt, args.duration  # ["happy rock"], 12.0
 
 All that can be known before a model is loaded is checked here. Needs job.py, edit.py,
-recall.py, magnet_job.py, hub.py, models.py, audio.py, outputs.py, messages.py,
+recall.py, magnet_job.py, diffusion_job.py, hub.py, models.py, audio.py, outputs.py, messages.py,
 options.py, quantize.py and what these need beside it; where a folder is given without a
 prompt, published.py, too.
 """
@@ -21,6 +21,7 @@ import mlx.core as mx
 
 from audio import SUBTYPES, check_bitrate, choose_subtype
 from edit import set_edit
+from diffusion_job import CODEC
 from endings import FADE
 from hub import MODELS, check_name, follows, local
 from job import (
@@ -208,6 +209,12 @@ FLAGS = {  # by groups: name, what it is, and how it is read
         "mp3_bitrate": (
             "kbit/s of an .mp3, 8 to 320 (default: it varies)",
             dict(type=int),
+        ),
+        "decoder": (
+            "what makes the sound of the codes: encodec, which is the model's own, or "
+            "diffusion, which is slow and cleaner (4.6 GB); or a file, a folder or a Hub "
+            "id of such (default: encodec)",
+            dict(type=name_of_file),
         ),
         "save_codes": ("file to keep the codes in: .safetensors", dict(type=path)),
     },
@@ -555,6 +562,7 @@ def check_files(args: argparse.Namespace) -> None:
         inputs[f"--adapter {i + 1}" if i else "--adapter"] = adapter
     inputs |= {"--prompts": args.prompts, "--audio-prompt": args.audio_prompt}
     inputs |= {"--melody": args.melody, "--style": args.style}
+    inputs["--decoder"] = args.decoder
     inputs["--model"] = local(args.model)
     for output in (args.output, args.save_codes, args.save_melody):
         if output and output != "-":
@@ -590,6 +598,8 @@ def check_stream(args: argparse.Namespace) -> None:
         raise ValueError("--loop needs the whole take: leave out --stream")
     if args.best_of:
         raise ValueError("--best-of needs whole takes: leave out --stream")
+    if args.decoder not in (None, CODEC):
+        raise ValueError(f"--decoder {args.decoder} needs the whole take: no --stream")
     output = args.output or "x.wav"
     if output != "-" and Path(output).suffix.lower() != ".wav":
         raise ValueError(f"--stream writes .wav or -, got --output {args.output}")

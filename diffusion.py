@@ -5,16 +5,15 @@ noise, a band of frequency each, in 20 steps, as the codec's latent states say; 
 are summed. Then the loudness of 32 bands is brought to that of EnCodec's own decoding.
 
     model = MultiBandDiffusion.from_pretrained("musicgen")
-    audio = model.decode(codes, codec, seed=0)  # codes (B, T, K) -> (B, N, C)
+    audio = model.decode(codes, 0, codec)  # codes (B, T, K), a seed -> (B, N, C)
 
-or `python diffusion.py take.safetensors take.wav`. Needs bands.py, group_norm.py and
-encodec.py beside it; diffusion_files.py, torch_file.py, strict.py and hub.py to load what was published,
-and for a take's codes musicgen.py, settings.py, audio.py and what these need.
+or `python diffusion.py take.safetensors take.wav`, for codes of generate.py's
+--save-codes. Needs bands.py, group_norm.py, matmul_conv.py, encodec.py, encodec_stream.py
+and parallel.py beside it; diffusion_files.py and what it needs to load what was published;
+to decode a file diffusion_job.py, too.
 """
 
-import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,7 +24,9 @@ import numpy as np
 
 from bands import split_bands
 from encodec import Encodec
+from encodec_stream import DecodingStream
 from group_norm import GroupNorm
+from matmul_conv import Conv1d, ConvTranspose1d, StridedConv1d
 
 if TYPE_CHECKING:
     from diffusion_files import Files
@@ -66,10 +67,9 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int, groups: int, dilation: int):
         super().__init__()
         self.norm1 = GroupNorm(groups, channels)
-        pad = dict(padding=dilation, dilation=dilation)
-        self.conv1 = nn.Conv1d(channels, channels, 3, **pad)
+        self.conv1 = Conv1d(channels, channels, 3, dilation)
         self.norm2 = GroupNorm(groups, channels)
-        self.conv2 = nn.Conv1d(channels, channels, 3, **pad)
+        self.conv2 = Conv1d(channels, channels, 3, dilation)
 
     def __call__(self, x: mx.array) -> mx.array:
         h = self.conv1(nn.relu(self.norm1(x)))
@@ -86,9 +86,8 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config: UNetConfig, before: int, after: int):
         super().__init__()
-        kernel, self._stride = config.kernel, config.stride
-        sizes = dict(stride=config.stride, padding=(kernel - config.stride) // 2)
-        self.conv = nn.Conv1d(before, after, kernel, **sizes, bias=False)
+        self._stride = config.stride
+        self.conv = StridedConv1d(before, after, config.kernel, config.stride)
         self.norm = GroupNorm(config.norm_groups, after)
         self.res_blocks = res_blocks(config, after)
 
@@ -105,11 +104,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: UNetConfig, before: int, after: int):
         super().__init__()
-        kernel, stride = config.kernel, config.stride
-        sizes = dict(stride=stride, padding=(kernel - stride) // 2)
         self.res_blocks = res_blocks(config, before)
         self.norm = GroupNorm(config.norm_groups, before)
-        self.convtr = nn.ConvTranspose1d(before, after, kernel, **sizes, bias=False)
+        self.convtr = ConvTranspose1d(before, after, config.kernel, config.stride)
 
     def __call__(self, x: mx.array) -> mx.array:
         for block in self.res_blocks:
@@ -133,12 +130,16 @@ class UNet(nn.Module):
         self.embedding = nn.Embedding(steps, config.hidden)
         deeper = widths[2:] if config.emb_all_layers else []
         self.embeddings = [nn.Embedding(steps, width) for width in deeper]
-        self.conv_codec = nn.Conv1d(config.codec_dim, widths[-1], 1)
+        self.conv_codec = nn.Linear(config.codec_dim, widths[-1])
 
     def __call__(self, x: mx.array, step: int, condition: mx.array) -> mx.array:
         """The noise (B, N, C) in x (B, N, C) at a step of the schedule; the condition is
-        (B, T, D). Raises ValueError for one that is more than twice as long as the
-        deepest level."""
+        (B, T, D). Computed in the weights' dtype, and returned in float32. Raises
+        ValueError for a condition of another width, or one that is more than twice as
+        long as the deepest level."""
+        self.check_width(condition.shape[2])
+        N = x.shape[1]
+        x, condition = (a.astype(self.conv_codec.weight.dtype) for a in (x, condition))
         levels, z = [], x
         tables = [self.embedding, *self.embeddings]
         for i, encoder in enumerate(self.encoders):
@@ -150,7 +151,17 @@ class UNet(nn.Module):
         for decoder in self.decoders:
             level = levels.pop()
             z = decoder(z[:, : level.shape[1]] + level)
-        return z[:, : x.shape[1]]
+        return z[:, :N].astype(mx.float32)
+
+
+    def check_width(self, width: int) -> None:
+        """Raise ValueError for a condition of another width."""
+        wanted = self.conv_codec.weight.shape[1]
+        if width != wanted:
+            raise ValueError(
+                f"The diffusion decodes codes of a codec that is {wanted} wide, not "
+                f"{width}: it is not this model's."
+            )
 
 
 def stretch(x: mx.array, length: int) -> mx.array:
@@ -183,29 +194,30 @@ class Schedule:
         roots = np.linspace(*ends, self.num_steps, dtype=np.float32)
         return np.cumprod(1 - roots ** np.float32(self.beta_exp), dtype=np.float32)
 
-    def sample(
+    def steps(
         self,
         unet: Callable[[mx.array, int, mx.array], mx.array],
         condition: mx.array,
-        noise: Sequence[mx.array],
-    ) -> mx.array:
-        """A band (B, N, 1), before its processor, out of noise: the initial one, then
-        that of each step but the last, (B, N, 1) each."""
-        scale, remains = self.noise_scale, self.remains
-        x = noise[0] * scale
-        for i, (step, after) in enumerate(zip(STEPS, STEPS[1:])):
+        noise: Iterable[mx.array],
+    ) -> Iterator[mx.array]:
+        """A band (B, N, 1), before its processor, out of noise, after each of 20 steps.
+
+        noise: the initial one, then that of each step but the last, (B, N, 1) each.
+        """
+        drawn, scale, remains = iter(noise), self.noise_scale, self.remains
+        x = next(drawn) * scale
+        for step, after in zip(STEPS, STEPS[1:]):
             here, there = remains[step], remains[after]
             alpha = here / there
             found = unet(x, step, condition) * scale
-            x = (x - float((1 - alpha) / np.sqrt(1 - here)) * found) / float(
-                np.sqrt(alpha)
-            )
+            x = x - float((1 - alpha) / np.sqrt(1 - here)) * found
+            x = x / float(np.sqrt(alpha))
             if after > 0:
                 spread = np.sqrt((1 - there) / (1 - here) * (1 - alpha))
-                x = x + float(spread) * noise[i + 1] * scale
+                x = x + float(spread) * next(drawn) * scale
             x = mx.clip(x, -self.clip, self.clip) if self.clip else x
             mx.async_eval(x)
-        return x
+            yield x
 
 
 class Processor(NamedTuple):
@@ -237,23 +249,31 @@ class MultiBandDiffusion:
     keep: whether bands stay in memory; else one does at a time.
     """
 
-    def __init__(self, files: "Files", keep: bool = False):
-        self._files, self._keep, self._bands = files, keep, {}
+    def __init__(
+        self, files: "Files", keep: bool = False, dtype: mx.Dtype = mx.float32
+    ):
+        self._files, self._keep, self._dtype = files, keep, dtype
+        self._bands: dict[int, Band] = {}
         self.sampling_rate, self.n_bands = files.sampling_rate, files.n_bands
 
     @classmethod
     def from_pretrained(
-        cls, path_or_repo: str | Path = "musicgen", keep: bool | None = None
+        cls,
+        path_or_repo: str | Path = "musicgen",
+        keep: bool | None = None,
+        dtype: mx.Dtype | None = None,
     ) -> "MultiBandDiffusion":
         """Load "musicgen", a file, a folder with one or a Hub id.
 
-        keep: None is as memory allows. Raises FileNotFoundError, OSError where the Hub
-        does not give it, or ValueError for a file that is none.
+        keep: None is as memory allows. `dtype` is the UNets': by default float32 on the
+        CPU, float16 on a GPU. Raises FileNotFoundError, OSError where the Hub does not
+        give it, or ValueError for a file that is none.
         """
         from diffusion_files import fits, open_files
 
-        files = open_files(path_or_repo)
-        return cls(files, fits(files) if keep is None else keep)
+        files, on_cpu = open_files(path_or_repo), mx.default_device() == mx.cpu
+        dtype = dtype or (mx.float32 if on_cpu else mx.float16)
+        return cls(files, fits(files, dtype) if keep is None else keep, dtype)
 
     def band(self, number: int) -> Band:
         """One of the bands, 0 being the lowest. Raises ValueError for what is none."""
@@ -262,11 +282,15 @@ class MultiBandDiffusion:
                 f"band must be from 0 to {self.n_bands - 1}, got {number!r:.40}."
             )
         if number not in self._bands:
-            if not self._keep:
-                self._bands.clear()
-                mx.clear_cache()
-            self._bands[number] = self._files.read(number)
+            self.forget()
+            self._bands[number] = self._files.read(number, self._dtype)
         return self._bands[number]
+
+    def forget(self) -> None:
+        """Give the memory of the bands back, unless they are to be kept."""
+        if not self._keep:
+            self._bands.clear()
+            mx.clear_cache()
 
     def unet(self, band: int) -> UNet:
         """Call it with x (B, N, 1), a step and a condition (B, T, D) for the noise."""
@@ -286,7 +310,7 @@ class MultiBandDiffusion:
         total = mx.array(0.0)
         for number in range(self.n_bands):
             unet, schedule, processor = self.band(number)
-            made = schedule.sample(unet, condition, noise[number])
+            *_, made = schedule.steps(unet, condition, noise[number])
             total = total + processor(made)
             mx.eval(total)
         return total
@@ -303,46 +327,106 @@ class MultiBandDiffusion:
         return out
 
     def decode(
-        self, codes: mx.array, codec: Encodec, seed: int = 0, channels: int = 1
+        self,
+        codes: mx.array,
+        seed: int | list[int],
+        codec: Encodec,
+        channels: int = 1,
     ) -> mx.array:
-        """Sound (B, N, C) of codes (B, T, K), by the codec that made them; row i draws
-        from seed + i. Stereo codes are two rows of a mono codec, as MusicGen's.
+        """Sound (B, N, C) of codes (B, T, K), by the codec that made them. Row i is of
+        seed + i, or of the i-th of a list, whatever the others are. Stereo codes are two
+        rows of a mono codec, as MusicGen's.
 
-        Raises ValueError for a codec of another rate.
+        Raises ValueError for a codec of another rate or width.
         """
-        if codec.sampling_rate != self.sampling_rate:
-            raise ValueError(
-                f"The codec must have {self.sampling_rate} Hz, got {codec.sampling_rate}."
-            )
-        rows = [
-            self._decode(one, codec, seed + i, channels) for i, one in enumerate(codes)
-        ]
-        return mx.stack(rows)
+        decoding = Decoding(self, codes, seed, codec, channels)
+        for _ in decoding:
+            pass
+        return decoding.audio
 
-    def _decode(
-        self, codes: mx.array, codec: Encodec, seed: int, channels: int
-    ) -> mx.array:
-        """The same of one take, (T, K) -> (N, C)."""
-        T, K = codes.shape
-        rows = codes.reshape(T, K // channels, channels).transpose(
-            2, 0, 1
-        )  # (C, T, K')
-        reference = codec.decode_chunk(rows)
-        condition = codec.quantizer.decode(rows)
-        keys = mx.random.split(mx.random.key(seed), self.n_bands)
-        shape = (len(STEPS) - 1, *reference.shape)
-        hop, total = codec.config.hop_length, mx.zeros_like(reference)
-        pieces = cut(T, *(int(s * codec.config.frame_rate) for s in (PIECE, OVERLAP)))
-        for number in range(self.n_bands):  # one after the other is in memory
-            unet, schedule, processor = self.band(number)
-            noise = mx.random.normal(shape, key=keys[number])
-            made = [
-                schedule.sample(unet, condition[:, a:b], noise[:, :, a * hop : b * hop])
-                for a, b in pieces
-            ]
-            total = total + processor(join(made, [a * hop for a, _ in pieces]))
-            mx.eval(total)
-        return self.re_eq(total, reference)[..., 0].T
+
+class Decoding:
+    """Sound on its way: iterate, a step of a UNet at a time, then take `audio`
+    (B, N, C), which is None until then. Arguments are those of `decode`.
+
+    One band after the other is made, of all rows. More than 30 s are made in pieces,
+    which overlap by a second; codes are (B, T, K).
+    """
+
+    def __init__(
+        self,
+        model: MultiBandDiffusion,
+        codes: mx.array,
+        seed: int | list[int],
+        codec: Encodec,
+        channels: int = 1,
+    ):
+        check_rate(model, codec)
+        self._model, self._codec, (B, T, K) = model, codec, codes.shape
+        self._seeds = [seed + i for i in range(B)] if isinstance(seed, int) else seed
+        rows = codes.reshape(B, T, K // channels, channels)
+        self._rows = rows.transpose(0, 3, 1, 2)  # (B, C, T, K'), each a batch of C
+        sizes = (int(seconds * codec.config.frame_rate) for seconds in (PIECE, OVERLAP))
+        self._pieces = cut(T, *sizes)
+        self.seconds = B * T / codec.config.frame_rate
+        self.step, steps = 0, len(STEPS) - 1
+        self.total = B * model.n_bands * len(self._pieces) * steps
+        self.audio: mx.array | None = None
+
+    def __iter__(self) -> Iterator["Decoding"]:
+        model, codec = self._model, self._codec
+        wanted = [DecodingStream(codec).push(row, last=True) for row in self._rows]
+        sums = [mx.zeros_like(sound) for sound in wanted]
+        for number in range(model.n_bands):
+            band = model.band(number)
+            for i, row in enumerate(self._rows):
+                made = []
+                for x, last in self._steps(band, row, self._keys(i, number)):
+                    made += [x] if last else []
+                    self.step += 1
+                    yield self
+                starts = [a * codec.config.hop_length for a, _ in self._pieces]
+                sums[i] = sums[i] + band.processor(join(made, starts))
+                mx.eval(sums[i])
+        pairs = zip(sums, wanted)
+        self.audio = mx.stack([model.re_eq(*pair)[..., 0].T for pair in pairs])
+
+    def _keys(self, row: int, number: int) -> mx.array:
+        """Of the noises of a row's band: (20, 2)."""
+        steps = len(STEPS) - 1
+        keys = mx.random.split(mx.random.key(self._seeds[row]), self._model.n_bands)
+        return mx.random.split(keys[number], steps)
+
+    def _steps(
+        self, band: Band, row: mx.array, keys: mx.array
+    ) -> Iterator[tuple[mx.array, bool]]:
+        """A band of each piece (C, n, 1) of a row (C, T, K) after each step, and whether
+        that was the last one."""
+        hop, (C, T, _) = self._codec.config.hop_length, row.shape
+        condition, shape = self._codec.quantizer.decode(row), (C, T * hop, 1)
+        for a, b in self._pieces:
+            # of the whole take, so that pieces share the noises where they overlap
+            noises = (mx.random.normal(shape, key=key) for key in keys)
+            noise = (one[:, a * hop : b * hop] for one in noises)
+            steps = band.schedule.steps(band.unet, condition[:, a:b], noise)
+            for i, x in enumerate(steps, 1):
+                yield x, i == len(STEPS) - 1
+
+
+def check_rate(model: MultiBandDiffusion, codec: Encodec) -> None:
+    """Raise ValueError for a codec of another rate."""
+    if codec.sampling_rate != model.sampling_rate:
+        raise ValueError(
+            f"The diffusion decodes what a codec of {model.sampling_rate} Hz made, not "
+            f"one of {codec.sampling_rate} Hz."
+        )
+
+
+def check_codec(model: MultiBandDiffusion, codec: Encodec) -> None:
+    """Raise ValueError for a codec of another rate or width. Reads a band."""
+    check_rate(model, codec)
+    model.unet(0).check_width(codec.config.hidden_size)
+    model.forget()
 
 
 def cut(frames: int, piece: int, overlap: int) -> list[tuple[int, int]]:
@@ -364,29 +448,7 @@ def join(pieces: list[mx.array], starts: list[int]) -> mx.array:
     return sound
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Decode a take by diffusion.")
-    parser.add_argument("codes", type=Path, help="a file of generate.py --save-codes")
-    parser.add_argument("output", type=Path, help="sound file to write")
-    parser.add_argument("--decoder", default="musicgen", help="file, folder or Hub id")
-    parser.add_argument("--model", help="whose codec (default: the take's own)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    args = parser.parse_args()
-    from audio import save_audio
-    from musicgen import MusicGen
-    from settings import load_codes, to_comment
-
-    try:
-        codes, record = load_codes(args.codes)
-        codec_of = MusicGen.from_pretrained(args.model or record["model"])
-        model = MultiBandDiffusion.from_pretrained(args.decoder)
-        how = (codec_of.audio_encoder, args.seed, codec_of.channels)
-        audio = model.decode(codes, *how)[0]
-        told = record | dict(decoder="diffusion", decoder_seed=args.seed)
-        save_audio(args.output, audio, model.sampling_rate, to_comment(told))
-    except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"diffusion.py: error: {error}")
-
-
 if __name__ == "__main__":
+    from diffusion_job import main
+
     main()

@@ -27,12 +27,15 @@ FIXED = {  # what is not ported, by where it stands
     "schedule.repartition": "power",
     "schedule.n_bands": None,
     "schedule.num_steps": 1000,
+    "channels": 1,
     "diffusion_unet.bilstm": False,
     "diffusion_unet.transformer": False,
     "diffusion_unet.cross_attention": False,
 }
+MOST = dict(hidden=4096, depth=12, growth=64, max_channels=10**6, kernel=256, stride=256)
+MOST |= dict(norm_groups=4096, res_blocks=16, codec_dim=4096)  # of sizes
 LINK = re.compile(r"\$\{([\w.]+)\}")
-ROOM = 4  # times what the weights take in memory, where all bands are kept
+ROOM = 2  # times the weights must fit into what memory is left, for all to be kept
 
 
 class Files(NamedTuple):
@@ -42,11 +45,11 @@ class Files(NamedTuple):
     sampling_rate: int
     n_bands: int
 
-    def read(self, number: int) -> Band:
+    def read(self, number: int, dtype: mx.Dtype = mx.float32) -> Band:
         """A band. Raises ValueError naming what is missing or not ported."""
         part = load_torch(self.path, keys=(number,)).get(number)
         try:
-            return make_band(part, self.sampling_rate)
+            return make_band(part, self.sampling_rate, dtype)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             told = f"{self.path!s:.150}, band {number}: {error}"
             raise ValueError(" ".join(told.split())[:390]) from error
@@ -91,34 +94,54 @@ def find(name: str) -> Path:
         ) from error
 
 
-def fits(files: Files) -> bool:
-    """Whether memory holds all bands at once."""
+def fits(files: Files, dtype: mx.Dtype) -> bool:
+    """Whether memory holds all bands at once, beside what is there."""
     from engine import memory_size
 
-    return ROOM * files.path.stat().st_size < memory_size()
+    weights = files.path.stat().st_size * dtype.size // 4  # which are float32 there
+    return ROOM * weights < memory_size() - mx.get_active_memory()
 
 
-def make_band(part: dict[str, Any], sampling_rate: int) -> Band:
+def make_band(part: dict[str, Any], sampling_rate: int, dtype: mx.Dtype) -> Band:
     """A band of its settings and weights."""
     settings = flat(part["cfg"])
     for name, value in FIXED.items():
         if (found := setting(settings, name)) != value:
             raise ValueError(f"{name} must be {value!r}, got {found!r:.40}.")
-    sizes = {
-        name: setting(settings, f"diffusion_unet.{name}")
-        for name in {field.name for field in fields(UNetConfig)}
-        - {"channels", "num_steps"}
-    }
-    config = UNetConfig(setting(settings, "channels"), **sizes)
-    unet = UNet(config)
-    load(unet, part["model_state"])
+    unet = UNet(make_config(settings))
+    load(unet, part["model_state"], dtype)
     schedule = {
         field.name: setting(settings, f"schedule.{field.name}")
         for field in fields(Schedule)
     }
-    return Band(
-        unet, Schedule(**schedule), make_processor(part, settings, sampling_rate)
-    )
+    processor = make_processor(part, settings, sampling_rate)
+    return Band(unet, Schedule(**schedule), processor)
+
+
+def make_config(settings: dict[str, Any]) -> UNetConfig:
+    """The sizes of a UNet. Raises ValueError for such as cannot be."""
+    own = {field.name for field in fields(UNetConfig)} - {"channels", "num_steps"}
+    sizes = {name: setting(settings, f"diffusion_unet.{name}") for name in own}
+    for name, value in sizes.items():
+        whole = type(value) is int or name == "growth" and type(value) is float
+        if name != "emb_all_layers" and not (whole and 1 <= value <= MOST[name]):
+            raise ValueError(
+                f"diffusion_unet.{name} must be from 1 to {MOST[name]}, got {value!r:.40}."
+            )
+    if type(sizes["emb_all_layers"]) is not bool:
+        raise ValueError("diffusion_unet.emb_all_layers must be true or false.")
+    config = UNetConfig(**sizes)
+    if config.kernel % config.stride or (config.kernel - config.stride) % 2:
+        raise ValueError(
+            f"diffusion_unet.kernel must be a multiple of its stride {config.stride}, and "
+            f"even beside it, got {config.kernel}."
+        )
+    if any(width % config.norm_groups for width in config.widths[1:]):
+        raise ValueError(
+            f"diffusion_unet.norm_groups must divide {config.widths[1:]}, got "
+            f"{config.norm_groups}."
+        )
+    return config
 
 
 def make_processor(part: dict, settings: dict[str, Any], sampling_rate: int):
@@ -133,15 +156,17 @@ def make_processor(part: dict, settings: dict[str, Any], sampling_rate: int):
     return Processor(sampling_rate, mean, (spread / target) ** mx.array(power))
 
 
-def load(unet: UNet, state: dict[str, mx.array]) -> None:
+def load(unet: UNet, state: dict[str, mx.array], dtype: mx.Dtype) -> None:
     """Load torch's weights. Raises ValueError naming a tensor that is missing, of
     another shape, or not known."""
     weights = {}
     for name, weight in state.items():
-        if weight.ndim == 3:  # of convolutions: (out, in, k), transposed (in, out, k)
-            order = (1, 2, 0) if "convtr" in name else (0, 2, 1)
+        if name == "conv_codec.weight" and weight.ndim == 3:  # of one tap
+            weight = weight.squeeze(2)
+        elif weight.ndim == 3:  # of convolutions: (out, in, k), transposed (in, out, k)
+            order = (2, 0, 1) if "convtr" in name else (2, 1, 0)
             weight = weight.transpose(order)
-        weights[name] = weight.astype(mx.float32)
+        weights[name] = mx.contiguous(weight.astype(dtype))
     wanted = {name: array.shape for name, array in tree_flatten(unet.parameters())}
     for name in sorted(wanted.keys() ^ weights.keys()):
         what = "lacks" if name in wanted else "has the unknown"
@@ -152,6 +177,7 @@ def load(unet: UNet, state: dict[str, mx.array]) -> None:
                 f"{name:.120} must be of shape {shape}, got {weights[name].shape}."
             )
     unet.load_weights([*weights.items()])
+    mx.eval(unet.parameters())  # so that what is cast goes
 
 
 def flat(settings: dict, prefix: str = "", depth: int = 0) -> dict[str, Any]:

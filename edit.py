@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 PART = re.compile(r"(\d+(?:\.\d*)?):(\d+(?:\.\d*)?)s?")
 CANDIDATES, MOST_CANDIDATES = 8, 64
 # Other ways to begin; --again is one, too, but for takes that were filled in.
-OTHERS = ("prompts", "resume", "redecode", "best_of", "loop")
+OTHERS = ("prompts", "resume", "redecode", "best_of", "loop", "decoder")
 
 
 class Edit(NamedTuple):

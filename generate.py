@@ -36,7 +36,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import mlx.core as mx
 
@@ -47,6 +47,7 @@ import settings
 import stream
 from arguments import NO_PROMPT, parse_arguments
 from audio import check_writable, save_audio
+from diffusion_job import Decoder, Watch
 from encodec_stream import play as play_take
 from hub import local
 from job import BATCH_OF_FILE, DIFFER, Job, plan
@@ -61,6 +62,9 @@ from quantize import asked
 from recall import OF_MODEL, QUANTIZATION, read_record
 from sources import check_adapter, read_start
 from together import Peers, signals_at_once
+
+if TYPE_CHECKING:
+    from diffusion import Decoding
 
 
 class Stop:
@@ -239,7 +243,7 @@ def make_all(
     if args.regenerate:
         return edit(model, good, sounds, stop, args, progress)
     if args.redecode:
-        return redecode(model, good[0], sounds, start, args, progress)
+        return redecode(model, good[0], sounds, start, stop, args, progress)
     if args.stream:
         return [stream_job(model, good[0], sounds, start, stop, args, progress)]
     return make_batches(model, good, sounds, start, stop, args, progress)
@@ -291,6 +295,7 @@ def redecode(
     job: Job,
     sounds: Sounds,
     start: Start,
+    stop: Stop,
     args: argparse.Namespace,
     progress: Progress,
 ) -> list[Result]:
@@ -298,8 +303,12 @@ def redecode(
     began = time.perf_counter()
     progress.stage("decoding")
     codes, prompt_frames, _ = start
-    samples = jobs.decode(model, job, codes, prompt_frames)[0]
-    samples, facts = jobs.shape(model, job, samples, codes, prompt_frames)
+    decoder = Decoder(model, job.decoder, watched_decoding("decoding", stop, progress))
+    decoder.check()
+    samples = jobs.decode(model, [job], codes, prompt_frames, decoder)[0]
+    samples, facts = jobs.shape(model, job, samples, codes, prompt_frames, decoder)
+    if stop.heeded:
+        return []
     record = jobs.take_settings(model, job, sounds, prompt_frames, start) | facts
     job = jobs.save(model, job, samples, record)
     if args.save_codes:
@@ -365,7 +374,8 @@ def make_batches(
         for _ in watch(batch, name, seconds, model, stop, progress):
             pass
         progress.stage(f"{name}: decoding")
-        for result in batch.save(args.save_codes):
+        decoding = watched_decoding(f"{name}: decoding", stop, progress)
+        for result in batch.save(args.save_codes, watch=decoding):
             if batch.scores and not result.error and result.job.line is None:
                 tell(tell_scores(batch.scores), args)
                 batch.scores = []
@@ -396,6 +406,20 @@ def watch(
         yield take
         if take.step < take.total and stop():
             return
+
+
+def watched_decoding(name: str, stop: Stop, progress: Progress) -> Watch:
+    """What goes through the steps of diffusion until Ctrl-C, shown as seconds of sound."""
+
+    def watch(steps: "Decoding") -> Iterator["Decoding"]:
+        progress.begin(name, steps.seconds)
+        for decoding in steps:
+            progress.to(decoding.seconds * decoding.step / decoding.total)
+            yield decoding
+            if stop():
+                return
+
+    return watch
 
 
 def stream_job(

@@ -6,8 +6,8 @@
 
 The settings may be a stranger's: of a command line, a line of a file of prompts, or a
 sound file's comment. Needs audio.py, beat.py, endings.py, loops.py, loudness.py,
-magnet_job.py, notes.py, options.py, outputs.py, sections.py and strict.py beside it,
-with what these need; to time and level a take, the model's own config.
+magnet_job.py, notes.py, options.py, outputs.py, sections.py, strict.py and
+diffusion_job.py beside it, with what these need; to time and level a take, the model's own config.
 """
 
 import math
@@ -22,6 +22,7 @@ import numpy as np
 
 from audio import check_audio_path
 from beat import Beat, make_beat
+from diffusion_job import make_decoder
 from endings import FADE, Ending, make_ending
 from loops import check_loop, take_seconds
 from loudness import CEILING, to_loudness, to_peak
@@ -76,6 +77,7 @@ class Job:
     peak: float | None = None  # dB of full scale
     subtype: str | None = None  # of the file's samples; None: the format's own
     mp3_bitrate: int | None = None  # kbit/s
+    decoder: str | None = None  # of its codes; None: the codec's own
     best_of: int | None = None  # takes, of which the best is kept
     keep_all: bool = False  # the others, too
     rank: str = "text"  # by what they are ranked
@@ -216,7 +218,7 @@ class Job:
         if self.best_of or other.best_of:
             return False
         mine, theirs = [
-            (job.made, job.ending.tail, job.audio_prompt, times(job.prompt))
+            (job.made, job.ending.tail, job.audio_prompt, times(job.prompt), job.decoder)
             for job in (self, other)
         ]
         return mine == theirs
@@ -249,6 +251,7 @@ class Job:
         record |= dict(prompt=self.prompt, seed=self.seed)
         record |= dict(loudness=self.loudness, peak=self.peak, subtype=self.subtype)
         record |= dict(mp3_bitrate=self.mp3_bitrate)
+        record |= {"decoder": self.decoder} if self.decoder else {}
         if self.beat:
             record |= self.beat._asdict()
         if self.loop is not None:
@@ -284,7 +287,7 @@ def check_level(loudness: float | None, peak: float | None) -> None:
 
 LEVELS = ("loudness", "peak")
 KEYS = ("prompt", "seed", "output", *OPTIONS, *MAGNET_KEYS, *LEVELS, "subtype")
-KEYS += ("mp3_bitrate",)
+KEYS += ("mp3_bitrate", "decoder")
 AUDIO_KEYS = ("audio_prompt", "prompt_start", "prompt_length", "drop_prompt")
 MELODY_KEYS = ("melody", "melody_start", "no_separate")
 STYLE_KEYS = ("style", *STYLE_OPTIONS)
@@ -473,6 +476,7 @@ def make_job(
         peak=values.get("peak"),
         subtype=subtype and str(subtype).upper(),
         mp3_bitrate=values.get("mp3_bitrate"),
+        decoder=make_decoder(values.get("decoder")),
         **make_best_of(values, overrides),
         notes=check_notes(values.get("notes"), beat, melody),
         ending=choose_ending(values, beat, loop),

@@ -8,7 +8,7 @@
 
 Jobs that differ in prompt, seed and file only run in one batch. Under `mlx.launch` every
 process takes its share. Needs job.py, which has `plan`, musicgen.py and what these need,
-prompt.py and settings.py beside it. Jobs that follow a sound go with conditioning.py,
+diffusion_job.py, prompt.py and settings.py beside it. Jobs that follow a sound go with conditioning.py,
 and melody.py or style.py; those of a model without text need textless.py, and the best of many ranking.py.
 """
 
@@ -26,6 +26,7 @@ import numpy as np
 
 import settings
 from audio import count_samples, load_audio, save_audio
+from diffusion_job import Decoder, Watch
 from job import AudioPrompt, Job, MelodyFile
 from musicgen import MusicGen, Take
 from notes import Tune
@@ -224,6 +225,7 @@ class Batch:
 
                     check_best_of(self._model, job.best_of, job.rank)
                 self._sounds.melody(job), self._sounds.style_start(job)
+                Decoder(self._model, job.decoder).check()
             except (OSError, ValueError) as error:
                 self._failed.append(Result(job, error))
                 self._jobs = [other for other in self._jobs if other is not job]
@@ -275,10 +277,13 @@ class Batch:
         return codes[mx.array(ranks)], found
 
     def save(
-        self, save_codes: Path | None = None, beside: bool = False
+        self,
+        save_codes: Path | None = None,
+        beside: bool = False,
+        watch: Watch = iter,
     ) -> Iterator[Result]:
         """Write the jobs' sound, and the codes of the only one where they are wanted, or
-        of each `beside` its sound, as NAME.safetensors.
+        of each `beside` its sound, as NAME.safetensors. `watch` is a `Decoder`'s.
 
         Yields a result for each job that failed or has its file. Processes that share
         the model leave it to the first.
@@ -294,20 +299,20 @@ class Batch:
             codes, scores = self._best(codes)
             if group is not None and group.rank() > 0:
                 return
-            audio = decode(model, self._jobs[0], codes, self._prompt_frames)
+            decoder = Decoder(model, self._jobs[0].decoder, watch)
+            audio = decode(model, self._jobs, codes, self._prompt_frames, decoder)
         except (RuntimeError, ValueError) as error:
             yield from (Result(job, error) for job in self._jobs)
             return
         elapsed = time.perf_counter() - self._began
         for job, samples, own in zip(self._jobs, audio, codes):
             made_of = (self._sounds, self._prompt_frames, self._start)
-            record = take_settings(model, job, *made_of)
-            record |= scores.get(job.seed, {})
             try:
-                samples, facts = shape(
-                    model, job, samples, own[None], self._prompt_frames
-                )
-                record |= facts
+                of = (own[None], self._prompt_frames, decoder)
+                samples, facts = shape(model, job, samples, *of)
+                job = replace(job, decoder=decoder.name)
+                record = take_settings(model, job, *made_of)
+                record |= scores.get(job.seed, {}) | facts
                 job = save(model, job, samples, record)
                 if beside:
                     path = job.output.with_suffix(".safetensors")
@@ -392,22 +397,42 @@ def frames_of_prompt(
     return prompt_frames(model, audio) if start is None else start.prompt_frames
 
 
-def decode(model: MusicGen, job: Job, codes: mx.array, prompt_frames: int) -> mx.array:
-    """Audio (B, N, C) of codes (B, T, K), less an audio prompt to be dropped."""
-    audio = model.decode(codes)
+def decode(
+    model: MusicGen,
+    jobs: list[Job],
+    codes: mx.array,
+    prompt_frames: int,
+    decoder: Decoder,
+) -> mx.array:
+    """Audio (B, N, C) of jobs' codes (B, T, K), less an audio prompt to be dropped."""
+    job = jobs[0]
+    if is_whole_loop(model, job, codes):  # which `shape` decodes, round the corner
+        audio = model.decode(codes)
+    else:
+        audio = decoder(codes, [job.seed for job in jobs])
     if job.audio_prompt and job.audio_prompt.drop:
         audio = audio[:, prompt_frames * model.config.audio_encoder.hop_length :]
     mx.eval(audio)
     return audio
 
 
+def is_whole_loop(model: MusicGen, job: Job, codes: mx.array) -> bool:
+    """Whether the codes (B, T, K) are those of a loop; a take that was stopped is none."""
+    whole = codes.shape[1] >= model.frames_in(job.options.duration)
+    return job.loop is not None and whole
+
+
 def shape(
-    model: MusicGen, job: Job, samples: mx.array, codes: mx.array, prompt_frames: int
+    model: MusicGen,
+    job: Job,
+    samples: mx.array,
+    codes: mx.array,
+    prompt_frames: int,
+    decoder: Decoder,
 ) -> tuple[mx.array | np.ndarray, dict[str, Any]]:
     """The samples (N, C) of a take as the job wants them, less what `decode` drops, and
-    what was found for that, for the file's comment. A take that was stopped is no loop.
-    """
-    if job.loop is None or codes.shape[1] < model.frames_in(job.options.duration):
+    what was found for that, for the file's comment."""
+    if not is_whole_loop(model, job, codes):
         return ended(model, job, samples, prompt_frames), {}
     from loops import best_cut, decode_round, loop_frames, loop_samples
 
@@ -415,7 +440,8 @@ def shape(
     frames = min(frames, codes.shape[1])  # a take may be as long as its loop
     count = loop_samples(job.beat, job.loop, model.sampling_rate)
     first, score = best_cut(model, job.text, codes, frames)
-    samples = decode_round(model, codes[:, first : first + frames], count)
+    turn = lambda around: decoder(around, [job.seed])  # noqa: E731
+    samples = decode_round(model, codes[:, first : first + frames], count, turn)
     return samples, dict(loop_start=first / model.frame_rate, loop_score=score)
 
 

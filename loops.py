@@ -18,6 +18,7 @@ ranking.py, and what that needs, to find the cut.
 """
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -134,15 +135,20 @@ def splash(sound: np.ndarray, wrap: int, sampling_rate: int) -> float:
     return float((levels[steps] - beside.mean(axis=0)).mean())
 
 
-def decode_round(model: "MusicGen", codes: mx.array, count: int) -> mx.array:
+def decode_round(
+    model: "MusicGen",
+    codes: mx.array,
+    count: int,
+    decode: Callable[[mx.array], mx.array] | None = None,
+) -> mx.array:
     """The sound (count, C) of a loop's codes (1, T, K), as it is heard when it has been
-    repeated for a while."""
+    repeated for a while; by the model's own `decode`, or another one."""
     T, hop = codes.shape[1], model.config.audio_encoder.hop_length
     before = model.frames_in(AROUND)
     times = -(-before // T)
     after = model.frames_in(min(AROUND, 0.2))
     around = mx.concatenate([codes] * (times + 1 + -(-after // T)), axis=1)
-    audio = model.decode(around[:, : (times + 1) * T + after])[0]
+    audio = (decode or model.decode)(around[:, : (times + 1) * T + after])[0]
     return resample_circle(audio[times * T * hop : (times + 1) * T * hop], count)
 
 

@@ -35,7 +35,7 @@ RECALLED = {*ALL_KEYS, *OF_MODEL} - {
     "rank",
 }
 FADES = ("fade_in", "fade_out")
-KEPT = {"output", *LEVELS, *FADES, "subtype", "mp3_bitrate"}  # flags beside --redecode
+KEPT = {"output", *LEVELS, *FADES, "subtype", "mp3_bitrate", "decoder"}  # --redecode's
 NEW_IN_EDIT = {
     "seed",
     "duration",
@@ -43,6 +43,7 @@ NEW_IN_EDIT = {
     "bars",
     *AUDIO_KEYS,
     "ending",
+    "decoder",
 }  # a take's, which its part has not
 UNDECODED = {"dtype", *QUANTIZATION, "adapter", "adapter_scale", "batch_size"}
 REPLACES = {  # flags, and the settings of a file that they put out of force
@@ -61,7 +62,7 @@ REPLACES = {  # flags, and the settings of a file that they put out of force
     "q_mode": {"q_bits", "q_group_size"},
     "loudness": {"peak"},
     "peak": {"loudness"},
-    "stream": {"loudness", "peak", "subtype", "drop_prompt", *ENDING_KEYS},
+    "stream": {"loudness", "peak", "subtype", "drop_prompt", "decoder", *ENDING_KEYS},
     "output": {"subtype"},
 }
 

@@ -68,12 +68,13 @@ class TestAgainstAudiocraft(Test):
 
 class TestBands(Test):
     def test_as_julius(self):
+        """Which computes in float32: its narrowest filter is 1.7e-6 off the exact one."""
         wanted = mx.load(str(FOLDER / "expected.safetensors"))
         for rate, count in ((32000, 8), (24000, 8), (32000, 32)):
             found = bands.low_pass_filters(rate, count)
             self.assertEqual(found.shape[0], count - 1)
             want = wanted[f"filters.{rate}.{count}"]
-            self.assertClose(found[mx.array([0, -1])], want, 1e-6)
+            self.assertClose(found[mx.array([0, -1])], want, 2e-6)
         taps = [
             bands.low_pass_filters(r, n).shape[1]
             for r, n in ((24000, 8), (32000, 8), (24000, 32), (32000, 32))
@@ -125,25 +126,25 @@ class TestDecode(Test):
         cls.codes = mx.random.randint(0, 64, (2, 12, 4)).astype(mx.uint32)
 
     def test_a_take_is_that_of_its_seed(self):
-        both = self.model.decode(self.codes, self.codec, seed=3)
+        both = self.model.decode(self.codes, 3, self.codec)
         self.assertEqual(both.shape, (2, 12 * 640, 1))
-        alone = self.model.decode(self.codes[1:], self.codec, seed=4)
+        alone = self.model.decode(self.codes[1:], 4, self.codec)
         self.assertClose(both[1:], alone, 1e-6)
-        other = self.model.decode(self.codes[1:], self.codec, seed=5)
+        other = self.model.decode(self.codes[1:], 5, self.codec)
         self.assertGreater(mx.abs(other - alone).max().item(), 1e-3)
 
     def test_stereo_is_two_rows(self):
         codes = mx.stack([self.codes[0], self.codes[1]], axis=-1).reshape(1, 12, 8)
-        sound = self.model.decode(codes, self.codec, seed=3, channels=2)
+        sound = self.model.decode(codes, 3, self.codec, channels=2)
         self.assertEqual(sound.shape, (1, 12 * 640, 2))
         quiet = mx.std(self.codec.decode_chunk(self.codes), axis=1)
         self.assertTrue((mx.std(sound, axis=1) > quiet.min() / 9).all().item())
 
     def test_pieces(self):
         """Of the same noises, gone over from one into the next."""
-        whole = self.model.decode(self.codes[:1], self.codec, seed=3)
+        whole = self.model.decode(self.codes[:1], 3, self.codec)
         with patch.multiple(diffusion, PIECE=0.16, OVERLAP=0.08):
-            parts = self.model.decode(self.codes[:1], self.codec, seed=3)
+            parts = self.model.decode(self.codes[:1], 3, self.codec)
         self.assertEqual(parts.shape, whole.shape)
         self.assertEqual(diffusion.cut(12, 8, 4), [(0, 8), (4, 12)])
         self.assertEqual(diffusion.cut(12, 20, 4), [(0, 12)])
@@ -158,7 +159,7 @@ class TestDecode(Test):
             REFERENCE / "audiogen-audiocraft"
         ).audio_encoder
         with self.assertRaisesRegex(ValueError, "must have 32000 Hz, got 16000"):
-            self.model.decode(self.codes, codec)
+            self.model.decode(self.codes, 0, codec)
 
     def test_one_band_at_a_time(self):
         model = MultiBandDiffusion(diffusion_files.open_files(FOLDER), keep=False)
@@ -208,7 +209,7 @@ class TestFiles(Test):
             if value is None:
                 del cfg[place[0]][place[1]]
             with self.assertRaisesRegex(ValueError, told):
-                diffusion_files.make_band(package | dict(cfg=cfg), 32000)
+                diffusion_files.make_band(package | dict(cfg=cfg), 32000, mx.float32)
 
     def test_no_file(self):
         (self.folder / "empty").mkdir()
