@@ -20,8 +20,8 @@ from typing import NoReturn
 import mlx.core as mx
 
 from audio import SUBTYPES, check_bitrate, choose_subtype
-from edit import set_edit
 from diffusion_job import CODEC
+from edit import set_edit
 from endings import FADE
 from hub import MODELS, check_name, follows, local
 from job import (

@@ -9,10 +9,14 @@ are summed. Then the loudness of 32 bands is brought to that of EnCodec's own de
 
 or `python diffusion.py take.safetensors take.wav`, for codes of generate.py's
 --save-codes. Needs bands.py, group_norm.py, matmul_conv.py, encodec.py, encodec_stream.py
-and parallel.py beside it; diffusion_files.py and what it needs to load what was published;
-to decode a file diffusion_job.py, too.
+and parallel.py beside it; diffusion_files.py to load what was published, and to decode a
+file musicgen.py, settings.py, prompt.py, audio.py and progress.py, with what these need.
 """
 
+import argparse
+import os
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from bands import split_bands
 from encodec import Encodec
@@ -29,10 +34,12 @@ from group_norm import GroupNorm
 from matmul_conv import Conv1d, ConvTranspose1d, StridedConv1d
 
 if TYPE_CHECKING:
-    from diffusion_files import Files
+    from diffusion_files import Files, Parts
 
-STEPS = (*range(999, 0, -50), 0)  # of the schedule's 1000; the last is not evaluated
+NUM_STEPS = 1000  # of the schedule
+STEPS = (*range(999, 0, -50), 0)  # those that are taken; the last is not evaluated
 EQ_BANDS = 32
+UNTOUCHED = dict(loudness=None, peak=None, fade_in=None, fade_out=0.0)  # by this script
 PIECE, OVERLAP = 30.0, 1.0  # seconds that are decoded at once, and that pieces share
 
 
@@ -40,12 +47,10 @@ PIECE, OVERLAP = 30.0, 1.0  # seconds that are decoded at once, and that pieces 
 class UNetConfig:
     """Sizes, spelled as in the file; defaults: the published ones."""
 
-    channels: int = 1
     hidden: int = 48
     depth: int = 4
     growth: float = 4
     max_channels: int = 10_000
-    num_steps: int = 1000
     kernel: int = 8
     stride: int = 4
     norm_groups: int = 4
@@ -55,11 +60,16 @@ class UNetConfig:
 
     @property
     def widths(self) -> list[int]:
-        """Channels before each level, and behind the last: (depth + 1,)."""
-        widths, hidden = [self.channels], self.hidden
+        """Channels before each level, of which a sound has one, and behind the last:
+        (depth + 1,). Raises ValueError where groups do not divide them."""
+        widths, hidden = [1], self.hidden
         for _ in range(self.depth):
             widths.append(hidden)
             hidden = min(int(hidden * self.growth), self.max_channels)
+        if any(width % self.norm_groups for width in widths[1:]):
+            raise ValueError(
+                f"norm_groups must divide {widths[1:]}, got {self.norm_groups}."
+            )
         return widths
 
 
@@ -123,13 +133,13 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig):
         super().__init__()
-        widths, steps = config.widths, config.num_steps
+        widths = config.widths
         pairs = [*zip(widths, widths[1:])]
         self.encoders = [EncoderLayer(config, a, b) for a, b in pairs]
         self.decoders = [DecoderLayer(config, b, a) for a, b in reversed(pairs)]
-        self.embedding = nn.Embedding(steps, config.hidden)
+        self.embedding = nn.Embedding(NUM_STEPS, config.hidden)
         deeper = widths[2:] if config.emb_all_layers else []
-        self.embeddings = [nn.Embedding(steps, width) for width in deeper]
+        self.embeddings = [nn.Embedding(NUM_STEPS, width) for width in deeper]
         self.conv_codec = nn.Linear(config.codec_dim, widths[-1])
 
     def __call__(self, x: mx.array, step: int, condition: mx.array) -> mx.array:
@@ -152,7 +162,6 @@ class UNet(nn.Module):
             level = levels.pop()
             z = decoder(z[:, : level.shape[1]] + level)
         return z[:, :N].astype(mx.float32)
-
 
     def check_width(self, width: int) -> None:
         """Raise ValueError for a condition of another width."""
@@ -183,8 +192,8 @@ class Schedule:
     beta_t0: float
     beta_t1: float
     beta_exp: float
-    num_steps: int = 1000
-    clip: float = 5.0
+    num_steps: int = NUM_STEPS
+    clip: float | None = 5.0
     noise_scale: float = 1.0
 
     @property
@@ -283,8 +292,16 @@ class MultiBandDiffusion:
             )
         if number not in self._bands:
             self.forget()
-            self._bands[number] = self._files.read(number, self._dtype)
+            self._bands[number] = self._files.read(number, self._build)
         return self._bands[number]
+
+    def _build(self, parts: "Parts") -> Band:
+        unet = UNet(UNetConfig(**parts.sizes))
+        load(unet, parts.weights, self._dtype)
+        processor = lambda x: x  # noqa: E731
+        if parts.processor:
+            processor = Processor(self.sampling_rate, *parts.processor)
+        return Band(unet, Schedule(**parts.schedule), processor)
 
     def forget(self) -> None:
         """Give the memory of the bands back, unless they are to be kept."""
@@ -343,6 +360,22 @@ class MultiBandDiffusion:
         for _ in decoding:
             pass
         return decoding.audio
+
+
+def load(unet: UNet, weights: dict[str, mx.array], dtype: mx.Dtype) -> None:
+    """Load weights of a file. Raises ValueError naming a tensor that is missing, of
+    another shape, or not known."""
+    wanted = {name: array.shape for name, array in tree_flatten(unet.parameters())}
+    for name in sorted(wanted.keys() ^ weights.keys()):
+        what = "lacks the" if name in wanted else "has the unknown"
+        raise ValueError(f"it {what} tensor {name:.120}.")
+    for name, shape in wanted.items():
+        if weights[name].shape != shape:
+            raise ValueError(
+                f"{name:.120} must be of shape {shape}, got {weights[name].shape}."
+            )
+    unet.load_weights([(k, mx.contiguous(w.astype(dtype))) for k, w in weights.items()])
+    mx.eval(unet.parameters())  # so that what is cast goes
 
 
 class Decoding:
@@ -448,7 +481,72 @@ def join(pieces: list[mx.array], starts: list[int]) -> mx.array:
     return sound
 
 
-if __name__ == "__main__":
-    from diffusion_job import main
+def run(args: argparse.Namespace) -> None:
+    """Decode one file."""
+    import settings
+    from audio import check_output, save_audio
+    from options import row_seeds
+    from outputs import print_out
+    from progress import Progress
 
+    codes, record = settings.load_codes(args.codes)
+    check_output(args.output, args.codes, args.force)
+    codec, channels = read_codec(args.model or str(record.get("model")), codes)
+    seed = record.get("seed", 0) if args.seed is None else args.seed
+    row_seeds([seed], rows=1)
+    model = MultiBandDiffusion.from_pretrained(args.decoder)
+    with Progress() as progress:
+        decoding = Decoding(model, codes, [seed], codec, channels)
+        progress.begin("decoding", decoding.seconds)
+        for step in decoding:
+            progress.to(step.seconds * step.step / step.total)
+    told = record | dict(decoder=args.decoder, seed=seed) | UNTOUCHED
+    comment = settings.to_comment(told)
+    audio, rate = decoding.audio[0], model.sampling_rate
+    save_audio(args.output, audio, rate, comment, overwrite=args.force)
+    print_out(f"{args.output}: {len(audio) / rate:.2f} s")
+
+
+def read_codec(name: str, codes: mx.array) -> tuple[Encodec, int]:
+    """The codec of a model, and of how many channels codes (1, T, K) of it are."""
+    from musicgen import MusicGen
+    from prompt import check_codes
+
+    model = MusicGen.from_pretrained(name, lazy=True)  # its decoder is not read
+    check_codes(model, codes)
+    return model.audio_encoder, model.channels
+
+
+def warn(message: Warning | str, *_) -> None:
+    from messages import one_line
+
+    print(f"diffusion.py: warning: {one_line(message)}", file=sys.stderr)
+
+
+def main() -> None:
+    from messages import one_line
+
+    parser = argparse.ArgumentParser(
+        prog="diffusion.py",
+        description="Decode a take's codes by multi-band diffusion.",
+    )
+    add = parser.add_argument
+    add("codes", type=Path, help="file of generate.py --save-codes, a .safetensors")
+    add("output", type=Path, help="sound file to write")
+    weights = "musicgen, a file, a folder or a Hub id (default: %(default)s)"
+    add("--decoder", default="musicgen", help=weights)
+    add("--model", help="whose codec made the codes (default: the take's own model)")
+    add("--seed", type=int, help="of the noise (default: the take's own)")
+    add("--force", action="store_true", help="overwrite what is there")
+    warnings.showwarning = warn
+    os.environ["HF_HUB_VERBOSITY"] = "error"  # no retries; the end result is reported
+    try:
+        run(parser.parse_args())
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"diffusion.py: error: {one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
     main()

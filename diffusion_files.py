@@ -1,24 +1,21 @@
-"""The published files of multi-band diffusion -> its bands.
+"""The published files of multi-band diffusion -> what diffusion.py makes its bands of.
 
     files = open_files("musicgen")  # or a file, a folder, a Hub id
-    band = files.read(0)
+    band = files.read(0, build)  # build(Parts) -> a band
 
 A file of audiocraft holds the settings and weights of each band. Sizes, schedule and
 processors are what its settings say; one that is missing is an error. Only the band that
-is asked for is read. Needs diffusion.py, torch_file.py, strict.py and hub.py beside it,
-with what these need.
+is asked for is read. Needs torch_file.py and hub.py beside it.
 """
 
 import re
-from dataclasses import fields
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
-from diffusion import Band, Processor, Schedule, UNet, UNetConfig
-from hub import local
+from hub import explain, local, no_network
 from torch_file import load_torch
 
 REPO, FILES = "facebook/multiband-diffusion", {"musicgen": "mbd_musicgen_32khz.th"}
@@ -32,10 +29,25 @@ FIXED = {  # what is not ported, by where it stands
     "diffusion_unet.transformer": False,
     "diffusion_unet.cross_attention": False,
 }
-MOST = dict(hidden=4096, depth=12, growth=64, max_channels=10**6, kernel=256, stride=256)
+MOST = dict(
+    hidden=4096, depth=12, growth=64, max_channels=10**6, kernel=256, stride=256
+)
 MOST |= dict(norm_groups=4096, res_blocks=16, codec_dim=4096)  # of sizes
+SCHEDULE = ("beta_t0", "beta_t1", "beta_exp", "num_steps", "clip", "noise_scale")
 LINK = re.compile(r"\$\{([\w.]+)\}")
+RECOMMENDED = "max_recommended_working_set_size"  # of a Mac, in bytes
 ROOM = 2  # times the weights must fit into what memory is left, for all to be kept
+
+
+class Parts(NamedTuple):
+    """What a file holds of a band, in numbers of Python and MLX."""
+
+    sizes: dict[str, Any]  # of the UNet
+    schedule: dict[str, Any]
+    processor: (
+        tuple[mx.array, mx.array] | None
+    )  # means and gains of its bands, (n,) each
+    weights: dict[str, mx.array]  # float32, laid out as in MLX
 
 
 class Files(NamedTuple):
@@ -45,11 +57,12 @@ class Files(NamedTuple):
     sampling_rate: int
     n_bands: int
 
-    def read(self, number: int, dtype: mx.Dtype = mx.float32) -> Band:
-        """A band. Raises ValueError naming what is missing or not ported."""
+    def read(self, number: int, build: Callable[[Parts], Any]) -> Any:
+        """What `build` makes of a band's parts. Raises ValueError naming the file, and
+        what is missing, not ported or does not fit."""
         part = load_torch(self.path, keys=(number,)).get(number)
         try:
-            return make_band(part, self.sampling_rate, dtype)
+            return build(read_parts(part))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             told = f"{self.path!s:.150}, band {number}: {error}"
             raise ValueError(" ".join(told.split())[:390]) from error
@@ -85,99 +98,90 @@ def find(name: str) -> Path:
         return found[0]
     from huggingface_hub import hf_hub_download
 
-    repo = REPO if name in FILES else name
+    repo, reason = REPO if name in FILES else name, no_network()
+    file = FILES.get(name, FILES["musicgen"])
     try:
-        return Path(hf_hub_download(repo, FILES.get(name, FILES["musicgen"])))
+        return Path(hf_hub_download(repo, file, local_files_only=bool(reason)))
     except (OSError, ValueError) as error:
+        why = explain(error, repo, reason, (file,))
         raise OSError(
-            f"The Hub did not give {repo:.80}: {error!s:.200} Name a file that is here."
+            f"The Hub did not give the decoder {repo:.80}: {why}. To work offline, name "
+            f"its file {file}."
         ) from error
 
 
 def fits(files: Files, dtype: mx.Dtype) -> bool:
     """Whether memory holds all bands at once, beside what is there."""
-    from engine import memory_size
-
     weights = files.path.stat().st_size * dtype.size // 4  # which are float32 there
-    return ROOM * weights < memory_size() - mx.get_active_memory()
+    limit = mx.get_memory_limit()
+    limit = min(limit, mx.device_info().get(RECOMMENDED, limit))
+    return ROOM * weights < limit - mx.get_active_memory()
 
 
-def make_band(part: dict[str, Any], sampling_rate: int, dtype: mx.Dtype) -> Band:
-    """A band of its settings and weights."""
+def read_parts(part: dict[str, Any]) -> Parts:
+    """The parts of a band, from its settings and states."""
     settings = flat(part["cfg"])
     for name, value in FIXED.items():
         if (found := setting(settings, name)) != value:
             raise ValueError(f"{name} must be {value!r}, got {found!r:.40}.")
-    unet = UNet(make_config(settings))
-    load(unet, part["model_state"], dtype)
-    schedule = {
-        field.name: setting(settings, f"schedule.{field.name}")
-        for field in fields(Schedule)
-    }
-    processor = make_processor(part, settings, sampling_rate)
-    return Band(unet, Schedule(**schedule), processor)
+    schedule = {name: setting(settings, f"schedule.{name}") for name in SCHEDULE}
+    for name, value in schedule.items():
+        if type(value) not in (int, float) and (name, value) != ("clip", None):
+            raise ValueError(f"schedule.{name} must be a number, got {value!r:.40}.")
+    processor = read_processor(part, settings)
+    return Parts(read_sizes(settings), schedule, processor, weights_of(part))
 
 
-def make_config(settings: dict[str, Any]) -> UNetConfig:
+def read_sizes(settings: dict[str, Any]) -> dict[str, Any]:
     """The sizes of a UNet. Raises ValueError for such as cannot be."""
-    own = {field.name for field in fields(UNetConfig)} - {"channels", "num_steps"}
-    sizes = {name: setting(settings, f"diffusion_unet.{name}") for name in own}
+    sizes = {name: setting(settings, f"diffusion_unet.{name}") for name in MOST}
     for name, value in sizes.items():
         whole = type(value) is int or name == "growth" and type(value) is float
-        if name != "emb_all_layers" and not (whole and 1 <= value <= MOST[name]):
+        if not (whole and 1 <= value <= MOST[name]):
             raise ValueError(
                 f"diffusion_unet.{name} must be from 1 to {MOST[name]}, got {value!r:.40}."
             )
-    if type(sizes["emb_all_layers"]) is not bool:
+    kernel, stride = sizes["kernel"], sizes["stride"]
+    if kernel % stride or (kernel - stride) % 2:
+        raise ValueError(
+            f"diffusion_unet.kernel must be a multiple of its stride {stride}, and differ "
+            f"by an even number, got {kernel}."
+        )
+    everywhere = setting(settings, "diffusion_unet.emb_all_layers")
+    if type(everywhere) is not bool:
         raise ValueError("diffusion_unet.emb_all_layers must be true or false.")
-    config = UNetConfig(**sizes)
-    if config.kernel % config.stride or (config.kernel - config.stride) % 2:
-        raise ValueError(
-            f"diffusion_unet.kernel must be a multiple of its stride {config.stride}, and "
-            f"even beside it, got {config.kernel}."
-        )
-    if any(width % config.norm_groups for width in config.widths[1:]):
-        raise ValueError(
-            f"diffusion_unet.norm_groups must divide {config.widths[1:]}, got "
-            f"{config.norm_groups}."
-        )
-    return config
+    return sizes | dict(emb_all_layers=everywhere)
 
 
-def make_processor(part: dict, settings: dict[str, Any], sampling_rate: int):
-    """What turns a band back, which is nothing where the settings use none."""
+def read_processor(
+    part: dict[str, Any], settings: dict[str, Any]
+) -> tuple[mx.array, mx.array] | None:
+    """Means and gains that turn a band back; None where the settings use none."""
     if not setting(settings, "processor.use"):
-        return lambda x: x
-    state = part["processor_state"]
+        return None
+    state, n_bands = part["processor_state"], setting(settings, "processor.n_bands")
     counts = state["counts"]
     mean, power = state["sum_x"] / counts, setting(settings, "processor.power_std")
+    if mean.shape != (n_bands,):
+        raise ValueError(
+            f"processor_state must have {n_bands} bands, got {mean.shape}."
+        )
     spread = mx.sqrt(mx.maximum(state["sum_x2"] / counts - mean**2, 0))
     target = state["sum_target_x2"] / counts  # a power: audiocraft takes no root of it
-    return Processor(sampling_rate, mean, (spread / target) ** mx.array(power))
+    return mean, (spread / target) ** mx.array(power)
 
 
-def load(unet: UNet, state: dict[str, mx.array], dtype: mx.Dtype) -> None:
-    """Load torch's weights. Raises ValueError naming a tensor that is missing, of
-    another shape, or not known."""
+def weights_of(part: dict[str, Any]) -> dict[str, mx.array]:
+    """torch's weights as MLX has them."""
     weights = {}
-    for name, weight in state.items():
+    for name, weight in part["model_state"].items():
         if name == "conv_codec.weight" and weight.ndim == 3:  # of one tap
             weight = weight.squeeze(2)
         elif weight.ndim == 3:  # of convolutions: (out, in, k), transposed (in, out, k)
             order = (2, 0, 1) if "convtr" in name else (2, 1, 0)
             weight = weight.transpose(order)
-        weights[name] = mx.contiguous(weight.astype(dtype))
-    wanted = {name: array.shape for name, array in tree_flatten(unet.parameters())}
-    for name in sorted(wanted.keys() ^ weights.keys()):
-        what = "lacks" if name in wanted else "has the unknown"
-        raise ValueError(f"it {what} tensor {name:.120}.")
-    for name, shape in wanted.items():
-        if weights[name].shape != shape:
-            raise ValueError(
-                f"{name:.120} must be of shape {shape}, got {weights[name].shape}."
-            )
-    unet.load_weights([*weights.items()])
-    mx.eval(unet.parameters())  # so that what is cast goes
+        weights[name] = weight.astype(mx.float32)
+    return weights
 
 
 def flat(settings: dict, prefix: str = "", depth: int = 0) -> dict[str, Any]:

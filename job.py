@@ -218,7 +218,13 @@ class Job:
         if self.best_of or other.best_of:
             return False
         mine, theirs = [
-            (job.made, job.ending.tail, job.audio_prompt, times(job.prompt), job.decoder)
+            (
+                job.made,
+                job.ending.tail,
+                job.audio_prompt,
+                times(job.prompt),
+                job.decoder,
+            )
             for job in (self, other)
         ]
         return mine == theirs

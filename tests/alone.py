@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
 
+import alone_diffusion
 import alone_serve
 import alone_train
 import mlx.core as mx
@@ -543,7 +544,7 @@ def try_wav_stream(wav_stream):
 
 TRIALS = {
     name.removeprefix("try_"): trial
-    for place in (globals(), vars(alone_serve), vars(alone_train))
+    for place in (globals(), *map(vars, (alone_diffusion, alone_serve, alone_train)))
     for name, trial in [*place.items()]
     if name.startswith("try_")
 }

@@ -11,7 +11,7 @@ import diffusion
 import diffusion_files
 from bands import split_bands
 from diffusion import MultiBandDiffusion
-from diffusion_files import setting
+from diffusion_files import read_parts, setting
 from musicgen import MusicGen
 from torch_file import load_torch
 
@@ -68,7 +68,8 @@ class TestAgainstAudiocraft(Test):
 
 class TestBands(Test):
     def test_as_julius(self):
-        """Which computes in float32: its narrowest filter is 1.7e-6 off the exact one."""
+        """Which computes in float32, and convolves by FFT: its narrowest filter is 1.7e-6
+        off the exact one."""
         wanted = mx.load(str(FOLDER / "expected.safetensors"))
         for rate, count in ((32000, 8), (24000, 8), (32000, 32)):
             found = bands.low_pass_filters(rate, count)
@@ -82,7 +83,7 @@ class TestBands(Test):
         self.assertEqual(taps, [629, 751, 2 * 1446 + 1, 2 * 1754 + 1])
         sound = numbers(1, ROWS, 1, 5757)[:1, :2000]
         want = wanted["bands"].swapaxes(2, 3)
-        self.assertClose(split_bands(sound, 32000, 8), want, 1e-6)
+        self.assertClose(split_bands(sound, 32000, 8), want, 1e-5)
 
     def test_they_sum_up(self):
         """A tone of 1 kHz, noise and chords, in stereo and mono."""
@@ -158,7 +159,7 @@ class TestDecode(Test):
         codec = MusicGen.from_pretrained(
             REFERENCE / "audiogen-audiocraft"
         ).audio_encoder
-        with self.assertRaisesRegex(ValueError, "must have 32000 Hz, got 16000"):
+        with self.assertRaisesRegex(ValueError, "of 32000 Hz made, not one of 16000 Hz"):
             self.model.decode(self.codes, 0, codec)
 
     def test_one_band_at_a_time(self):
@@ -172,6 +173,8 @@ class TestDecode(Test):
 
 
 class TestFiles(Test):
+    model = MultiBandDiffusion(diffusion_files.open_files(FOLDER))
+
     def settings(self, **other) -> dict:
         package = load_torch(FOLDER / "mbd_tiny.th", keys=(1,))[1]
         return diffusion_files.flat(package["cfg"]) | other
@@ -198,7 +201,7 @@ class TestFiles(Test):
             (("diffusion_unet", "bilstm"), True, "diffusion_unet.bilstm must be False"),
             (("diffusion_unet", "hidden"), None, "must have diffusion_unet.hidden"),
             (("diffusion_unet", "hidden"), 8, "must be of shape"),
-            (("diffusion_unet", "depth"), 4, "lacks tensor"),
+            (("diffusion_unet", "depth"), 4, "lacks the tensor"),
             (("processor", "use"), None, "must have processor.use"),
         ):
             cfg = {
@@ -209,7 +212,7 @@ class TestFiles(Test):
             if value is None:
                 del cfg[place[0]][place[1]]
             with self.assertRaisesRegex(ValueError, told):
-                diffusion_files.make_band(package | dict(cfg=cfg), 32000, mx.float32)
+                self.model._build(read_parts(package | dict(cfg=cfg)))
 
     def test_no_file(self):
         (self.folder / "empty").mkdir()

@@ -23,17 +23,17 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 # Every import points to an earlier layer, from people at the end to leaves.
 LAYERS = """
-    options outputs together limits ported hub resample decoder test strict parallel quantize beat edit endings forms access group_norm
+    options outputs together limits ported hub resample decoder test strict parallel quantize beat edit endings forms access group_norm bands matmul_conv
     messages torch_file settings audio decoder_names t5_files textless models peft_config sections
-    progress lora loudness wav_stream synth demucs mert t5 audiocraft takes worker web
+    progress lora loudness wav_stream synth demucs mert t5 audiocraft takes worker web diffusion_files
     training play stream encodec_files melody peft_files
     encodec adapters notes
     engine encodec_stream style train_codec
     prompt published conditioning
     checkpoints
     musicgen
-    ranking magnet
-    convert evaluate loops regenerate magnet_job
+    ranking magnet diffusion
+    convert evaluate loops regenerate magnet_job diffusion_job
     job evaluate_score fill train_magnet train_lm
     train jobs recall evaluate_fill sound_tasks
     benchmark arguments lines sources
