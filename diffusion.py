@@ -298,6 +298,7 @@ class MultiBandDiffusion:
     def _build(self, parts: "Parts") -> Band:
         unet = UNet(UNetConfig(**parts.sizes))
         load(unet, parts.weights, self._dtype)
+        mx.eval(unet.parameters())  # so that what is cast goes
         processor = lambda x: x  # noqa: E731
         if parts.processor:
             processor = Processor(self.sampling_rate, *parts.processor)
@@ -375,7 +376,6 @@ def load(unet: UNet, weights: dict[str, mx.array], dtype: mx.Dtype) -> None:
                 f"{name:.120} must be of shape {shape}, got {weights[name].shape}."
             )
     unet.load_weights([(k, mx.contiguous(w.astype(dtype))) for k, w in weights.items()])
-    mx.eval(unet.parameters())  # so that what is cast goes
 
 
 class Decoding:

@@ -35,6 +35,7 @@ MOST = dict(
 MOST |= dict(norm_groups=4096, res_blocks=16, codec_dim=4096)  # of sizes
 SCHEDULE = ("beta_t0", "beta_t1", "beta_exp", "num_steps", "clip", "noise_scale")
 LINK = re.compile(r"\$\{([\w.]+)\}")
+MOST_LINKS = 20  # from one setting to the next
 RECOMMENDED = "max_recommended_working_set_size"  # of a Mac, in bytes
 ROOM = 2  # times the weights must fit into what memory is left, for all to be kept
 
@@ -120,7 +121,7 @@ def fits(files: Files, dtype: mx.Dtype) -> bool:
 
 def read_parts(part: dict[str, Any]) -> Parts:
     """The parts of a band, from its settings and states."""
-    settings = flat(part["cfg"])
+    settings = part["cfg"]
     for name, value in FIXED.items():
         if (found := setting(settings, name)) != value:
             raise ValueError(f"{name} must be {value!r}, got {found!r:.40}.")
@@ -184,26 +185,15 @@ def weights_of(part: dict[str, Any]) -> dict[str, mx.array]:
     return weights
 
 
-def flat(settings: dict, prefix: str = "", depth: int = 0) -> dict[str, Any]:
-    """Settings by their dotted names."""
-    found = {}
-    for name, value in settings.items():
-        if isinstance(value, dict) and depth < 8:
-            found |= flat(value, f"{prefix}{name}.", depth + 1)
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
-
-
-def setting(settings: dict[str, Any], name: str) -> Any:
+def setting(cfg: dict[str, Any], name: str) -> Any:
     """A setting by its dotted name; what refers to another is that. Raises ValueError
     for one that is missing, or refers to itself."""
-    seen = []
-    while name not in seen:
-        seen.append(name)
-        if name not in settings:
-            raise ValueError(f"its settings must have {name:.80}.")
-        value = settings[name]
+    for _ in range(MOST_LINKS):
+        value: Any = cfg
+        for word in name.split("."):
+            if not isinstance(value, dict) or word not in value:
+                raise ValueError(f"its settings must have {name:.80}.")
+            value = value[word]
         link = LINK.fullmatch(value) if isinstance(value, str) else None
         if link is None:
             return value

@@ -34,9 +34,10 @@ class GroupNorm(nn.Module):
 def mean(x: mx.array, groups: int) -> mx.array:
     """Of each channel of x (B, N, C) the mean of its group, over time and the group's
     channels: (B, 1, C)."""
-    B, N, C = x.shape
-    x = mx.pad(x, [(0, 0), (0, -N % STEPS), (0, 0)]).reshape(B, -1, STEPS, C)
-    means = x.sum(axis=2).sum(axis=1).reshape(B, groups, -1).mean(axis=2) / N
+    (B, N, C), blocks = x.shape, x.shape[1] // STEPS
+    whole, rest = mx.split(x, [blocks * STEPS], axis=1)
+    sums = whole.reshape(B, blocks, STEPS, C).sum(axis=2).sum(axis=1) + rest.sum(axis=1)
+    means = sums.reshape(B, groups, -1).mean(axis=2) / N
     return mx.repeat(means, C // groups, axis=1)[:, None]
 
 

@@ -57,6 +57,8 @@ def in_words(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, KeyError):
         text = f"it lacks {text}"
+    if isinstance(error, RecursionError):
+        text = "it holds what holds itself"
     if text == "" or "b'" in text:
         return "it holds something else"
     shown = (c if c.isprintable() else ascii(c)[1:-1] for c in text.rstrip(". "))

@@ -31,6 +31,7 @@ MAGNET = [
     *(f"magnet-{size}-{s}secs" for size in ("small", "medium") for s in (10, 30)),
     *(f"audio-magnet-{size}" for size in ("small", "medium")),
 ]  # nor they
+DIFFUSION = ["mbd_musicgen_32khz", "mbd_comp_24khz"]
 OTHERS = ["encodec_24khz", "encodec_32khz", "encodec_48khz", "t5-base", "t5-large"]
 
 # Every transformers checkpoint of MusicGen holds the same codec, written once.
@@ -42,7 +43,8 @@ def read() -> dict:
 
     `tensors` maps "NAME.transformers" or "NAME.audiocraft" to a compact
     manifest, `compression` maps a MusicGen name to what is in its
-    compression_state_dict.bin, and `configs` maps a name to its config.json.
+    compression_state_dict.bin, `configs` maps a name to its config.json, and
+    `diffusion` maps a decoder to what is in its file, each model_state compact.
     """
     stored = json.loads(MANIFESTS.read_text())
     for manifest in stored["tensors"].values():
@@ -113,6 +115,22 @@ def full_manifests(folder: Path) -> tuple[dict, dict]:
     return tensors, compression
 
 
+def diffusion_in(folder: Path) -> dict[str, dict]:
+    """Read {name: what is in the file of a multi-band diffusion}."""
+    found = {}
+    for name in DIFFUSION:
+        files = json.loads((folder / f"{name}.audiocraft.json").read_text())
+        (found[name],) = files.values()
+    return found
+
+
+def short(package: dict) -> dict:
+    """What is in a file of a multi-band diffusion, its first band's model_state compact;
+    those of the others are "as 0"."""
+    first = package["0"]
+    return package | {"0": first | {"model_state": compact(first["model_state"])}}
+
+
 def rebuild(folder: Path) -> None:
     full, compression = full_manifests(folder)
     tensors = {key: compact(manifest) for key, manifest in full.items()}
@@ -123,9 +141,11 @@ def rebuild(folder: Path) -> None:
         name: json.loads((folder / f"{name}.config.json").read_text())
         for name in OTHERS + MUSICGEN + MELODY
     }
+    diffusion = diffusion_in(folder)
     stored = {"tensors": tensors, "compression": compression, "configs": configs}
+    stored["diffusion"] = {name: short(package) for name, package in diffusion.items()}
     MANIFESTS.write_text(one_entry_a_line(stored))
-    verify(full, compression, configs)
+    verify(full, compression, configs, diffusion)
 
 
 def one_entry_a_line(stored: dict) -> str:
@@ -140,8 +160,14 @@ def one_entry_a_line(stored: dict) -> str:
     return "{" + ",\n".join(sections) + "}\n"
 
 
-def verify(full: dict, compression: dict, configs: dict) -> None:
+def verify(full: dict, compression: dict, configs: dict, diffusion: dict) -> None:
     stored = read()
+    for name, package in diffusion.items():
+        ours = stored["diffusion"][name]
+        assert ours == short(package)
+        state = package["0"]["model_state"]
+        wanted = {n: (dtype, tuple(shape)) for n, (dtype, shape) in state.items()}
+        assert expand(ours["0"]["model_state"]) == wanted
     for key, manifest in full.items():
         wanted = {n: (dtype, tuple(shape)) for n, (dtype, shape) in manifest.items()}
         if expand(stored["tensors"][key]) != wanted:

@@ -11,9 +11,7 @@ import diffusion
 import diffusion_files
 from bands import split_bands
 from diffusion import MultiBandDiffusion
-from diffusion_files import read_parts, setting
 from musicgen import MusicGen
-from torch_file import load_torch
 
 FOLDER = REFERENCE / "diffusion-audiocraft"
 BANDS, ROWS = 3, 2
@@ -159,7 +157,9 @@ class TestDecode(Test):
         codec = MusicGen.from_pretrained(
             REFERENCE / "audiogen-audiocraft"
         ).audio_encoder
-        with self.assertRaisesRegex(ValueError, "of 32000 Hz made, not one of 16000 Hz"):
+        with self.assertRaisesRegex(
+            ValueError, "of 32000 Hz made, not one of 16000 Hz"
+        ):
             self.model.decode(self.codes, 0, codec)
 
     def test_one_band_at_a_time(self):
@@ -170,55 +170,3 @@ class TestDecode(Test):
         self.assertEqual([*model._bands], [1])
         with self.assertRaisesRegex(ValueError, "band must be from 0 to 2, got 3"):
             model.unet(3)
-
-
-class TestFiles(Test):
-    model = MultiBandDiffusion(diffusion_files.open_files(FOLDER))
-
-    def settings(self, **other) -> dict:
-        package = load_torch(FOLDER / "mbd_tiny.th", keys=(1,))[1]
-        return diffusion_files.flat(package["cfg"]) | other
-
-    def test_links(self):
-        """What refers to another setting is that one; what refers to itself is refused."""
-        self.assertEqual(self.settings()["channels"], "${one}")
-        self.assertEqual(setting(self.settings(), "channels"), 1)
-        for links in (dict(a="${a}"), dict(a="${b}", b="${c}", c="${b}")):
-            with self.assertRaisesRegex(ValueError, "refers to itself"):
-                setting(links, "a")
-        with self.assertRaisesRegex(ValueError, "its settings must have b"):
-            setting(dict(a="${b}"), "a")
-
-    def test_what_is_missing_or_not_ported(self):
-        package = load_torch(FOLDER / "mbd_tiny.th", keys=(1,))[1]
-        for place, value, told in (
-            (
-                ("schedule", "repartition"),
-                "linear",
-                "schedule.repartition must be 'power'",
-            ),
-            (("schedule", "beta_exp"), None, "must have schedule.beta_exp"),
-            (("diffusion_unet", "bilstm"), True, "diffusion_unet.bilstm must be False"),
-            (("diffusion_unet", "hidden"), None, "must have diffusion_unet.hidden"),
-            (("diffusion_unet", "hidden"), 8, "must be of shape"),
-            (("diffusion_unet", "depth"), 4, "lacks the tensor"),
-            (("processor", "use"), None, "must have processor.use"),
-        ):
-            cfg = {
-                k: dict(v) if isinstance(v, dict) else v
-                for k, v in package["cfg"].items()
-            }
-            cfg[place[0]][place[1]] = value
-            if value is None:
-                del cfg[place[0]][place[1]]
-            with self.assertRaisesRegex(ValueError, told):
-                self.model._build(read_parts(package | dict(cfg=cfg)))
-
-    def test_no_file(self):
-        (self.folder / "empty").mkdir()
-        with self.assertRaisesRegex(FileNotFoundError, "holds no .th or .pt file"):
-            MultiBandDiffusion.from_pretrained(self.folder / "empty")
-        path = self.folder / "bad.th"
-        path.write_bytes(b"PK" + bytes(99))
-        with self.assertRaisesRegex(ValueError, "is not a checkpoint that torch wrote"):
-            MultiBandDiffusion.from_pretrained(path)
