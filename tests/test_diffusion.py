@@ -27,7 +27,7 @@ class TestAgainstAudiocraft(Test):
     def setUpClass(cls):
         super().setUpClass()
         cls.wanted = mx.load(str(FOLDER / "expected.safetensors"))
-        cls.model = MultiBandDiffusion.from_pretrained(FOLDER)
+        cls.model = MultiBandDiffusion.from_pretrained(FOLDER, dtype=mx.float32)
         cls.codec = MusicGen.from_pretrained(
             REFERENCE / "mono-audiocraft"
         ).audio_encoder
@@ -46,6 +46,16 @@ class TestAgainstAudiocraft(Test):
             for step in (0, 499, 999):
                 found = self.model.unet(band)(self.x, step, self.condition)
                 self.assertClose(found, self.want(f"unet.{band}.{step}"), 1e-5)
+
+    def test_unet_in_float16(self):
+        """What it takes and gives is float32, and the error 50 dB below the noise."""
+        half = MultiBandDiffusion.from_pretrained(FOLDER, dtype=mx.float16)
+        for band in range(BANDS):
+            found = half.unet(band)(self.x, 499, self.condition)
+            self.assertEqual(found.dtype, mx.float32)
+            want = self.want(f"unet.{band}.499")
+            error = mx.std(found - want) / mx.std(want)
+            self.assertTrue(1e-5 < error.item() < 10 ** (-50 / 20), error)
 
     def test_processor(self):
         for band in range(BANDS):
@@ -117,7 +127,9 @@ class TestDecode(Test):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls.model = MultiBandDiffusion.from_pretrained(FOLDER / "mbd_tiny.th")
+        cls.model = MultiBandDiffusion.from_pretrained(
+            FOLDER / "mbd_tiny.th", dtype=mx.float32
+        )
         cls.codec = MusicGen.from_pretrained(
             REFERENCE / "mono-audiocraft"
         ).audio_encoder

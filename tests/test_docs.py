@@ -36,6 +36,8 @@ STANDINS = {
     "melody": str(REFERENCE / "melody-audiocraft"),
     "style": str(REFERENCE / "style-audiocraft"),
     "audiogen-medium": str(REFERENCE / "audiogen-audiocraft"),
+    "small": str(REFERENCE / "mono-audiocraft"),  # in Python
+    "musicgen": str(REFERENCE / "diffusion-audiocraft"),
 }
 SHORTER, LONGEST = 20, 0.6  # how many times, and no more seconds
 WHOLE = {"--loudness", "--save-codes", "--prompts", "--audio-prompt"}  # else half
@@ -142,6 +144,11 @@ def cheapen(command: str) -> list[str]:
             words += ["--model", "tiny"]
         words += ["--no-separate"] * ("--melody" in words)
         words += ["--takes", "2"] * ("--takes" in words)
+    if "--decoder" in words or words[0] == "diffusion.py":
+        decodes = ["--decoder", str(REFERENCE / "diffusion-audiocraft")]
+        words += decodes
+        if "--redecode" not in words and words[0] == "generate.py":
+            words += ["--model", str(REFERENCE / "mono-audiocraft")]
     for script, flags in CHEAP.items():
         if words[: len(script.split())] == script.split():
             words += flags.split()

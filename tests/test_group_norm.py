@@ -35,6 +35,15 @@ class TestGroupNorm(Test):
             made = GroupNorm(groups, 32)(x)
             self.assertClose(made, mx.array(exact(x, groups), mx.float32), 1e-5)
 
+    def test_in_float16(self):
+        """Sums are float32's, where those of float16 would be infinite."""
+        mx.random.seed(0)
+        x = (mx.random.normal((1, 144_000, 32)) + 2).astype(mx.float16)
+        made = GroupNorm(4, 32)(x)
+        self.assertEqual(made.dtype, mx.float16)
+        want = mx.array(exact(x, 4), mx.float32)
+        self.assertClose(made.astype(mx.float32), want, 1e-3)
+
     def test_the_codec_has_it(self):
         """At 48 kHz, where a chunk of a second is normalised as a whole."""
         norm = group_norm(EncodecConfig(norm_type="time_group_norm"), 32)
