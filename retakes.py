@@ -219,7 +219,6 @@ class Redecode(Generate):
             return
         record = jobs.take_settings(model, job, sounds, start.prompt_frames, start)
         record |= facts
-        self._takes.folder.mkdir(parents=True, exist_ok=True)
         path = jobs.save(model, job, samples, record).output
         beside = path.with_suffix(".safetensors")
         settings.save_codes(beside, start.codes, record, overwrite=False)

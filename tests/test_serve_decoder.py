@@ -8,7 +8,6 @@ from unittest.mock import patch
 
 from common import REFERENCE, Test, slow
 from serving import (
-    BELL,
     NOISE,
     Event,
     MadeTest,
@@ -261,6 +260,29 @@ class TestRedecode(DecoderTest):
         first = self.get("/takes/slow-bell-7.wav").body
         self.assertEqual(self.sound(take), first)
 
+    def test_a_loop(self):
+        """Goes round as before."""
+        loop = dict(loop=True, bpm=240, bars=0.25, duration=None)
+        first = self.make(**SHORT | loop)
+        (take,) = self.make(path=REDECODE)["takes"]
+        self.assertEqual(self.sound(take), first)
+        self.assertIn("loop_start", take["settings"])
+
+    def test_an_edit(self):
+        """What was made of which part stays told."""
+        self.make(**SHORT | dict(duration=0.4))
+        fields = dict(part="0.2:0.3", candidates=1, seed=3)
+        (edited,) = self.make(path=PART, **fields)["takes"]
+        self.in_two_steps()
+        path = f"/takes/{edited['id']}/redecode"
+        (take,) = self.make(path=path, decoder="diffusion")["takes"]
+        told = {key: take["settings"][key] for key in ("regenerated", "part")}
+        want = {key: edited["settings"][key] for key in told}
+        self.assertEqual(told, want)
+        again = f"/takes/{take['id']}/again"
+        (other,) = self.make(path=again, candidates=1)["takes"]
+        self.assertNotIn("decoder", other["settings"])
+
     def test_what_cannot_be(self):
         self.make(**SHORT)
         for pattern, fields in (
@@ -315,8 +337,13 @@ class TestFields(DecoderTest):
 
     def test_a_codec_of_another_width(self):
         """Is told in a line, before anything is made."""
-        said = "^The diffusion|width|hidden|codec"
-        self.fails(400, said, **BELL | dict(model="tiny", decoder="diffusion"))
+        tiny = SHORT | dict(model="tiny")
+        self.make(**tiny)
+        said = "^The diffusion decodes codes of a codec that is 16 wide"
+        with patch("diffusion_job.Decoder.__call__", side_effect=AssertionError):
+            self.fails(400, said, **tiny, decoder="diffusion")
+            self.fails(400, said, REDECODE, decoder="diffusion")
+        self.assertEqual(len(self.get("/takes").json["takes"]), 1)
 
     def test_where_the_hub_does_not_give_it(self):
         error = OSError("The Hub did not give the decoder.")
