@@ -1,13 +1,16 @@
-"""What the model makes of a take: it again, a longer one, or a part of it again.
+"""What the model makes of a take: it again, a longer one, a part of it again, or the
+sound of its codes anew.
 
     take = takes.find("slow-bell-7")
     task = read_again(takes, take, Form({"temp": 0.8}), limits)
     task = read_extension(takes, take, Form({"seconds": 10}), limits)
     task = read_edit(takes, take, Form({"part": "8:12"}), limits)
+    task = read_redecoding(takes, take, Form({"decoder": "diffusion"}), limits)
     task.check()  # raises ValueError for what cannot be made, before it is tried
 
 Tasks for worker.py, as those of tasks.py. What is made is a new take; the old one stays.
-Needs tasks.py, remake.py, edit.py, recall.py, sources.py and what these need beside it.
+Needs tasks.py, remake.py, edit.py, recall.py, sources.py, diffusion_job.py and what these
+need beside it.
 """
 
 import secrets
@@ -17,8 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jobs
 import remake
 import settings
+from diffusion_job import DIFFUSION, Decoder
 from edit import CANDIDATES, MOST_CANDIDATES, Edit, split
 from endings import FADE
 from forms import Form
@@ -26,11 +31,13 @@ from hub import same_model
 from job import DIFFER
 from jobs import Sounds, Start
 from magnet_job import refuse
+from recall import KEPT as BESIDE_CODES
 from recall import NEW_IN_EDIT, OF_MODEL, staying
 from sources import read_start
 from takes import Take, Takes
 from tasks import (
     FILES,
+    Decodings,
     Generate,
     Limits,
     Order,
@@ -39,6 +46,7 @@ from tasks import (
     make_order,
     read_given,
     read_model,
+    tell_decoder,
     timed,
 )
 from worker import Refused, Ticket, Worker
@@ -91,6 +99,10 @@ def read_like(
                 f"{take.id} follows {record[key]!s:.80}, which is not kept: send the file "
                 f"along, as {key}.",
             )
+    if record.get("decoder"):
+        if "decoder" not in given:
+            check_decoder(take, limits)
+        record["decoder"] = DIFFUSION  # as a request names it
     defaults = {
         key: value
         for key, value in record.items()
@@ -112,6 +124,17 @@ def check_adapter(take: Take, limits: Limits) -> None:
             409,
             f"{take.id} was made with the adapter {adapter!s:.80}: start the server with "
             "--adapter to go on with it.",
+        )
+
+
+def check_decoder(take: Take, limits: Limits) -> None:
+    """Raise Refused for a take whose sound was made by a decoder that is not served."""
+    decoder = take.settings["decoder"]
+    if decoder != limits.decoder:
+        raise Refused(
+            409,
+            f"{take.id} was decoded by {decoder!s:.80}: start the server with --decoder "
+            "to go on with it, or give a decoder.",
         )
 
 
@@ -168,6 +191,54 @@ def read_seconds(name: str, value: Any) -> float:
     return value
 
 
+class Redecode(Generate):
+    """The sound of a take's codes made anew."""
+
+    reads = False
+
+    def __init__(self, takes: Takes, order: Order, take: Take):
+        super().__init__(takes, order)
+        self._take = take
+
+    def run(self, worker: Worker, ticket: Ticket) -> None:
+        """Make it. Tells `decoding` of diffusion, and `take`. Nothing is written where it
+        is stopped."""
+        model = worker.use(self.order.model, ticket)
+        if ticket.stops():
+            return
+        start = read_start(self._take.codes, model)
+        (job,), sounds = timed(self.jobs(), model), Sounds(model)
+        tell_decoder(ticket, job)
+        seconds = start.codes.shape[1] / model.frame_rate
+        decodings = Decodings(worker, ticket, 1, seconds)
+        decoder = Decoder(model, job.decoder, decodings)
+        decoder.check()
+        of = (start.codes, start.prompt_frames, decoder)
+        samples, facts = jobs.shape(model, job, jobs.decode(model, [job], *of)[0], *of)
+        if ticket.heeded:
+            return
+        record = jobs.take_settings(model, job, sounds, start.prompt_frames, start)
+        record |= facts
+        path = jobs.save(model, job, samples, record).output
+        beside = path.with_suffix(".safetensors")
+        settings.save_codes(beside, start.codes, record, overwrite=False)
+        ticket.tell("take", **self._takes.of(path).as_json())
+
+
+def read_redecoding(takes: Takes, take: Take, form: Form, limits: Limits) -> Redecode:
+    """A take's codes, decoded anew, with the decoder, the level and the fades of the form.
+    Raises as `read_again`, and Refused (409) for a take without codes."""
+    given = read_given(form)
+    if lone := {*given, *form.files} - BESIDE_CODES - {"stream"}:
+        raise ValueError(f"The codes are taken as they are: leave out {min(lone)}.")
+    if not take.codes:
+        raise Refused(409, f"{take.id} has no codes beside it, to be decoded.")
+    given["stream"] = read_stream(given)
+    order = read_like(take, form, limits, given, keeps=FILES)
+    order.values.setdefault("seed", secrets.randbits(31))
+    return Redecode(takes, order, take)
+
+
 class Remake(Generate):
     """Parts of a take made again: the best of several candidates, or by a MAGNeT filled
     in from both sides."""
@@ -212,6 +283,8 @@ def read_edit(takes: Takes, take: Take, form: Form, limits: Limits) -> Remake:
     given = read_given(form, ["part", "parts", "candidates"])
     parts = read_parts(given.pop("part", None), given.pop("parts", None))
     count = given.pop("candidates", None)
+    if "decoder" in given:
+        raise ValueError("An edit goes without decoder: redecode what is made of it.")
     if lone := given.keys() & (NEW_IN_EDIT - {"seed"}):
         raise ValueError(f"An edit keeps the take's {min(lone)}: leave it out.")
     model = read_model(
@@ -233,11 +306,11 @@ def read_edit(takes: Takes, take: Take, form: Form, limits: Limits) -> Remake:
 
 
 def read_stream(given: dict[str, Any]) -> Any:
-    """The stream of an edit, else ValueError. It cannot be a wav: nothing is heard before
-    the candidates are compared."""
+    """The stream of what cannot be a wav, since nothing is heard before the end, else
+    ValueError."""
     stream = given.get("stream", False)
     if stream in (True, "wav"):
-        raise ValueError('stream must be "events", since parts are heard at the end.')
+        raise ValueError('stream must be "events", since it is heard at the end.')
     return stream
 
 

@@ -15,8 +15,8 @@ What is made lies in the folder `takes`. A request goes this way:
     serve.py    wav, events or JSON    <-   worker.py   events, while they are made
 
 Needs web.py, access.py, worker.py, tasks.py, retakes.py, sound_tasks.py, juce.py,
-takes.py, magnet.py, models.py and quantize.py beside it, with what these need, and
-page.html, which is the page.
+takes.py, magnet.py, diffusion_job.py, models.py and quantize.py beside it, with what
+these need, and page.html, which is the page.
 """
 
 import signal
@@ -44,6 +44,7 @@ from urllib.parse import quote
 
 import mlx.core as mx
 
+import diffusion_job
 import juce
 import magnet
 from access import Access, is_any, is_loopback
@@ -56,11 +57,11 @@ from messages import Forgiving, one_line
 from models import missing
 from outputs import in_words, leave_nothing, named_path
 from quantize import BITS
-from retakes import read_again, read_edit, read_extension
+from retakes import read_again, read_edit, read_extension, read_redecoding
 from settings import to_comment
 from sound_tasks import Listen, Separate, read_level
 from takes import Take, Takes
-from tasks import Generate, Limits, read_order
+from tasks import HUB_ID, Generate, Limits, read_order
 from web import Request, Server
 from worker import LAST, MOST, Event, Refused, Task, Ticket, Worker, status_of
 
@@ -262,6 +263,10 @@ def regenerate(request: Page, id: str) -> None:
     retake(request, id, read_edit)
 
 
+def redecode(request: Page, id: str) -> None:
+    retake(request, id, read_redecoding)
+
+
 def retake(request: Page, id: str, read: Callable[..., Generate]) -> None:
     """Make something of a take, as `read` reads it from the form."""
     take, server = request.take(id), request.server
@@ -431,6 +436,7 @@ ROUTES = [
     Route("POST", "/takes/{id}/again", again),
     Route("POST", "/takes/{id}/extend", extend),
     Route("POST", "/takes/{id}/regenerate", regenerate),
+    Route("POST", "/takes/{id}/redecode", redecode),
     Route("POST", "/takes/{id}/stems", stems),
     Route("POST", "/takes/{id}/loudness", loudness),
     Route("POST", "/takes/{id}/star", star),
@@ -450,7 +456,7 @@ class PageServer(Server):
 
     def __init__(self, args: argparse.Namespace):
         adapter = args.adapter and str(args.adapter)
-        self.limits = Limits(args.model, args.max_seconds, adapter)
+        self.limits = Limits(args.model, args.max_seconds, adapter, args.decoder)
         self.takes = Takes(args.takes_dir)
         super().__init__((args.host, args.port), Page)
         self.token = args.token
@@ -470,7 +476,9 @@ class PageServer(Server):
 
 
 def load(name: str, args: argparse.Namespace) -> Any:
-    """A model of that name; the one of the command line with its adapter."""
+    """A model of that name; the one of the command line with its adapter. The decoder of
+    what was made before gives its memory back, too."""
+    diffusion_job.load.cache_clear()
     dtype = getattr(mx, args.dtype) if args.dtype else None
     changes = dict(q_bits=args.q_bits)
     if args.adapter and same_model(name, args.model):
@@ -511,6 +519,11 @@ FLAGS = {  # name, what it is, and how it is read
         dict(type=Path),
     ),
     "adapter_scale": ("how far it changes it", dict(type=float, default=1.0)),
+    "decoder": (
+        "what diffusion is where a request asks for it: a file, a folder or a Hub id of "
+        "such a decoder, or diffusion, which is the released one",
+        dict(type=os.path.expanduser, default=diffusion_job.DIFFUSION),
+    ),
 }
 
 
@@ -523,6 +536,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     try:
         check_name(args.model)
+        check_decoder(args.decoder)
     except ValueError as error:
         parser.error(one_line(error))
     if not 0 <= args.port < 2**16 or args.queue < 1 or not args.max_seconds > 0:
@@ -534,6 +548,20 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if args.takes_dir.exists() and not args.takes_dir.is_dir():
         parser.error(f"--takes-dir must be a folder, but {args.takes_dir} is none")
     return args
+
+
+def check_decoder(name: str) -> None:
+    """Raise ValueError for what is no decoder's name, or the codec's own."""
+    named = diffusion_job.make_decoder(name)
+    if named is None or not (
+        named in (diffusion_job.DIFFUSION, diffusion_job.RELEASED)
+        or os.path.exists(named)
+        or HUB_ID.fullmatch(named)
+    ):
+        raise ValueError(
+            f"--decoder must be {diffusion_job.DIFFUSION}, a Hub id, or a file or folder "
+            f"that is there, got {name!r:.200}."
+        )
 
 
 def warn(message: Warning | str, *_) -> None:

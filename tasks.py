@@ -7,7 +7,7 @@
 
 The takes are what generate.py would write, with their codes beside them, and the ticket
 tells how they come. Needs worker.py, takes.py, forms.py, arguments.py, jobs.py, lines.py,
-hub.py, encodec_stream.py, wav_stream.py and what these need beside it.
+hub.py, diffusion_job.py, encodec_stream.py, wav_stream.py and what these need beside it.
 """
 
 import io
@@ -26,6 +26,7 @@ import mlx.core as mx
 import jobs
 import settings
 from arguments import FLAGS
+from diffusion_job import CODEC, DIFFUSION, Watch
 from encodec_stream import pieces_of
 from endings import FADE, Ending
 from forms import Form
@@ -39,6 +40,7 @@ from wav_stream import WavStream
 from worker import Refused, Ticket, Worker, status_of
 
 if TYPE_CHECKING:
+    from diffusion import Decoding
     from musicgen import MusicGen, Take
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -86,6 +88,7 @@ class Limits(NamedTuple):
     model: str  # its own, which is taken where none is named, and may be a folder
     seconds: float = 600.0  # of a take, at most
     adapter: str | None = None  # of its own model
+    decoder: str = DIFFUSION  # what `diffusion` is: a file, a folder or a Hub id
 
 
 def read_order(form: Form, limits: Limits) -> Order:
@@ -148,8 +151,20 @@ def make_order(form: Form, given: dict[str, Any], model: str, limits: Limits) ->
     for name in ("prompt", "negative_prompt", "notes"):
         if name in values or name == "prompt":
             values[name] = read_text(name, values.get(name, ""))
+    if "decoder" in values:
+        values["decoder"] = choose_decoder(values["decoder"], limits)
     names = {paths[name]: form.names.get(name, name) for name in paths}
     return Order(model, values, takes, STREAMS[stream], names, limits.seconds)
+
+
+def choose_decoder(name: Any, limits: Limits) -> str:
+    """The decoder that a request names. Raises ValueError for all but two names: no file
+    and no Hub id is a stranger's to choose."""
+    if name not in (CODEC, DIFFUSION):
+        raise ValueError(
+            f'decoder must be "{CODEC}" or "{DIFFUSION}" here, got {name!r:.40}.'
+        )
+    return limits.decoder if name == DIFFUSION else CODEC
 
 
 def as_flag(name: str, value: Any) -> Any:
@@ -217,12 +232,13 @@ class Generate:
 
     def run(self, worker: Worker, ticket: Ticket) -> None:
         """Make them. Tells `start` of each, `progress`, `header` and `audio` where the
-        order streams, and `take` of each that is written."""
+        order streams, `decoding`, and `take` of each that is written."""
         model = worker.use(self.order.model, ticket)
         if ticket.stops():
             return
         start = self.first_codes(model)
         wanted, sounds = timed(self.jobs(), model), Sounds(model)
+        tell_decoder(ticket, wanted[0])
         for job in wanted:
             tell_start(ticket, model, job)
         self._make(worker, ticket, model, wanted, sounds, start)
@@ -239,6 +255,8 @@ class Generate:
         rows, results = sum(job.best_of or 1 for job in wanted), []
         batches = list(jobs.run(model, wanted, rows, sounds, start))
         streams = self.order.stream and model.config.masking is None
+        times = count_decodings(wanted, len(batches))
+        decodings = Decodings(worker, ticket, times, batches[0].duration)
         for i, batch in enumerate(batches):
             share = Share(i / len(batches), 1 / len(batches), batch.duration)
             watched = Watched(batch, worker, ticket, share)
@@ -251,7 +269,7 @@ class Generate:
                 pass
             if ticket.heeded and start and watched.frames <= start.codes.shape[1]:
                 break  # it is no longer than what it goes on from
-            results += save_takes(batch, self._takes, ticket)
+            results += save_takes(batch, self._takes, ticket, decodings)
             if ticket.heeded:
                 break
         raise_failure(results)
@@ -276,6 +294,7 @@ def check_stream(job: Job, takes: int) -> None:
     whole |= dict(fade_out=ending.fade_out not in (None, 0, FADE))
     whole |= dict(subtype=job.subtype not in (None, "PCM_16"))
     whole |= dict(drop_prompt=job.audio_prompt and job.audio_prompt.drop)
+    whole |= dict(decoder=job.decoder)
     for name, given in whole.items():
         if given:
             raise ValueError(
@@ -284,9 +303,17 @@ def check_stream(job: Job, takes: int) -> None:
             )
 
 
+def tell_decoder(ticket: Ticket, job: Job) -> None:
+    """Tell that the job's decoder is read, unless it is the codec's own: it may have to
+    be downloaded, before the first step."""
+    if job.decoder:
+        ticket.tell("loading", model=job.decoder)
+
+
 def tell_start(ticket: Ticket, model: "MusicGen", job: Job) -> None:
-    """Tell what a take will be."""
+    """Tell what a take will be, and where its sound will be decoded by diffusion."""
     data = dict(id=job.output.stem, prompt=job.prompt, seed=job.seed)
+    data |= dict(decoder=DIFFUSION) if job.decoder else {}
     data |= dict(sampling_rate=model.sampling_rate, channels=model.channels)
     ticket.tell("start", **data, seconds=job.options.duration)
 
@@ -343,6 +370,42 @@ class Watched:
         return self.take.codes[:1]
 
 
+class Decodings:
+    """What goes through the steps of diffusion until its ticket stops: each is told as
+    `decoding`, and quick tasks are done after it. It is called so many `times`, and
+    `seconds` stand for all the work."""
+
+    def __init__(self, worker: Worker, ticket: Ticket, times: int, seconds: float):
+        self._worker, self._ticket = worker, ticket
+        self._times, self._of = times, seconds
+        self._done, self._last = 0, 0.0
+
+    def __call__(self, steps: "Decoding") -> Iterator["Decoding"]:
+        if self._ticket.stops():  # while the codes were made
+            return
+        for decoding in steps:
+            self._tell(self._done + decoding.step / decoding.total)
+            self._worker.do_quick()
+            yield decoding
+            if decoding.step < decoding.total and self._ticket.stops():
+                return
+        self._done += 1
+
+    def _tell(self, done: float) -> None:
+        now = time.monotonic()
+        if done == self._times or now - self._last >= OFTEN:
+            self._last = now
+            seconds = round(done / self._times * self._of, 3)
+            self._ticket.tell("decoding", seconds=seconds, of=self._of)
+
+
+def count_decodings(wanted: list[Job], batches: int) -> int:
+    """How many times there is something to decode: loops are decoded one by one."""
+    if wanted[0].loop is None:
+        return batches
+    return sum(len(job.outputs()) for job in wanted)
+
+
 class Pieces(io.BytesIO):
     """What was written since it was last taken."""
 
@@ -363,8 +426,9 @@ def prompt_frames(
 def header(
     model: "MusicGen", job: Job, sounds: Sounds, start: Start | None, frames: int
 ) -> str:
-    """The settings that a stream of the job, which is not faded, has before its samples."""
-    job = replace(job, ending=Ending())
+    """The settings that a stream of the job has before its samples, which are not faded,
+    and are the codec's."""
+    job = replace(job, ending=Ending(), decoder=None)
     return settings.to_comment(jobs.take_settings(model, job, sounds, frames, start))
 
 
@@ -389,11 +453,13 @@ def tell_sound(
             ticket.tell("audio", data=pieces.taken())
 
 
-def save_takes(batch: Batch, takes: Takes, ticket: Ticket) -> list[Result]:
-    """Write the takes of a batch, and tell of each."""
+def save_takes(
+    batch: Batch, takes: Takes, ticket: Ticket, watch: Watch
+) -> list[Result]:
+    """Write the takes of a batch, and tell of each. `watch` is a `Decoder`'s."""
     results = []
     takes.folder.mkdir(parents=True, exist_ok=True)  # it may have gone meanwhile
-    for result in batch.save(beside=True):
+    for result in batch.save(beside=True, watch=watch):
         results.append(result)
         if not result.error:
             ticket.tell("take", **takes.of(result.job.output).as_json())

@@ -23,6 +23,7 @@ SHORTER = {  # what would take long
     '"seconds": 4': '"seconds": 0.5',
     '"seed": 7, "stream"': '"seed": 7, "duration": 1, "stream"',
     '"prompt": "fast saw", "stream"': '"prompt": "fast saw", "duration": 1, "stream"',
+    '"decoder": "diffusion"': '"decoder": "encodec"',
     "prompt_length=2": "prompt_length=0.2 -F duration=0.5",
 }
 
