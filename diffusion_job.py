@@ -9,7 +9,6 @@ it needs diffusion.py and what that needs.
 
 import functools
 import os
-import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
 CODEC, DIFFUSION = "encodec", "diffusion"  # decoders
 RELEASED = "musicgen"  # what `diffusion` is
+STOPPED = "the diffusion was stopped, and the sound is the codec's own."
 Watch = Callable[["Decoding"], Iterable["Decoding"]]
 
 
@@ -74,10 +74,6 @@ class Decoder:
             if decoding.audio is not None:
                 return decoding.audio
             self.name = None
-            warnings.warn(
-                "The diffusion was stopped: this sound is the codec's own. --redecode "
-                "makes the other one of codes that were kept."
-            )
         return self._model.decode(codes)
 
     def _load(self) -> "MultiBandDiffusion":

@@ -26,7 +26,7 @@ import numpy as np
 
 import settings
 from audio import count_samples, load_audio, save_audio
-from diffusion_job import Decoder, Watch
+from diffusion_job import STOPPED, Decoder, Watch
 from job import AudioPrompt, Job, MelodyFile
 from musicgen import MusicGen, Take
 from notes import Tune
@@ -200,6 +200,7 @@ class Batch:
         try:
             if self._jobs:
                 first, start = self._jobs[0], self._start
+                Decoder(self._model, first.decoder).check()
                 audio = None if start else self._sounds.audio_prompt(first)
                 self._prompt_frames = frames_of_prompt(self._model, audio, start)
                 yield from self._make(self._jobs, audio)
@@ -225,7 +226,6 @@ class Batch:
 
                     check_best_of(self._model, job.best_of, job.rank)
                 self._sounds.melody(job), self._sounds.style_start(job)
-                Decoder(self._model, job.decoder).check()
             except (OSError, ValueError) as error:
                 self._failed.append(Result(job, error))
                 self._jobs = [other for other in self._jobs if other is not job]
@@ -310,7 +310,9 @@ class Batch:
             try:
                 of = (own[None], self._prompt_frames, decoder)
                 samples, facts = shape(model, job, samples, *of)
-                job = replace(job, decoder=decoder.name)
+                if job.decoder != decoder.name:
+                    warnings.warn(f"{job.output}: {STOPPED}")
+                    job = replace(job, decoder=decoder.name)
                 record = take_settings(model, job, *made_of)
                 record |= scores.get(job.seed, {}) | facts
                 job = save(model, job, samples, record)

@@ -165,6 +165,29 @@ class TestDecode(Test):
         self.assertEqual(joined.shape, (1, 13, 1))
         self.assertClose(joined, mx.ones((1, 13, 1)), 1e-6)
 
+    def test_pieces_share_noises_and_conditions(self):
+        """Those of the whole take, each at its place."""
+        told = []
+
+        class Schedule:
+            def steps(self, unet, condition, noise):
+                told.append([condition, *noise])
+                yield from [mx.zeros_like(told[-1][1])] * 20
+
+        band = self.model.band(0)._replace(schedule=Schedule())
+        with patch.object(MultiBandDiffusion, "band", lambda self, number: band):
+            self.model.decode(self.codes[:1], 3, self.codec)
+            with patch.multiple(diffusion, PIECE=0.16, OVERLAP=0.08):
+                self.model.decode(self.codes[:1], 3, self.codec)
+        wholes, pieces = told[:BANDS], told[BANDS:]
+        self.assertEqual(len(pieces), 2 * BANDS)
+        for i, piece in enumerate(pieces):
+            whole, first = wholes[i // 2], 4 * (i % 2)
+            for place, (part, all_of_it) in enumerate(zip(piece, whole, strict=True)):
+                hop = 640 if place else 1  # the condition is of frames
+                cut = slice(first * hop, (first + 8) * hop)
+                self.assertSame(part, all_of_it[:, cut])
+
     def test_a_codec_of_another_rate(self):
         codec = MusicGen.from_pretrained(
             REFERENCE / "audiogen-audiocraft"
