@@ -14,6 +14,7 @@ file musicgen.py, settings.py, prompt.py, audio.py and progress.py, with what th
 """
 
 import argparse
+import math
 import os
 import sys
 import warnings
@@ -285,7 +286,7 @@ class MultiBandDiffusion:
         return cls(files, fits(files, dtype) if keep is None else keep, dtype)
 
     def band(self, number: int) -> Band:
-        """One of the bands, 0 being the lowest. Raises ValueError for what is none."""
+        """One of the bands, by its number. Raises ValueError for what is none."""
         if not 0 <= number < self.n_bands:
             raise ValueError(
                 f"band must be from 0 to {self.n_bands - 1}, got {number!r:.40}."
@@ -382,8 +383,8 @@ class Decoding:
     """Sound on its way: iterate, a step of a UNet at a time, then take `audio`
     (B, N, C), which is None until then. Arguments are those of `decode`.
 
-    One band after the other is made, of all rows. More than 30 s are made in pieces,
-    which overlap by a second; codes are (B, T, K).
+    One band after the other is made, of all rows. More than 30 s are made in pieces that
+    are alike in length, and overlap by a second.
     """
 
     def __init__(
@@ -463,9 +464,12 @@ def check_codec(model: MultiBandDiffusion, codec: Encodec) -> None:
 
 
 def cut(frames: int, piece: int, overlap: int) -> list[tuple[int, int]]:
-    """First frames and ends of pieces, which share an overlap with the next."""
-    starts = range(0, max(frames - overlap, 1), piece - overlap)
-    return [(start, min(start + piece, frames)) for start in starts]
+    """First frames and ends of pieces, as few as can be and alike in length, which share
+    an overlap with the next."""
+    count = max(math.ceil((frames - overlap) / (piece - overlap)), 1)
+    size = math.ceil((frames + (count - 1) * overlap) / count)
+    starts = [i * (size - overlap) for i in range(count)]
+    return [(start, min(start + size, frames)) for start in starts]
 
 
 def join(pieces: list[mx.array], starts: list[int]) -> mx.array:
