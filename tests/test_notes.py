@@ -95,6 +95,19 @@ class TestNotes(Test):
                 with self.subTest(voice=voice, bpm=bpm):
                     self.assertGreaterEqual(same / count, 0.95)
 
+    def test_no_frames_are_those_of_all_voices(self):
+        """A sine's and a bell's differ so often that frames which agree with 95 in 100 of
+        the one's cannot agree with as many of the other's."""
+        random, same, count = np.random.default_rng(1), 0, 0
+        for _ in range(8):
+            tune = random_tune(random, 110)
+            sine, bell = (
+                extract_chroma(played(tune, voice), RATE) for voice in ("sine", "bell")
+            )
+            same += (sine == bell).all(axis=1).sum().item()
+            count += len(sine)
+        self.assertLess(same / count, 0.9)
+
     def test_a_rest_is_silence(self):
         """Frames that no note reaches are what `extract_chroma` gives for zeros: C."""
         tune = parse("A -:4 A", Beat(60))
