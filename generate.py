@@ -198,7 +198,7 @@ def check(
     if ranked and args.candidates > 1 and wanted[0].certain:
         raise ValueError(f"--candidates must differ: {DIFFER}, or give --candidates 1.")
     if args.regenerate:
-        read_record(args.regenerate.path, args)
+        read_record(args.regenerate.path, edits=True)
     for path in filter(None, (args.save_codes, args.save_melody)):
         check_writable(path)
         if not args.force:
@@ -332,7 +332,9 @@ def edit(
 
     began = time.perf_counter()
     progress.stage("reading the take")
-    making = remake.start(model, wanted, sounds, args)
+    how = (args.candidates, args.batch_size, args.seed_is_given)
+    how = remake.How(args.regenerate, *how, named=args.output is not None)
+    making = remake.start(model, wanted, sounds, how)
     for _ in watch(making, making.doing, making.seconds, model, stop, progress):
         pass
     if stop.heeded:

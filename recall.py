@@ -91,7 +91,7 @@ def recalled(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
         flag = "--resume" if args.resume else "--redecode"
         parser.error(f"{flag} needs a .safetensors of --save-codes, got {sources[0]}")
     try:
-        record = read_record(sources[0], args)
+        record = read_record(sources[0], bool(args.again), bool(args.regenerate))
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: error: {one_line(error)}\n")
     filled = refilled(record) if args.again else []
@@ -146,19 +146,21 @@ def of_other_kind(model: str, record: dict[str, Any]) -> set[str]:
     return {*DRAWING, "duration"} if magnet else {*DRAWING}
 
 
-def read_record(source: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """The settings of a take; none of a sound to be edited that has none. Raises OSError
-    or ValueError, also for --again of what settings alone do not make, and for what
-    cannot be edited."""
+def read_record(
+    source: Path, again: bool = False, edits: bool = False
+) -> dict[str, Any]:
+    """The settings of a take, for --again or to be edited; none of a sound to be edited
+    that has none. Raises OSError or ValueError, also for --again of what settings alone
+    do not make, and for what cannot be edited."""
     try:
         record = settings.read_settings(source)
     except ValueError:
-        if args.regenerate and source.suffix != ".safetensors":
+        if edits and source.suffix != ".safetensors":
             return {}
         raise
-    if args.regenerate:
+    if edits:
         check_take(source, record)
-    if args.again and "regenerated" in record and not refilled(record):
+    if again and "regenerated" in record and not refilled(record):
         raise ValueError(
             f"{source} was made by --regenerate {record.get('part')} of "
             f"{record['regenerated']!s:.150}: give that again, with --seed "

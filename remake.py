@@ -1,6 +1,6 @@
 """Parts of a take made again, or filled in, as --regenerate and --fill ask for it.
 
-    edit = start(model, jobs, sounds, args)  # PartAgain; of a MAGNeT PartsFilled
+    edit = start(model, jobs, sounds, how)  # PartAgain; of a MAGNeT PartsFilled
     for _ in edit:  # a take after each step
         pass
     print(edit.finish())
@@ -12,7 +12,6 @@ there are jobs. Needs edit.py, sources.py, recall.py, job.py, jobs.py, regenerat
 what these need beside it; fill.py for a MAGNeT.
 """
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 import jobs
-from edit import seeds
+from edit import Edit, seeds
 from job import Job
 from jobs import Sounds
 from musicgen import MusicGen
@@ -31,6 +30,16 @@ from sources import read_take
 
 if TYPE_CHECKING:
     from fill import Filling
+
+
+class How(NamedTuple):
+    """What is made again, and how: as the flags of generate.py say it."""
+
+    edit: Edit
+    candidates: int | None = None  # that a MusicGen makes
+    batch_size: int | None = None  # of them at once; None: as memory allows
+    seed_is_given: bool = True
+    named: bool = True  # whether files are called as the jobs say, not by their seeds
 
 
 class Edited(NamedTuple):
@@ -43,26 +52,20 @@ class Edited(NamedTuple):
 
 
 def start(
-    model: MusicGen, wanted: list[Job], sounds: Sounds, args: argparse.Namespace
+    model: MusicGen, wanted: list[Job], sounds: Sounds, how: How
 ) -> "PartAgain | PartsFilled":
-    """Read the take that `args` name, and plan what is made. Raises ValueError or OSError
+    """Read the take that is edited, and plan what is made. Raises ValueError or OSError
     for what cannot be."""
     kind = PartsFilled if wanted[0].magnet else PartAgain
-    return kind(model, wanted, sounds, args)
+    return kind(model, wanted, sounds, how)
 
 
 class Remake:
     """What both ways have in common: the take that is edited, and the jobs for it."""
 
-    def __init__(
-        self,
-        model: MusicGen,
-        wanted: list[Job],
-        sounds: Sounds,
-        args: argparse.Namespace,
-    ):
-        self._model, self._sounds, self._args = model, sounds, args
-        self._codes, self._old = read_take(args.regenerate, model)
+    def __init__(self, model: MusicGen, wanted: list[Job], sounds: Sounds, how: How):
+        self._model, self._sounds, self._how = model, sounds, how
+        self._codes, self._old = read_take(how.edit, model)
         self._wanted = lasting(wanted, self._codes.shape[1] / model.frame_rate)
         self._steps = self.plan()
 
@@ -71,12 +74,12 @@ class Remake:
 
     def options(self) -> dict[str, Any]:
         """Options of the takes, with the sounds that they follow."""
-        how = jobs.options_of(self._wanted[:1], self._sounds)
-        return how | dict(batch_size=self._args.batch_size)
+        options = jobs.options_of(self._wanted[:1], self._sounds)
+        return options | dict(batch_size=self._how.batch_size)
 
     def settings(self, job: Job, **ranked) -> dict[str, Any]:
         """What is told of a take in its file."""
-        edit = self._args.regenerate
+        edit = self._how.edit
         told = dict(regenerated=str(edit.path), part=edit.name) | ranked
         return told | jobs.take_settings(self._model, job, self._sounds)
 
@@ -87,15 +90,15 @@ class PartAgain(Remake):
     doing, then = "generating", "ranking"
 
     def plan(self) -> Candidates:
-        args, model, codes = self._args, self._model, self._codes
-        edit, count, first = args.regenerate, args.candidates, self._wanted[0]
+        how, model, codes = self._how, self._model, self._codes
+        edit, count, first = how.edit, how.candidates, self._wanted[0]
         self._frames = check_part(model, edit.part, codes.shape[1], edit.path)
         self.seconds = self._frames[1] / model.frame_rate  # that are made, at most
         seed = first.seed
-        if count > 1 or not args.seed_is_given:
-            seed = seeds(seed, count, read_record(edit.path, args).get("seed"))
-        how = self.options() | dict(seed=seed)
-        return Candidates(model, codes, first.text, edit.part, count, **how)
+        if count > 1 or not how.seed_is_given:
+            seed = seeds(seed, count, read_record(edit.path, edits=True).get("seed"))
+        options = self.options() | dict(seed=seed)
+        return Candidates(model, codes, first.text, edit.part, count, **options)
 
     def finish(self) -> str:
         """Rank the candidates; a line that tells their scores."""
@@ -104,14 +107,14 @@ class PartAgain(Remake):
 
     def results(self) -> Iterator[Edited]:
         """The best, one for each job."""
-        made, args = self._made, self._args
+        made, how = self._made, self._how
         best = made.codes[: len(self._wanted)]
         new, hop = self._model.decode(best), hop_length(self._model)
         audio = join(self._old, new, self._frames, hop)
         for i, job in enumerate(self._wanted):
-            job = jobs.chosen(job, made.seeds[i], named=args.output is not None)
+            job = jobs.chosen(job, made.seeds[i], how.named)
             ranked = dict(score=made.scores[i], scores=made.scores)
-            told = self.settings(job, candidates=args.candidates, **ranked)
+            told = self.settings(job, candidates=how.candidates, **ranked)
             yield Edited(job, audio[i], best[i : i + 1], told)
 
 
@@ -124,11 +127,11 @@ class PartsFilled(Remake):
     def plan(self) -> "Filling":
         from fill import Filling
 
-        how = self.options() | dict(takes=len(self._wanted))
-        how |= dict(seed=[job.seed for job in self._wanted])
-        edit, text = self._args.regenerate, self._wanted[0].text
+        options = self.options() | dict(takes=len(self._wanted))
+        options |= dict(seed=[job.seed for job in self._wanted])
+        edit, text = self._how.edit, self._wanted[0].text
         return Filling(
-            self._model, self._codes, text, edit.parts, take=edit.path, **how
+            self._model, self._codes, text, edit.parts, take=edit.path, **options
         )
 
     def finish(self) -> None:

@@ -14,7 +14,6 @@ need beside it.
 """
 
 import secrets
-from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -259,9 +258,8 @@ class Remake(Generate):
         """Make them. Tells `progress`, and `take` of each that is kept, the best first."""
         model = worker.use(self.order.model, ticket)
         wanted, sounds = timed(self.jobs(), model), Sounds(model)
-        given = dict(regenerate=self._edit, again=None, batch_size=None, output="")
-        given |= dict(candidates=self._candidates, seed_is_given=True)
-        edit = remake.start(model, wanted, sounds, Namespace(**given))
+        how = remake.How(self._edit, self._candidates)
+        edit = remake.start(model, wanted, sounds, how)
         seconds = edit.seconds or wanted[0].options.duration
         for _ in Watched(edit, worker, ticket, Share(0.0, 1.0, seconds)):
             pass

@@ -444,9 +444,8 @@ def try_remake(remake):
     codes = model.generate_codes("bell", duration=0.5)
     remake.jobs.settings.save_codes(path, codes, dict(model=str(TINY)))
     job = remake.Job("bell", 0, Path("a.wav"), Options())
-    args = dict(regenerate=Edit(((0.2, 0.3),), path), again=None, output=None)
-    args = Namespace(candidates=2, seed_is_given=True, batch_size=None, **args)
-    edit = remake.start(model, [job], remake.Sounds(model), args)
+    how = remake.How(Edit(((0.2, 0.3),), path), candidates=2, named=False)
+    edit = remake.start(model, [job], remake.Sounds(model), how)
     assert len([*edit]) > 2 and edit.finish().startswith("2 candidates")
     assert [made.codes.shape for made in edit.results()] == [codes.shape]
 
