@@ -40,6 +40,8 @@ NUM_STEPS = 1000  # of the schedule
 STEPS = (*range(999, 0, -50), 0)  # those that are taken; the last is not evaluated
 EQ_BANDS = 32
 UNTOUCHED = dict(loudness=None, peak=None, fade_in=None, fade_out=0.0)  # by this script
+OF_CUTS = ("ending", "loop", "bars", "loop_start", "loop_score", "drop_prompt")
+NOT_MADE = (*OF_CUTS, "subtype", "mp3_bitrate")  # by it: it decodes all that there is
 PIECE, OVERLAP = 30.0, 1.0  # seconds that are decoded at once, and that pieces share
 
 
@@ -486,11 +488,12 @@ def run(args: argparse.Namespace) -> None:
     import settings
     from audio import check_output, save_audio
     from options import row_seeds
-    from outputs import print_out
+    from outputs import check_apart, print_out
     from progress import Progress
 
     codes, record = settings.load_codes(args.codes)
     check_output(args.output, args.codes, args.force)
+    check_apart(args.output, {"decoder": args.decoder})
     codec, channels = read_codec(args.model or str(record.get("model")), codes)
     seed = record.get("seed", 0) if args.seed is None else args.seed
     row_seeds([seed], rows=1)
@@ -500,7 +503,8 @@ def run(args: argparse.Namespace) -> None:
         progress.begin("decoding", decoding.seconds)
         for step in decoding:
             progress.to(step.seconds * step.step / step.total)
-    told = record | dict(decoder=args.decoder, seed=seed) | UNTOUCHED
+    told = {key: value for key, value in record.items() if key not in NOT_MADE}
+    told |= dict(decoder=args.decoder, seed=seed) | UNTOUCHED
     comment = settings.to_comment(told)
     audio, rate = decoding.audio[0], model.sampling_rate
     save_audio(args.output, audio, rate, comment, overwrite=args.force)

@@ -1,6 +1,7 @@
 """Diffusion as the decoder of takes: generate.py's flags, lines of files, diffusion.py."""
 
 import json
+import shutil
 import sys
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
@@ -245,6 +246,31 @@ class TestCommands(ScriptTest):
                 self.assertIn(told, err)
         self.assertEqual(codes.read_bytes(), before)
         self.assertFalse(wav.exists())
+
+    @slow(5)
+    def test_what_the_script_does_not_do_is_not_told(self):
+        """All codes are decoded, whatever was left out of the take's own sound."""
+        codes, sound = self.folder / "a.safetensors", self.folder / "a.wav"
+        cuts = dict(ending=True, drop_prompt=True, loop=True, bars=1, loop_start=0.1)
+        told = dict(model=str(MODEL), subtype="FLOAT", mp3_bitrate=64, **cuts)
+        settings.save_codes(codes, mx.zeros((1, 5, 4), mx.uint32), told | dict(seed=5))
+        with redirect_stdout(StringIO()):
+            self.decode(codes, sound, "--decoder", WEIGHTS)
+        self.assertEqual(soundfile.info(sound).frames, 5 * 640)
+        record = settings.read_settings(sound)
+        self.assertEqual(record["seed"], 5)
+        self.assertEqual(record.keys() & told.keys(), {"model"})
+
+    def test_the_script_never_overwrites_its_decoder(self):
+        """Whatever it is called."""
+        codes, weights = self.folder / "a.safetensors", self.folder / "a.wav"
+        settings.save_codes(codes, mx.zeros((1, 5, 4)), dict(model=str(MODEL)))
+        shutil.copy(WEIGHTS / "mbd_tiny.th", weights)
+        before, flags = weights.read_bytes(), ("--force", "--decoder", weights)
+        with self.assertRaises(SystemExit) as stopped:
+            self.decode(codes, weights, *flags)
+        self.assertRegex(stopped.exception.code, "it is read as the decoder")
+        self.assertEqual(weights.read_bytes(), before)
 
     def test_what_the_script_refuses(self):
         codes = self.folder / "a.safetensors"
