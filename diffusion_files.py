@@ -105,9 +105,10 @@ def find(name: str) -> Path:
         return Path(hf_hub_download(repo, file, local_files_only=bool(reason)))
     except (OSError, ValueError) as error:
         why = explain(error, repo, reason, (file,))
+        here = "" if name in FILES else ", and there is no such file or folder"
         raise OSError(
-            f"The Hub did not give the decoder {repo:.80}: {why}. To work offline, name "
-            f"its file {file}."
+            f"The Hub did not give the decoder {repo:.80}{here}: {why}. To work offline, "
+            f"name its file {file}."
         ) from error
 
 

@@ -160,6 +160,13 @@ class TestFiles(Test):
             with self.assertRaisesRegex(OSError, told):
                 MultiBandDiffusion.from_pretrained("musicgen")
 
+    def test_a_name_of_nothing(self):
+        """It may have been meant as a file."""
+        told = "decoder /no/such.th, and there is no such file or folder: "
+        with patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}):
+            with self.assertRaisesRegex(OSError, told):
+                MultiBandDiffusion.from_pretrained("/no/such.th")
+
     def test_a_file_of_a_model(self):
         path = REFERENCE / "mono-audiocraft" / "state_dict.bin"
         with self.assertRaisesRegex(ValueError, "must have a sample_rate, got None"):
