@@ -42,6 +42,7 @@ EQ_BANDS = 32
 UNTOUCHED = dict(loudness=None, peak=None, fade_in=None, fade_out=0.0)  # by this script
 OF_CUTS = ("ending", "loop", "bars", "loop_start", "loop_score", "drop_prompt")
 NOT_MADE = (*OF_CUTS, "subtype", "mp3_bitrate")  # by it: it decodes all that there is
+RELEASED = dict(musicgen=(32_000, 128))  # rate in Hz, and width of the codec's states
 PIECE, OVERLAP = 30.0, 1.0  # seconds that are decoded at once, and that pieces share
 
 
@@ -457,6 +458,17 @@ def check_rate(model: MultiBandDiffusion, codec: Encodec) -> None:
         )
 
 
+def check_released(name: str | Path, codec: Encodec) -> None:
+    """Raise ValueError where a released decoder is named that does not decode what the
+    codec made: before it is downloaded."""
+    found = codec.sampling_rate, codec.config.hidden_size
+    wanted = RELEASED.get(str(name), found)
+    if wanted != found:
+        told = "The released diffusion decodes codes of MusicGen's codec (%d Hz, %d wide), "
+        told += "not of this model's (%d Hz, %d wide)."
+        raise ValueError(told % (*wanted, *found))
+
+
 def check_codec(model: MultiBandDiffusion, codec: Encodec) -> None:
     """Raise ValueError for a codec of another rate or width. Reads a band."""
     check_rate(model, codec)
@@ -497,6 +509,7 @@ def run(args: argparse.Namespace) -> None:
     codec, channels = read_codec(args.model or str(record.get("model")), codes)
     seed = record.get("seed", 0) if args.seed is None else args.seed
     row_seeds([seed], rows=1)
+    check_released(args.decoder, codec)
     model = MultiBandDiffusion.from_pretrained(args.decoder)
     with Progress() as progress:
         decoding = Decoding(model, codes, [seed], codec, channels)

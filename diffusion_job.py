@@ -40,8 +40,12 @@ def load(name: str, dtype: mx.Dtype | None) -> "MultiBandDiffusion":
     """The decoder of that name, which is kept until another one is loaded."""
     from diffusion import MultiBandDiffusion
 
-    path = RELEASED if name == DIFFUSION else name
-    return MultiBandDiffusion.from_pretrained(path, dtype=dtype)
+    return MultiBandDiffusion.from_pretrained(path_of(name), dtype=dtype)
+
+
+def path_of(name: str) -> str:
+    """The decoder of a job, as diffusion.py names it."""
+    return RELEASED if name == DIFFUSION else name
 
 
 class Decoder:
@@ -58,9 +62,11 @@ class Decoder:
     def check(self) -> None:
         """Raise ValueError or OSError where it cannot decode the model's codes."""
         if self.name:
-            from diffusion import check_codec
+            from diffusion import check_codec, check_released
 
-            check_codec(self._load(), self._model.audio_encoder)
+            codec = self._model.audio_encoder
+            check_released(path_of(self.name), codec)
+            check_codec(self._load(), codec)
 
     def __call__(self, codes: mx.array, seeds: list[int]) -> mx.array:
         if self.name:

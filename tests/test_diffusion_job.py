@@ -89,6 +89,16 @@ class TestDecoder(Test):
             with self.assertRaisesRegex(ValueError, told):
                 Decoder(model, str(WEIGHTS)).check()
 
+    def test_what_the_released_one_does_not_fit_downloads_nothing(self):
+        """Of the models here each has a codec of its own."""
+        told = r"MusicGen's codec \(32000 Hz, 128 wide\), not of this model's \("
+        for name in ("audiogen-audiocraft", "mono-audiocraft"):
+            for decoder in ("diffusion", "musicgen"):
+                with patch.object(MultiBandDiffusion, "from_pretrained") as read:
+                    with self.assertRaisesRegex(ValueError, told):
+                        Decoder(exact(name), decoder).check()
+                read.assert_not_called()
+
     def test_precision_follows_the_models(self):
         """On a GPU: float32 where the model computes in that, else its own."""
         for dtype, wanted in ((mx.float32, mx.float32), (mx.float16, None)):
