@@ -19,6 +19,7 @@ import jobs
 import settings
 from diffusion import Decoding, MultiBandDiffusion
 from diffusion_job import Decoder, load, make_decoder
+from generate import Stop
 from job import plan
 
 MODEL, WEIGHTS = REFERENCE / "mono-audiocraft", REFERENCE / "diffusion-audiocraft"
@@ -169,6 +170,22 @@ class TestJobs(Test):
         self.assertEqual(record["decoder"], str(WEIGHTS))
 
 
+class Pressed(Stop):
+    """Ctrl-C after it was asked for so many times."""
+
+    def __init__(self, times: int):
+        super().__init__()
+        self._left = times
+
+    def arm(self) -> None:
+        pass
+
+    def __call__(self) -> bool:
+        self._left -= 1
+        self._asked = self._left < 0
+        return super().__call__()
+
+
 class TestCommands(ScriptTest):
     """Of the reference's model and decoder; takes last a tenth of a second."""
 
@@ -207,6 +224,25 @@ class TestCommands(ScriptTest):
         with patch.object(sys, "argv", ["diffusion.py", *map(str, arguments)]):
             with warnings.catch_warnings(), redirect_stderr(StringIO()):
                 diffusion.main()
+
+    @slow(10)
+    def test_stopped_it_tells_how_to_go_on(self):
+        """Codes that are whole want to be decoded, others to be gone on from; after the
+        last step nothing is stopped."""
+        codes = self.folder / "a.safetensors"
+        take = ["rock", "--duration", "0.1", "--seed", "5", "--save-codes", codes]
+        take += ["-o", self.folder / "a.wav", "--decoder", WEIGHTS, *self.common]
+        decoder = f" --decoder {WEIGHTS}"
+        asked = 1 + 7  # before the take, and after each of its steps but the last
+        for times, told in (
+            (asked - 2, f"To go on: --resume {codes} --duration 0.1{decoder}\n"),
+            (asked + 9, f"To decode it: --redecode {codes}{decoder}\n"),
+            (asked + 59, None),
+        ):
+            with self.subTest(times), patch("generate.Stop", lambda: Pressed(times)):
+                status, _, err = self.run_script(*take, "--force")
+                self.assertEqual(status, 130 if told else 0, err)
+                self.assertIn(told or "", err)
 
     def test_a_part_made_again_is_the_codecs(self):
         codes = self.folder / "a.safetensors"
