@@ -506,8 +506,12 @@ def run(args: argparse.Namespace) -> None:
     codes, record = settings.load_codes(args.codes)
     check_output(args.output, args.codes, args.force)
     check_apart(args.output, {"decoder": args.decoder})
-    codec, channels = read_codec(args.model or str(record.get("model")), codes)
-    seed = record.get("seed", 0) if args.seed is None else args.seed
+    name, seed = args.model or record.get("model"), args.seed
+    if name is None:
+        raise ValueError(f"{args.codes} names no model that made it: give --model.")
+    codec, channels = read_codec(str(name), codes)
+    if seed is None and (seed := record.get("seed")) is None:
+        seed = 0
     row_seeds([seed], rows=1)
     check_released(args.decoder, codec)
     model = MultiBandDiffusion.from_pretrained(args.decoder)

@@ -307,6 +307,18 @@ class TestCommands(ScriptTest):
         self.assertEqual(record["seed"], 5)
         self.assertEqual(record.keys() & told.keys(), {"model"})
 
+    @slow(2)
+    def test_the_script_needs_no_seed(self):
+        codes, sounds = self.folder / "a.safetensors", []
+        for i, told in enumerate((dict(seed=0), dict(seed=None), {})):
+            told |= dict(model=str(MODEL))
+            settings.save_codes(codes, mx.zeros((1, 1, 4)), told, overwrite=True)
+            path = self.folder / f"{i}.wav"
+            with redirect_stdout(StringIO()):
+                self.decode(codes, path, "--decoder", WEIGHTS)
+            sounds.append(soundfile.read(path)[0].tolist())
+        self.assertEqual(sounds[1:], sounds[:1] * 2)
+
     def test_the_script_never_overwrites_its_decoder(self):
         """Whatever it is called."""
         codes, weights = self.folder / "a.safetensors", self.folder / "a.wav"
@@ -332,6 +344,7 @@ class TestCommands(ScriptTest):
             (mx.zeros((1, 9, 8)), dict(model=str(MODEL)), flags, "in 4 codebooks"),
             (mx.zeros((1, 9, 4)), dict(model=str(MODEL), seed="x"), flags, "seed"),
             (mx.zeros((1, 9, 4)), dict(model="no such model"), flags, "no such model"),
+            (mx.zeros((1, 9, 4)), {}, flags, "a.safetensors names no model that made"),
             (mx.full((1, 9, 4), 999), dict(model=str(MODEL)), flags, "from 0 to"),
         ):
             save(of, **told)
