@@ -146,10 +146,11 @@ class UNet(nn.Module):
         self.conv_codec = nn.Linear(config.codec_dim, widths[-1])
 
     def __call__(self, x: mx.array, step: int, condition: mx.array) -> mx.array:
-        """The noise (B, N, C) in x (B, N, C) at a step of the schedule; the condition is
+        """The noise (B, N, 1) in x (B, N, 1) at a step of the schedule; the condition is
         (B, T, D). Computed in the weights' dtype, and returned in float32. Raises
-        ValueError for a condition of another width, or one that is more than twice as
-        long as the deepest level."""
+        ValueError for another shape or step, a condition of another width, or one that
+        is more than twice as long as the deepest level."""
+        check_call(x, step)
         self.check_width(condition.shape[2])
         N = x.shape[1]
         x, condition = (a.astype(self.conv_codec.weight.dtype) for a in (x, condition))
@@ -174,6 +175,14 @@ class UNet(nn.Module):
                 f"The diffusion decodes codes of a codec that is {wanted} wide, not "
                 f"{width}: it is not this model's."
             )
+
+
+def check_call(x: mx.array, step: int) -> None:
+    """Raise ValueError for what MLX would take, and make something else of."""
+    if x.ndim != 3 or x.shape[2] != 1:
+        raise ValueError(f"x must be (B, N, 1), got {x.shape}.")
+    if not 0 <= step < NUM_STEPS:
+        raise ValueError(f"step must be from 0 to {NUM_STEPS - 1}, got {step!r:.40}.")
 
 
 def stretch(x: mx.array, length: int) -> mx.array:
@@ -358,7 +367,8 @@ class MultiBandDiffusion:
         seed + i, or of the i-th of a list, whatever the others are. Stereo codes are two
         rows of a mono codec, as MusicGen's.
 
-        Raises ValueError for a codec of another rate or width.
+        Raises ValueError for a codec of another rate or width, or another number of
+        seeds.
         """
         decoding = Decoding(self, codes, seed, codec, channels)
         for _ in decoding:
@@ -399,7 +409,7 @@ class Decoding:
     ):
         check_rate(model, codec)
         self._model, self._codec, (B, T, K) = model, codec, codes.shape
-        self._seeds = [seed + i for i in range(B)] if isinstance(seed, int) else seed
+        self._seeds = seeds_of(seed, B)
         rows = codes.reshape(B, T, K // channels, channels)
         self._rows = rows.transpose(0, 3, 1, 2)  # (B, C, T, K'), each a batch of C
         sizes = (int(seconds * codec.config.frame_rate) for seconds in (PIECE, OVERLAP))
@@ -447,6 +457,20 @@ class Decoding:
             steps = band.schedule.steps(band.unet, condition[:, a:b], noise)
             for i, x in enumerate(steps, 1):
                 yield x, i == len(STEPS) - 1
+
+
+def seeds_of(seed: int | list[int], rows: int) -> list[int]:
+    """One for each row. Raises ValueError where there cannot be."""
+    if isinstance(seed, int | np.integer):
+        seed = [int(seed) + i for i in range(rows)]
+    seeds = [*seed] if isinstance(seed, list | tuple) else []
+    whole = all(isinstance(one, int) and 0 <= one < 2**64 for one in seeds)
+    if len(seeds) != rows or not whole:
+        raise ValueError(
+            f"seed must be a number from 0 to 2**64 - {rows}, or a list of {rows}, got "
+            f"{seed!r:.80}."
+        )
+    return seeds
 
 
 def check_rate(model: MultiBandDiffusion, codec: Encodec) -> None:
