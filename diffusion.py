@@ -545,7 +545,8 @@ def run(args: argparse.Namespace) -> None:
         for step in decoding:
             progress.to(step.seconds * step.step / step.total)
     told = {key: value for key, value in record.items() if key not in NOT_MADE}
-    told |= dict(decoder=args.decoder, seed=seed) | UNTOUCHED
+    decoder = "diffusion" if args.decoder in RELEASED else args.decoder  # as of a job
+    told |= dict(decoder=decoder, seed=seed) | UNTOUCHED
     comment = settings.to_comment(told)
     audio, rate = decoding.audio[0], model.sampling_rate
     save_audio(args.output, audio, rate, comment, overwrite=args.force)

@@ -25,14 +25,16 @@ Watch = Callable[["Decoding"], Iterable["Decoding"]]
 
 
 def make_decoder(name: Any) -> str | None:
-    """The decoder of a job by its name: None for the codec's own. Raises ValueError for
-    what is no name."""
+    """The decoder of a job by its name: None for the codec's own, and one name for the
+    released one. Raises ValueError for what is no name."""
     if not isinstance(name, str | None) or name == "" or "\0" in (name or ""):
         raise ValueError(
             f"decoder must be {CODEC}, {DIFFUSION}, a file, a folder or a Hub id, got "
             f"{name!r:.80}."
         )
-    return None if name == CODEC else name and os.path.expanduser(name)
+    if name in (None, CODEC):
+        return None
+    return DIFFUSION if name == RELEASED else os.path.expanduser(name)
 
 
 @functools.lru_cache(maxsize=1)

@@ -36,7 +36,8 @@ class TestDecoder(Test):
 
     def test_names(self):
         self.assertEqual([make_decoder(x) for x in (None, "encodec")], [None, None])
-        self.assertEqual(make_decoder("diffusion"), "diffusion")
+        for released in ("diffusion", "musicgen"):
+            self.assertEqual(make_decoder(released), "diffusion")
         self.assertEqual(make_decoder("~/a.th"), str(Path.home() / "a.th"))
         for bad in (7, "", "a\0b", ["diffusion"]):
             with self.assertRaisesRegex(ValueError, "decoder must be encodec, diffu"):
@@ -306,6 +307,20 @@ class TestCommands(ScriptTest):
         record = settings.read_settings(sound)
         self.assertEqual(record["seed"], 5)
         self.assertEqual(record.keys() & told.keys(), {"model"})
+
+    @slow(2)
+    def test_the_script_names_the_released_one_as_jobs_do(self):
+        """So that what it wrote is not made again."""
+        codes, sound = self.folder / "a.safetensors", self.folder / "a.wav"
+        settings.save_codes(codes, mx.zeros((1, 1, 4)), dict(model=str(MODEL)))
+        tiny = MultiBandDiffusion.from_pretrained(WEIGHTS)
+        with (
+            patch.object(MultiBandDiffusion, "from_pretrained", return_value=tiny),
+            patch.dict("diffusion.RELEASED", musicgen=(32_000, 16)),
+            redirect_stdout(StringIO()),
+        ):
+            self.decode(codes, sound)
+        self.assertEqual(settings.read_settings(sound)["decoder"], "diffusion")
 
     @slow(2)
     def test_the_script_needs_no_seed(self):
