@@ -226,6 +226,21 @@ class TestCommands(ScriptTest):
             with warnings.catch_warnings(), redirect_stderr(StringIO()):
                 diffusion.main()
 
+    def test_codes_that_it_cannot_decode_are_kept(self):
+        """What is wrong with a later band is found when they are made."""
+        sound = self.folder / "a.wav"
+        take = ["rock", "--duration", "0.1", "-o", sound, *self.common]
+        for error in (ValueError("It is damaged."), FileNotFoundError("It has gone.")):
+            codes = self.folder / f"{type(error).__name__}.safetensors"
+            flags = ["--decoder", WEIGHTS, "--save-codes", codes]
+            with patch("diffusion.Decoding.__iter__", side_effect=error):
+                status, _, err = self.run_script(*take, *flags)
+            self.assertEqual(status, 1)
+            self.assertIn(f"The codes are in {codes}: --redecode decodes", err)
+            self.assertIn(f"generate.py: error: {error}", err)
+            self.assertFalse(sound.exists())
+            self.assertEqual(settings.load_codes(codes)[1]["decoder"], str(WEIGHTS))
+
     @slow(10)
     def test_stopped_it_tells_how_to_go_on(self):
         """Codes that are whole want to be decoded, others to be gone on from; after the
