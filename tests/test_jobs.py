@@ -17,6 +17,7 @@ import generate
 import jobs
 import lines
 from audio import save_audio
+from diffusion_job import Decoder
 from job import AudioPrompt, Job, plan
 from musicgen import MusicGen
 from options import Options
@@ -171,10 +172,12 @@ class TestJobs(ScriptTest):
         rest = plan(["a"], own | dict(drop_prompt=True))
         sound = jobs.Sounds(model).audio_prompt(whole[0])
         codes = make(model, whole)
-        kept = jobs.decode(model, whole[0], codes, 3)
+        decoder = Decoder(model, None)
+        kept = jobs.decode(model, whole, codes, 3, decoder)
         frames = jobs.frames_of_prompt(model, sound, None)
         self.assertEqual(frames, 3)
-        self.assertSame(jobs.decode(model, rest[0], codes, frames), kept[:, 1920:])
+        dropped = jobs.decode(model, rest, codes, frames, decoder)
+        self.assertSame(dropped, kept[:, 1920:])
 
     def test_disk_that_fills_up(self):
         info = Mock(frames=8)
