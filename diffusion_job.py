@@ -9,6 +9,7 @@ it needs diffusion.py and what that needs.
 
 import functools
 import os
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 CODEC, DIFFUSION = "encodec", "diffusion"  # decoders
 RELEASED = "musicgen"  # what `diffusion` is
 STOPPED = "the diffusion was stopped, and the sound is the codec's own."
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 Watch = Callable[["Decoding"], Iterable["Decoding"]]
 
 
@@ -35,6 +37,16 @@ def make_decoder(name: Any) -> str | None:
     if name in (None, CODEC):
         return None
     return DIFFUSION if name == RELEASED else os.path.expanduser(name)
+
+
+def check_decoder(name: str | None) -> None:
+    """Raise ValueError for what is neither there nor a Hub id: before a model is read."""
+    known = name in (None, DIFFUSION) or HUB_ID.fullmatch(name)
+    if not known and not os.path.exists(name):
+        raise ValueError(
+            f"decoder must be {CODEC}, {DIFFUSION}, a Hub id, or a file or folder that is "
+            f"there, got {name!r:.80}."
+        )
 
 
 @functools.lru_cache(maxsize=1)

@@ -43,6 +43,16 @@ class TestDecoder(Test):
             with self.assertRaisesRegex(ValueError, "decoder must be encodec, diffu"):
                 make_decoder(bad)
 
+    def test_what_is_not_there_is_told_before_a_model_is_read(self):
+        for name in ("diffusion", "musicgen", "somebody/something", str(WEIGHTS)):
+            plan(["a"], VALUES | dict(decoder=name))[0].check(writes=False)
+        for name in ("difusion", "/none/at/all.th", "a/b/c", "x" * 5000):
+            (job,) = plan(["a"], VALUES | dict(decoder=name))
+            with self.assertRaisesRegex(
+                ValueError, "file or folder that is there, got"
+            ):
+                job.check(writes=False)
+
     def test_the_released_one_is_meant(self):
         load.cache_clear()
         with patch.object(MultiBandDiffusion, "from_pretrained") as read:
@@ -279,7 +289,7 @@ class TestCommands(ScriptTest):
             status, _, err = self.run_script(*flags)
         self.assertEqual(status, 1)
         self.assertRegex(
-            err, "line 3: The Hub did not give the decoder no/such/file.th"
+            err, "line 3: decoder must be .* that is there, got 'no/such/file.th'"
         )
         read = [settings.read_settings(self.folder / f"x-{i}.wav") for i in (1, 2, 4)]
         named = [record.get("decoder") for record in read]
