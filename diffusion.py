@@ -41,6 +41,9 @@ NUM_STEPS = 1000  # of the schedule
 STEPS = (*range(999, 0, -50), 0)  # those that are taken; the last is not evaluated
 EQ_BANDS = 32
 UNTOUCHED = dict(loudness=None, peak=None, fade_in=None, fade_out=0.0)  # by this script
+OF_CUTS = ("ending", "loop", "bars", "loop_start", "loop_score", "drop_prompt")
+NOT_MADE = (*OF_CUTS, "subtype", "mp3_bitrate")  # by it: it decodes all that there is
+RELEASED = dict(musicgen=(32_000, 128))  # rate in Hz, and width of the codec's states
 PIECE, OVERLAP = 30.0, 1.0  # seconds that are decoded at once, and that pieces share
 
 
@@ -144,10 +147,11 @@ class UNet(nn.Module):
         self.conv_codec = nn.Linear(config.codec_dim, widths[-1])
 
     def __call__(self, x: mx.array, step: int, condition: mx.array) -> mx.array:
-        """The noise (B, N, C) in x (B, N, C) at a step of the schedule; the condition is
+        """The noise (B, N, 1) in x (B, N, 1) at a step of the schedule; the condition is
         (B, T, D). Computed in the weights' dtype, and returned in float32. Raises
-        ValueError for a condition of another width, or one that is more than twice as
-        long as the deepest level."""
+        ValueError for another shape or step, a condition of another width, or one that
+        is more than twice as long as the deepest level."""
+        check_call(x, step)
         self.check_width(condition.shape[2])
         N = x.shape[1]
         x, condition = (a.astype(self.conv_codec.weight.dtype) for a in (x, condition))
@@ -172,6 +176,14 @@ class UNet(nn.Module):
                 f"The diffusion decodes codes of a codec that is {wanted} wide, not "
                 f"{width}: it is not this model's."
             )
+
+
+def check_call(x: mx.array, step: int) -> None:
+    """Raise ValueError for what MLX would take, and make something else of."""
+    if x.ndim != 3 or x.shape[2] != 1:
+        raise ValueError(f"x must be (B, N, 1), got {x.shape}.")
+    if not 0 <= step < NUM_STEPS:
+        raise ValueError(f"step must be from 0 to {NUM_STEPS - 1}, got {step!r:.40}.")
 
 
 def stretch(x: mx.array, length: int) -> mx.array:
@@ -356,7 +368,8 @@ class MultiBandDiffusion:
         seed + i, or of the i-th of a list, whatever the others are. Stereo codes are two
         rows of a mono codec, as MusicGen's.
 
-        Raises ValueError for a codec of another rate or width.
+        Raises ValueError for a codec of another rate or width, or another number of
+        seeds.
         """
         decoding = Decoding(self, codes, seed, codec, channels)
         for _ in decoding:
@@ -397,7 +410,7 @@ class Decoding:
     ):
         check_rate(model, codec)
         self._model, self._codec, (B, T, K) = model, codec, codes.shape
-        self._seeds = [seed + i for i in range(B)] if isinstance(seed, int) else seed
+        self._seeds = seeds_of(seed, B)
         rows = codes.reshape(B, T, K // channels, channels)
         self._rows = rows.transpose(0, 3, 1, 2)  # (B, C, T, K'), each a batch of C
         sizes = (int(seconds * codec.config.frame_rate) for seconds in (PIECE, OVERLAP))
@@ -447,6 +460,20 @@ class Decoding:
                 yield x, i == len(STEPS) - 1
 
 
+def seeds_of(seed: int | list[int], rows: int) -> list[int]:
+    """One for each row. Raises ValueError where there cannot be."""
+    if isinstance(seed, int | np.integer):
+        seed = [int(seed) + i for i in range(rows)]
+    seeds = [*seed] if isinstance(seed, list | tuple) else []
+    whole = all(isinstance(one, int) and 0 <= one < 2**64 for one in seeds)
+    if len(seeds) != rows or not whole:
+        raise ValueError(
+            f"seed must be a number from 0 to 2**64 - {rows}, or a list of {rows}, got "
+            f"{seed!r:.80}."
+        )
+    return seeds
+
+
 def check_rate(model: MultiBandDiffusion, codec: Encodec) -> None:
     """Raise ValueError for a codec of another rate."""
     if codec.sampling_rate != model.sampling_rate:
@@ -454,6 +481,17 @@ def check_rate(model: MultiBandDiffusion, codec: Encodec) -> None:
             f"The diffusion decodes what a codec of {model.sampling_rate} Hz made, not "
             f"one of {codec.sampling_rate} Hz."
         )
+
+
+def check_released(name: str | Path, codec: Encodec) -> None:
+    """Raise ValueError where a released decoder is named that does not decode what the
+    codec made: before it is downloaded."""
+    found = codec.sampling_rate, codec.config.hidden_size
+    wanted = RELEASED.get(str(name), found)
+    if wanted != found:
+        told = "The released diffusion decodes codes of MusicGen's codec (%d Hz, %d wide), "
+        told += "not of this model's (%d Hz, %d wide)."
+        raise ValueError(told % (*wanted, *found))
 
 
 def check_codec(model: MultiBandDiffusion, codec: Encodec) -> None:
@@ -490,21 +528,29 @@ def run(args: argparse.Namespace) -> None:
     import settings
     from audio import check_output, save_audio
     from options import row_seeds
-    from outputs import print_out
+    from outputs import check_apart, print_out
     from progress import Progress
 
     codes, record = settings.load_codes(args.codes)
     check_output(args.output, args.codes, args.force)
-    codec, channels = read_codec(args.model or str(record.get("model")), codes)
-    seed = record.get("seed", 0) if args.seed is None else args.seed
+    check_apart(args.output, {"decoder": args.decoder})
+    name, seed = args.model or record.get("model"), args.seed
+    if name is None:
+        raise ValueError(f"{args.codes} names no model that made it: give --model.")
+    codec, channels = read_codec(str(name), codes)
+    if seed is None and (seed := record.get("seed")) is None:
+        seed = 0
     row_seeds([seed], rows=1)
+    check_released(args.decoder, codec)
     model = MultiBandDiffusion.from_pretrained(args.decoder)
     with Progress() as progress:
         decoding = Decoding(model, codes, [seed], codec, channels)
         progress.begin("decoding", decoding.seconds)
         for step in decoding:
             progress.to(step.seconds * step.step / step.total)
-    told = record | dict(decoder=args.decoder, seed=seed) | UNTOUCHED
+    told = {key: value for key, value in record.items() if key not in NOT_MADE}
+    decoder = "diffusion" if args.decoder in RELEASED else args.decoder  # as of a job
+    told |= dict(decoder=decoder, seed=seed) | UNTOUCHED
     comment = settings.to_comment(told)
     audio, rate = decoding.audio[0], model.sampling_rate
     save_audio(args.output, audio, rate, comment, overwrite=args.force)

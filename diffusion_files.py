@@ -33,7 +33,10 @@ MOST = dict(
     hidden=4096, depth=12, growth=64, max_channels=10**6, kernel=256, stride=256
 )
 MOST |= dict(norm_groups=4096, res_blocks=16, codec_dim=4096)  # of sizes
-SCHEDULE = ("beta_t0", "beta_t1", "beta_exp", "num_steps", "clip", "noise_scale")
+SCHEDULE = dict(beta_t0=(1e-9, 0.99), beta_t1=(1e-9, 0.99), beta_exp=(0.01, 1000))
+SCHEDULE |= dict(clip=(0, 1e6), noise_scale=(1e-3, 1e3))  # least and most of numbers
+SUMS = ("counts", "sum_x", "sum_x2", "sum_target_x2")  # of a processor
+MOST_BANDS, MOST_POWER = 64, 100
 LINK = re.compile(r"\$\{([\w.]+)\}")
 MOST_LINKS = 20  # from one setting to the next
 RECOMMENDED = "max_recommended_working_set_size"  # of a Mac, in bytes
@@ -64,7 +67,7 @@ class Files(NamedTuple):
         part = load_torch(self.path, keys=(number,)).get(number)
         try:
             return build(read_parts(part))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             told = f"{self.path!s:.150}, band {number}: {error}"
             raise ValueError(" ".join(told.split())[:390]) from error
 
@@ -79,7 +82,7 @@ def open_files(path_or_repo: str | Path) -> Files:
     )
     if not (type(rate) is int and 1000 <= rate <= 10**6):
         raise ValueError(f"{path!s:.150} must have a sample_rate, got {rate!r:.40}.")
-    if not (type(n_bands) is int and 1 <= n_bands <= 64):
+    if not (type(n_bands) is int and 1 <= n_bands <= MOST_BANDS):
         raise ValueError(f"{path!s:.150} must have n_bands, got {n_bands!r:.40}.")
     return Files(path, rate, n_bands)
 
@@ -105,9 +108,10 @@ def find(name: str) -> Path:
         return Path(hf_hub_download(repo, file, local_files_only=bool(reason)))
     except (OSError, ValueError) as error:
         why = explain(error, repo, reason, (file,))
+        here = "" if name in FILES else ", and there is no such file or folder"
         raise OSError(
-            f"The Hub did not give the decoder {repo:.80}: {why}. To work offline, name "
-            f"its file {file}."
+            f"The Hub did not give the decoder {repo:.80}{here}: {why}. To work offline, "
+            f"name its file {file}."
         ) from error
 
 
@@ -121,16 +125,32 @@ def fits(files: Files, dtype: mx.Dtype) -> bool:
 
 def read_parts(part: dict[str, Any]) -> Parts:
     """The parts of a band, from its settings and states."""
-    settings = part["cfg"]
+    if not isinstance(part, dict):
+        raise ValueError("there is no such band.")
+    settings = part.get("cfg")
     for name, value in FIXED.items():
         if (found := setting(settings, name)) != value:
             raise ValueError(f"{name} must be {value!r}, got {found!r:.40}.")
+    processor = read_processor(part, settings)
+    sizes, schedule = read_sizes(settings), read_schedule(settings)
+    return Parts(sizes, schedule, processor, weights_of(part))
+
+
+def read_schedule(settings: dict[str, Any]) -> dict[str, float | None]:
+    """The schedule, which has a thousand steps. Raises ValueError for such as cannot be."""
     schedule = {name: setting(settings, f"schedule.{name}") for name in SCHEDULE}
     for name, value in schedule.items():
-        if type(value) not in (int, float) and (name, value) != ("clip", None):
-            raise ValueError(f"schedule.{name} must be a number, got {value!r:.40}.")
-    processor = read_processor(part, settings)
-    return Parts(read_sizes(settings), schedule, processor, weights_of(part))
+        if not is_number(value, *SCHEDULE[name]) and (name, value) != ("clip", None):
+            least, most = SCHEDULE[name]
+            raise ValueError(
+                f"schedule.{name} must be a number from {least:g} to {most:g}, got "
+                f"{value!r:.40}."
+            )
+    return schedule
+
+
+def is_number(value: Any, least: float, most: float) -> bool:
+    return type(value) in (int, float) and least <= value <= most
 
 
 def read_sizes(settings: dict[str, Any]) -> dict[str, Any]:
@@ -157,26 +177,68 @@ def read_sizes(settings: dict[str, Any]) -> dict[str, Any]:
 def read_processor(
     part: dict[str, Any], settings: dict[str, Any]
 ) -> tuple[mx.array, mx.array] | None:
-    """Means and gains that turn a band back; None where the settings use none."""
+    """Means and gains that turn a band back; None where the settings use none. Raises
+    ValueError where they cannot."""
     if not setting(settings, "processor.use"):
         return None
-    state, n_bands = part["processor_state"], setting(settings, "processor.n_bands")
-    counts = state["counts"]
-    mean, power = state["sum_x"] / counts, setting(settings, "processor.power_std")
-    if mean.shape != (n_bands,):
+    state, n_bands = tensors(part, "processor_state"), read_bands(settings)
+    if lacking := [name for name in SUMS if name not in state]:
+        raise ValueError(f"processor_state must have {lacking[0]}.")
+    for name in SUMS:
+        shape = state[name].shape
+        if shape != (n_bands,) and (name, shape) != ("counts", (1,)):
+            raise ValueError(
+                f"processor_state must have {n_bands} bands, got {name} of {shape}."
+            )
+    counts, sum_x, sum_x2, sum_target = (state[name] for name in SUMS)
+    mean, power = sum_x / counts, read_power(settings, n_bands)
+    spread = mx.sqrt(mx.maximum(sum_x2 / counts - mean**2, 0))
+    target = sum_target / counts  # a power: audiocraft takes no root of it
+    gain = (spread / target) ** power
+    if not mx.isfinite(mean + gain).all():
+        raise ValueError("processor_state must give finite means and gains.")
+    return mean, gain
+
+
+def read_bands(settings: dict[str, Any]) -> int:
+    """Of a processor. Raises ValueError for a number that cannot be."""
+    n_bands = setting(settings, "processor.n_bands")
+    if not (type(n_bands) is int and 1 <= n_bands <= MOST_BANDS):
         raise ValueError(
-            f"processor_state must have {n_bands} bands, got {mean.shape}."
+            f"processor.n_bands must be from 1 to {MOST_BANDS}, got {n_bands!r:.40}."
         )
-    spread = mx.sqrt(mx.maximum(state["sum_x2"] / counts - mean**2, 0))
-    target = state["sum_target_x2"] / counts  # a power: audiocraft takes no root of it
-    return mean, (spread / target) ** mx.array(power)
+    return n_bands
+
+
+def read_power(settings: dict[str, Any], n_bands: int) -> mx.array:
+    """One exponent for all bands of a processor, or one for each. Raises ValueError for
+    what is neither."""
+    power = setting(settings, "processor.power_std")
+    each = power if isinstance(power, list) else [power]
+    fits = len(each) in (1, n_bands)
+    if not fits or not all(is_number(one, -MOST_POWER, MOST_POWER) for one in each):
+        raise ValueError(
+            f"processor.power_std must be a number, or {n_bands}, got {power!r:.40}."
+        )
+    return mx.array(each, mx.float32)
+
+
+def tensors(part: dict[str, Any], name: str) -> dict[str, mx.array]:
+    """Some of a band's. Raises ValueError where there are none by names."""
+    found = part.get(name)
+    if not isinstance(found, dict) or not all(
+        isinstance(key, str) and isinstance(value, mx.array)
+        for key, value in found.items()
+    ):
+        raise ValueError(f"its {name} must map names to tensors.")
+    return found
 
 
 def weights_of(part: dict[str, Any]) -> dict[str, mx.array]:
     """torch's weights as MLX has them."""
     weights = {}
-    for name, weight in part["model_state"].items():
-        if name == "conv_codec.weight" and weight.ndim == 3:  # of one tap
+    for name, weight in tensors(part, "model_state").items():
+        if name == "conv_codec.weight" and weight.shape[2:] == (1,):  # of one tap
             weight = weight.squeeze(2)
         elif weight.ndim == 3:  # of convolutions: (out, in, k), transposed (in, out, k)
             order = (2, 0, 1) if "convtr" in name else (2, 1, 0)

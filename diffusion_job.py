@@ -9,6 +9,7 @@ it needs diffusion.py and what that needs.
 
 import functools
 import os
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +22,31 @@ if TYPE_CHECKING:
 CODEC, DIFFUSION = "encodec", "diffusion"  # decoders
 RELEASED = "musicgen"  # what `diffusion` is
 STOPPED = "the diffusion was stopped, and the sound is the codec's own."
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 Watch = Callable[["Decoding"], Iterable["Decoding"]]
 
 
 def make_decoder(name: Any) -> str | None:
-    """The decoder of a job by its name: None for the codec's own. Raises ValueError for
-    what is no name."""
+    """The decoder of a job by its name: None for the codec's own, and one name for the
+    released one. Raises ValueError for what is no name."""
     if not isinstance(name, str | None) or name == "" or "\0" in (name or ""):
         raise ValueError(
             f"decoder must be {CODEC}, {DIFFUSION}, a file, a folder or a Hub id, got "
             f"{name!r:.80}."
         )
-    return None if name == CODEC else name and os.path.expanduser(name)
+    if name in (None, CODEC):
+        return None
+    return DIFFUSION if name == RELEASED else os.path.expanduser(name)
+
+
+def check_decoder(name: str | None) -> None:
+    """Raise ValueError for what is neither there nor a Hub id: before a model is read."""
+    known = name in (None, DIFFUSION) or HUB_ID.fullmatch(name)
+    if not known and not os.path.exists(name):
+        raise ValueError(
+            f"decoder must be {CODEC}, {DIFFUSION}, a Hub id, or a file or folder that is "
+            f"there, got {name!r:.80}."
+        )
 
 
 @functools.lru_cache(maxsize=1)
@@ -40,8 +54,12 @@ def load(name: str, dtype: mx.Dtype | None) -> "MultiBandDiffusion":
     """The decoder of that name, which is kept until another one is loaded."""
     from diffusion import MultiBandDiffusion
 
-    path = RELEASED if name == DIFFUSION else name
-    return MultiBandDiffusion.from_pretrained(path, dtype=dtype)
+    return MultiBandDiffusion.from_pretrained(path_of(name), dtype=dtype)
+
+
+def path_of(name: str) -> str:
+    """The decoder of a job, as diffusion.py names it."""
+    return RELEASED if name == DIFFUSION else name
 
 
 class Decoder:
@@ -58,9 +76,11 @@ class Decoder:
     def check(self) -> None:
         """Raise ValueError or OSError where it cannot decode the model's codes."""
         if self.name:
-            from diffusion import check_codec
+            from diffusion import check_codec, check_released
 
-            check_codec(self._load(), self._model.audio_encoder)
+            codec = self._model.audio_encoder
+            check_released(path_of(self.name), codec)
+            check_codec(self._load(), codec)
 
     def __call__(self, codes: mx.array, seeds: list[int]) -> mx.array:
         if self.name:

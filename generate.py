@@ -70,11 +70,12 @@ if TYPE_CHECKING:
 class Stop:
     """Whether Ctrl-C was pressed. A second one raises KeyboardInterrupt.
 
-    Before `arm` Ctrl-C ends all at once. It is `heeded` once somebody was told so.
+    Before `arm` Ctrl-C ends all at once. It is `heeded` once somebody was told so;
+    `decoding`, where that was diffusion, and the codes were whole.
     """
 
     def __init__(self):
-        self._asked = self.heeded = False
+        self._asked = self.heeded = self.decoding = False
 
     def arm(self) -> None:
         """From now on Ctrl-C is asked for, and what was made stays."""
@@ -184,7 +185,8 @@ def make(
         play_all(results, args)
     failures = [result for result in results if result.error]
     if stop.heeded and not failures:
-        return tell_stop(args, sum(result.seconds for result in results))
+        seconds = sum(result.seconds for result in results)
+        return tell_stop(args, seconds, stop.decoding)
     return 1 if failures else 0
 
 
@@ -411,14 +413,17 @@ def watch(
 
 
 def watched_decoding(name: str, stop: Stop, progress: Progress) -> Watch:
-    """What goes through the steps of diffusion until Ctrl-C, shown as seconds of sound."""
+    """What goes through the steps of diffusion until Ctrl-C, shown as seconds of sound.
+    After the last step Ctrl-C is not asked for."""
 
     def watch(steps: "Decoding") -> Iterator["Decoding"]:
         progress.begin(name, steps.seconds)
+        whole = not stop.heeded
         for decoding in steps:
             progress.to(decoding.seconds * decoding.step / decoding.total)
             yield decoding
-            if stop():
+            if decoding.step < decoding.total and stop():
+                stop.decoding = whole
                 return
 
     return watch
@@ -509,13 +514,18 @@ def tell_failures(results: list[Result], args: argparse.Namespace) -> None:
         told.add(f"{place}{error}")
 
 
-def tell_stop(args: argparse.Namespace, seconds: float) -> int:
-    """Say how to go on, if `seconds` of anything were made; returns the exit status."""
+def tell_stop(args: argparse.Namespace, seconds: float, decoding: bool) -> int:
+    """Say how to go on, if `seconds` of anything were made, or how to decode it, where
+    that was stopped; returns the exit status."""
     codes = shlex.quote(str(args.save_codes))
+    decoder = f" --decoder {shlex.quote(args.decoder)}" if args.decoder else ""
     if seconds == 0:
         report("stopped before anything was made.")
+    elif args.save_codes and decoder and decoding:
+        report(f"stopped. To decode it: --redecode {codes}{decoder}")
     elif args.save_codes:
-        report(f"stopped. To go on: --resume {codes} --duration {args.duration:g}")
+        longer = f"--resume {codes} --duration {args.duration:g}"
+        report(f"stopped. To go on: {longer}{decoder}")
     elif args.takes > 1 or len(args.prompt) > 1:
         report("stopped.")
     else:

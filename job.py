@@ -22,7 +22,7 @@ import numpy as np
 
 from audio import check_audio_path
 from beat import Beat, make_beat
-from diffusion_job import make_decoder
+from diffusion_job import check_decoder, make_decoder
 from endings import FADE, Ending, make_ending
 from loops import check_loop, take_seconds
 from loudness import CEILING, to_loudness, to_peak
@@ -109,6 +109,7 @@ class Job:
         check_level(self.loudness, self.peak)
         if writes:
             check_audio_path(self.output, self.subtype, self.mp3_bitrate)
+        check_decoder(self.decoder)
         duration = self.options.duration  # None: the model's own
         if duration is not None:
             check_end(self.prompt, duration)

@@ -299,9 +299,15 @@ class Batch:
             codes, scores = self._best(codes)
             if group is not None and group.rank() > 0:
                 return
-            decoder = Decoder(model, self._jobs[0].decoder, watch)
-            audio = decode(model, self._jobs, codes, self._prompt_frames, decoder)
         except (RuntimeError, ValueError) as error:
+            yield from (Result(job, error) for job in self._jobs)
+            return
+        decoder = Decoder(model, self._jobs[0].decoder, watch)
+        try:
+            audio = decode(model, self._jobs, codes, self._prompt_frames, decoder)
+        except (OSError, RuntimeError, ValueError) as error:
+            if save_codes:
+                self._keep(codes, save_codes)
             yield from (Result(job, error) for job in self._jobs)
             return
         elapsed = time.perf_counter() - self._began
@@ -327,6 +333,13 @@ class Batch:
                 continue
             seconds = len(samples) / model.sampling_rate
             yield Result(job, None, seconds, elapsed, len(self._jobs))
+
+    def _keep(self, codes: mx.array, path: Path) -> None:
+        """Write the codes that could not be decoded, for another decoder."""
+        job, made_of = self._jobs[0], (self._sounds, self._prompt_frames, self._start)
+        record = take_settings(self._model, job, *made_of)
+        settings.save_codes(path, codes[:1], record, job.overwrite)
+        warnings.warn(f"The codes are in {path}: --redecode decodes them.")
 
 
 def run(

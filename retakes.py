@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import jobs
 import remake
 import settings
-from diffusion_job import DIFFUSION, Decoder
+from diffusion_job import DIFFUSION, Decoder, make_decoder
 from edit import CANDIDATES, MOST_CANDIDATES, Edit, split
 from endings import FADE
 from forms import Form
@@ -129,7 +129,7 @@ def check_adapter(take: Take, limits: Limits) -> None:
 def check_decoder(take: Take, limits: Limits) -> None:
     """Raise Refused for a take whose sound was made by a decoder that is not served."""
     decoder = take.settings["decoder"]
-    if decoder != limits.decoder:
+    if make_decoder(decoder) != make_decoder(limits.decoder):
         raise Refused(
             409,
             f"{take.id} was decoded by {decoder!s:.80}: start the server with --decoder "

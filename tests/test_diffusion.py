@@ -197,6 +197,27 @@ class TestDecode(Test):
                 cut = slice(first * hop, (first + 8) * hop)
                 self.assertSame(part, all_of_it[:, cut])
 
+    def test_seeds(self):
+        """Are told of before anything is computed."""
+        told = "seed must be a number from 0 to 2..64 - 2, or a list of 2, got "
+        for bad in ([1], [1, 2, 3], [1, -2], [1, "2"], -1, 2**64 - 1, 1.5, None):
+            with self.subTest(bad), self.assertRaisesRegex(ValueError, told):
+                diffusion.Decoding(self.model, self.codes[:2], bad, self.codec)
+        for good in ([7, 8], (7, 8), 7, np.int64(7)):
+            self.assertEqual(diffusion.seeds_of(good, 2), [7, 8])
+
+    def test_what_a_unet_does_not_take(self):
+        """Rather than numbers that are not there, or are others."""
+        unet, condition = self.model.unet(0), mx.zeros((1, 2, 16))
+        for shape, step, told in (
+            ((1, 1280, 1), 1000, "step must be from 0 to 999, got 1000"),
+            ((1, 1280, 1), -1, "step must be from 0 to 999, got -1"),
+            ((1, 1280, 2), 0, "x must be .B, N, 1., got .1, 1280, 2."),
+            ((1280, 1), 0, "x must be .B, N, 1., got .1280, 1."),
+        ):
+            with self.assertRaisesRegex(ValueError, told):
+                unet(mx.zeros(shape), step, condition)
+
     def test_a_codec_of_another_rate(self):
         codec = MusicGen.from_pretrained(
             REFERENCE / "audiogen-audiocraft"

@@ -1,5 +1,6 @@
 """diffusion_files.py: published files, damaged ones, and those of strangers."""
 
+import math
 import os
 import zipfile
 from unittest.mock import patch
@@ -104,7 +105,11 @@ class TestSettings(Test):
         for place, value, told in (
             (("schedule", "repartition"), "linear", "repartition must be 'power'"),
             (("schedule", "beta_exp"), None, "must have schedule.beta_exp"),
-            (("schedule", "beta_exp"), "7.5", "beta_exp must be a number, got '7.5'"),
+            (("schedule", "beta_exp"), "7.5", "number from 0.01 to 1000, got '7.5'"),
+            (("schedule", "beta_exp"), 0, "beta_exp must be a number from 0.01"),
+            (("schedule", "beta_t1"), -0.1, "beta_t1 must be a number from 1e-09"),
+            (("schedule", "noise_scale"), math.nan, "noise_scale must be a number"),
+            (("schedule", "clip"), 10**30, "clip must be a number from 0 to 1e"),
             (("schedule", "num_steps"), 50, "schedule.num_steps must be 1000, got 50"),
             (("diffusion_unet", "bilstm"), True, "diffusion_unet.bilstm must be False"),
             (("diffusion_unet", "codec_dim"), None, "must have diffusion_unet.codec_d"),
@@ -124,7 +129,10 @@ class TestSettings(Test):
             (("diffusion_unet", "stride"), 0, "from 1 to 256, got 0"),
             (("diffusion_unet", "emb_all_layers"), 1, "must be true or false"),
             (("processor", "use"), None, "must have processor.use"),
-            (("processor", "n_bands"), 9, "must have 9 bands, got"),
+            (("processor", "n_bands"), 9, "must have 9 bands, got sum_x of "),
+            (("processor", "n_bands"), 65, "n_bands must be from 1 to 64, got 65"),
+            (("processor", "power_std"), [1, 2], "a number, or 8, got .1, 2."),
+            (("processor", "power_std"), "1", "a number, or 8, got '1'"),
             (("processor", "power_std"), None, "must have processor.power_std"),
         ):
             cfg = {
@@ -141,6 +149,34 @@ class TestSettings(Test):
         cfg = self.part["cfg"] | dict(one=2)
         with self.assertRaisesRegex(ValueError, "channels must be 1, got 2"):
             read_parts(self.part | dict(cfg=cfg))
+
+    def test_thousand_steps_as_a_float(self):
+        cfg = self.part["cfg"] | dict(schedule=self.part["cfg"]["schedule"].copy())
+        cfg["schedule"]["num_steps"] = 1000.0
+        parts = read_parts(self.part | dict(cfg=cfg))
+        self.assertEqual(diffusion.Schedule(**parts.schedule).remains.shape, (1000,))
+
+    def test_states_of_strangers(self):
+        """Each is told of in plain words, before anything is computed of it."""
+        state, ones = self.part["processor_state"], mx.ones(8)
+        for place, value, told in (
+            ("model_state", None, "its model_state must map names to tensors"),
+            ("model_state", [ones], "its model_state must map names to tensors"),
+            ("model_state", {1: ones}, "its model_state must map names to tensors"),
+            ("model_state", dict(a=1), "its model_state must map names to tensors"),
+            ("model_state", {"conv_codec.weight": mx.ones((2, 2, 3))}, "lacks the "),
+            ("processor_state", None, "its processor_state must map names to tens"),
+            ("processor_state", {}, "processor_state must have counts"),
+            ("processor_state", state | dict(counts=mx.zeros(1)), "finite means and"),
+            ("processor_state", state | dict(counts=mx.ones(2)), "got counts of .2,."),
+            ("processor_state", state | dict(sum_target_x2=ones * 0), "finite means"),
+            ("cfg", None, "its settings must have schedule.repartition"),
+        ):
+            model = MultiBandDiffusion(diffusion_files.open_files(FOLDER))
+            with self.subTest(told), self.assertRaisesRegex(ValueError, told):
+                model._build(read_parts(self.part | {place: value}))
+        with self.assertRaisesRegex(ValueError, "there is no such band"):
+            read_parts([1])
 
 
 class TestFiles(Test):
@@ -159,6 +195,13 @@ class TestFiles(Test):
         with patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}):
             with self.assertRaisesRegex(OSError, told):
                 MultiBandDiffusion.from_pretrained("musicgen")
+
+    def test_a_name_of_nothing(self):
+        """It may have been meant as a file."""
+        told = "decoder /no/such.th, and there is no such file or folder: "
+        with patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}):
+            with self.assertRaisesRegex(OSError, told):
+                MultiBandDiffusion.from_pretrained("/no/such.th")
 
     def test_a_file_of_a_model(self):
         path = REFERENCE / "mono-audiocraft" / "state_dict.bin"
@@ -183,5 +226,7 @@ class TestFiles(Test):
     def test_a_band_that_is_missing(self):
         model = MultiBandDiffusion.from_pretrained(FOLDER)
         files = model._files._replace(n_bands=4)
-        with self.assertRaisesRegex(ValueError, "mbd_tiny.th, band 3: "):
+        with self.assertRaisesRegex(
+            ValueError, "mbd_tiny.th, band 3: there is no such"
+        ):
             MultiBandDiffusion(files).unet(3)

@@ -1,6 +1,7 @@
 """Diffusion as the decoder of takes: generate.py's flags, lines of files, diffusion.py."""
 
 import json
+import shutil
 import sys
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
@@ -18,6 +19,7 @@ import jobs
 import settings
 from diffusion import Decoding, MultiBandDiffusion
 from diffusion_job import Decoder, load, make_decoder
+from generate import Stop
 from job import plan
 
 MODEL, WEIGHTS = REFERENCE / "mono-audiocraft", REFERENCE / "diffusion-audiocraft"
@@ -34,11 +36,22 @@ class TestDecoder(Test):
 
     def test_names(self):
         self.assertEqual([make_decoder(x) for x in (None, "encodec")], [None, None])
-        self.assertEqual(make_decoder("diffusion"), "diffusion")
+        for released in ("diffusion", "musicgen"):
+            self.assertEqual(make_decoder(released), "diffusion")
         self.assertEqual(make_decoder("~/a.th"), str(Path.home() / "a.th"))
         for bad in (7, "", "a\0b", ["diffusion"]):
             with self.assertRaisesRegex(ValueError, "decoder must be encodec, diffu"):
                 make_decoder(bad)
+
+    def test_what_is_not_there_is_told_before_a_model_is_read(self):
+        for name in ("diffusion", "musicgen", "somebody/something", str(WEIGHTS)):
+            plan(["a"], VALUES | dict(decoder=name))[0].check(writes=False)
+        for name in ("difusion", "/none/at/all.th", "a/b/c", "x" * 5000):
+            (job,) = plan(["a"], VALUES | dict(decoder=name))
+            with self.assertRaisesRegex(
+                ValueError, "file or folder that is there, got"
+            ):
+                job.check(writes=False)
 
     def test_the_released_one_is_meant(self):
         load.cache_clear()
@@ -87,6 +100,16 @@ class TestDecoder(Test):
                 )
             with self.assertRaisesRegex(ValueError, told):
                 Decoder(model, str(WEIGHTS)).check()
+
+    def test_what_the_released_one_does_not_fit_downloads_nothing(self):
+        """Of the models here each has a codec of its own."""
+        told = r"MusicGen's codec \(32000 Hz, 128 wide\), not of this model's \("
+        for name in ("audiogen-audiocraft", "mono-audiocraft"):
+            for decoder in ("diffusion", "musicgen"):
+                with patch.object(MultiBandDiffusion, "from_pretrained") as read:
+                    with self.assertRaisesRegex(ValueError, told):
+                        Decoder(exact(name), decoder).check()
+                read.assert_not_called()
 
     def test_precision_follows_the_models(self):
         """On a GPU: float32 where the model computes in that, else its own."""
@@ -158,6 +181,22 @@ class TestJobs(Test):
         self.assertEqual(record["decoder"], str(WEIGHTS))
 
 
+class Pressed(Stop):
+    """Ctrl-C after it was asked for so many times."""
+
+    def __init__(self, times: int):
+        super().__init__()
+        self._left = times
+
+    def arm(self) -> None:
+        pass
+
+    def __call__(self) -> bool:
+        self._left -= 1
+        self._asked = self._left < 0
+        return super().__call__()
+
+
 class TestCommands(ScriptTest):
     """Of the reference's model and decoder; takes last a tenth of a second."""
 
@@ -197,6 +236,40 @@ class TestCommands(ScriptTest):
             with warnings.catch_warnings(), redirect_stderr(StringIO()):
                 diffusion.main()
 
+    def test_codes_that_it_cannot_decode_are_kept(self):
+        """What is wrong with a later band is found when they are made."""
+        sound = self.folder / "a.wav"
+        take = ["rock", "--duration", "0.1", "-o", sound, *self.common]
+        for error in (ValueError("It is damaged."), FileNotFoundError("It has gone.")):
+            codes = self.folder / f"{type(error).__name__}.safetensors"
+            flags = ["--decoder", WEIGHTS, "--save-codes", codes]
+            with patch("diffusion.Decoding.__iter__", side_effect=error):
+                status, _, err = self.run_script(*take, *flags)
+            self.assertEqual(status, 1)
+            self.assertIn(f"The codes are in {codes}: --redecode decodes", err)
+            self.assertIn(f"generate.py: error: {error}", err)
+            self.assertFalse(sound.exists())
+            self.assertEqual(settings.load_codes(codes)[1]["decoder"], str(WEIGHTS))
+
+    @slow(10)
+    def test_stopped_it_tells_how_to_go_on(self):
+        """Codes that are whole want to be decoded, others to be gone on from; after the
+        last step nothing is stopped."""
+        codes = self.folder / "a.safetensors"
+        take = ["rock", "--duration", "0.1", "--seed", "5", "--save-codes", codes]
+        take += ["-o", self.folder / "a.wav", "--decoder", WEIGHTS, *self.common]
+        decoder = f" --decoder {WEIGHTS}"
+        asked = 1 + 7  # before the take, and after each of its steps but the last
+        for times, told in (
+            (asked - 2, f"To go on: --resume {codes} --duration 0.1{decoder}\n"),
+            (asked + 9, f"To decode it: --redecode {codes}{decoder}\n"),
+            (asked + 59, None),
+        ):
+            with self.subTest(times), patch("generate.Stop", lambda: Pressed(times)):
+                status, _, err = self.run_script(*take, "--force")
+                self.assertEqual(status, 130 if told else 0, err)
+                self.assertIn(told or "", err)
+
     def test_a_part_made_again_is_the_codecs(self):
         codes = self.folder / "a.safetensors"
         take = ["rock", "--duration", "0.2", "--seed", "5", "--save-codes", codes]
@@ -216,7 +289,7 @@ class TestCommands(ScriptTest):
             status, _, err = self.run_script(*flags)
         self.assertEqual(status, 1)
         self.assertRegex(
-            err, "line 3: The Hub did not give the decoder no/such/file.th"
+            err, "line 3: decoder must be .* that is there, got 'no/such/file.th'"
         )
         read = [settings.read_settings(self.folder / f"x-{i}.wav") for i in (1, 2, 4)]
         named = [record.get("decoder") for record in read]
@@ -246,6 +319,57 @@ class TestCommands(ScriptTest):
         self.assertEqual(codes.read_bytes(), before)
         self.assertFalse(wav.exists())
 
+    @slow(5)
+    def test_what_the_script_does_not_do_is_not_told(self):
+        """All codes are decoded, whatever was left out of the take's own sound."""
+        codes, sound = self.folder / "a.safetensors", self.folder / "a.wav"
+        cuts = dict(ending=True, drop_prompt=True, loop=True, bars=1, loop_start=0.1)
+        told = dict(model=str(MODEL), subtype="FLOAT", mp3_bitrate=64, **cuts)
+        settings.save_codes(codes, mx.zeros((1, 5, 4), mx.uint32), told | dict(seed=5))
+        with redirect_stdout(StringIO()):
+            self.decode(codes, sound, "--decoder", WEIGHTS)
+        self.assertEqual(soundfile.info(sound).frames, 5 * 640)
+        record = settings.read_settings(sound)
+        self.assertEqual(record["seed"], 5)
+        self.assertEqual(record.keys() & told.keys(), {"model"})
+
+    @slow(2)
+    def test_the_script_names_the_released_one_as_jobs_do(self):
+        """So that what it wrote is not made again."""
+        codes, sound = self.folder / "a.safetensors", self.folder / "a.wav"
+        settings.save_codes(codes, mx.zeros((1, 1, 4)), dict(model=str(MODEL)))
+        tiny = MultiBandDiffusion.from_pretrained(WEIGHTS)
+        with (
+            patch.object(MultiBandDiffusion, "from_pretrained", return_value=tiny),
+            patch.dict("diffusion.RELEASED", musicgen=(32_000, 16)),
+            redirect_stdout(StringIO()),
+        ):
+            self.decode(codes, sound)
+        self.assertEqual(settings.read_settings(sound)["decoder"], "diffusion")
+
+    @slow(2)
+    def test_the_script_needs_no_seed(self):
+        codes, sounds = self.folder / "a.safetensors", []
+        for i, told in enumerate((dict(seed=0), dict(seed=None), {})):
+            told |= dict(model=str(MODEL))
+            settings.save_codes(codes, mx.zeros((1, 1, 4)), told, overwrite=True)
+            path = self.folder / f"{i}.wav"
+            with redirect_stdout(StringIO()):
+                self.decode(codes, path, "--decoder", WEIGHTS)
+            sounds.append(soundfile.read(path)[0].tolist())
+        self.assertEqual(sounds[1:], sounds[:1] * 2)
+
+    def test_the_script_never_overwrites_its_decoder(self):
+        """Whatever it is called."""
+        codes, weights = self.folder / "a.safetensors", self.folder / "a.wav"
+        settings.save_codes(codes, mx.zeros((1, 5, 4)), dict(model=str(MODEL)))
+        shutil.copy(WEIGHTS / "mbd_tiny.th", weights)
+        before, flags = weights.read_bytes(), ("--force", "--decoder", weights)
+        with self.assertRaises(SystemExit) as stopped:
+            self.decode(codes, weights, *flags)
+        self.assertRegex(stopped.exception.code, "it is read as the decoder")
+        self.assertEqual(weights.read_bytes(), before)
+
     def test_what_the_script_refuses(self):
         codes = self.folder / "a.safetensors"
         save = lambda of, **told: settings.save_codes(codes, of, told)  # noqa: E731
@@ -260,6 +384,7 @@ class TestCommands(ScriptTest):
             (mx.zeros((1, 9, 8)), dict(model=str(MODEL)), flags, "in 4 codebooks"),
             (mx.zeros((1, 9, 4)), dict(model=str(MODEL), seed="x"), flags, "seed"),
             (mx.zeros((1, 9, 4)), dict(model="no such model"), flags, "no such model"),
+            (mx.zeros((1, 9, 4)), {}, flags, "a.safetensors names no model that made"),
             (mx.full((1, 9, 4), 999), dict(model=str(MODEL)), flags, "from 0 to"),
         ):
             save(of, **told)

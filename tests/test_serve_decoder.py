@@ -19,6 +19,7 @@ from serving import (
 
 import diffusion
 import diffusion_job
+import retakes
 import serve
 from forms import Form
 from job import plan
@@ -399,6 +400,13 @@ class TestFlag(Test):
     def test_it_is_the_released_one(self):
         self.assertEqual(serve.parse_arguments([]).decoder, "diffusion")
         self.assertEqual(Limits("tiny").decoder, "diffusion")
+
+    def test_the_released_one_by_either_name(self):
+        """What one of them made is gone on with by the other."""
+        names = ("diffusion", "musicgen")
+        for name, served in ((a, b) for a in names for b in names):
+            take = SimpleNamespace(id="a", settings=dict(decoder=name))
+            retakes.check_decoder(take, Limits("tiny", decoder=served))
 
     def test_what_it_may_be(self):
         for name in ("diffusion", "musicgen", DECODER, "somebody/something"):
