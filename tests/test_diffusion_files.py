@@ -94,6 +94,24 @@ class TestSettings(Test):
         with self.assertRaisesRegex(ValueError, "its settings must have b"):
             setting(dict(a="${b}"), "a")
 
+    def test_links_as_omegaconf_has_them(self):
+        """From the top, from beside, from above, on the way, and of links to links."""
+        settings = dict(a=dict(b=7, c="${.b}", d="${..e}"), e=5, f="${a}", g="${f.c}")
+        settings |= {"h": dict(i="${ a.b }"), "j-k": 3, "l": "${j-k}"}
+        for name, value in (
+            ("a.c", 7),
+            ("a.d", 5),
+            ("f.b", 7),
+            ("f.c", 7),
+            ("g", 7),
+            ("h.i", 7),
+            ("l", 3),
+        ):
+            self.assertEqual(setting(settings, name), value, name)
+        for name, link in (("a", "${a.b}"), ("a.b", "${.b}"), ("a.b", "${....b}")):
+            with self.assertRaisesRegex(ValueError, "refers to itself|must have"):
+                setting(dict(a=dict(b=link) if "." in name else link), name)
+
     def test_settings_within_themselves(self):
         cfg = dict(self.part["cfg"])
         cfg["again"] = cfg
@@ -124,6 +142,8 @@ class TestSettings(Test):
             (("diffusion_unet", "stride"), 0, "from 1 to 256, got 0"),
             (("diffusion_unet", "emb_all_layers"), 1, "must be true or false"),
             (("processor", "use"), None, "must have processor.use"),
+            (("processor", "use"), "${${one}}", "processor.use must be true or false"),
+            (("processor", "name"), "other", "name must be multi_band_processor, got"),
             (("processor", "n_bands"), 9, "must have 9 bands, got"),
             (("processor", "power_std"), None, "must have processor.power_std"),
         ):
@@ -152,6 +172,18 @@ class TestFiles(Test):
         path.write_bytes(b"PK" + bytes(99))
         with self.assertRaisesRegex(ValueError, "is not a checkpoint that torch wrote"):
             MultiBandDiffusion.from_pretrained(path)
+
+    def test_a_folder_of_several(self):
+        """Of all that Meta released MusicGen's is meant; else one is to be named."""
+        source = FOLDER / "mbd_tiny.th"
+        for name in ("mbd_comp_2.pt", "mbd_comp_8.pt"):
+            (self.folder / name).symlink_to(source)
+        told = "must hold one file, has mbd_comp_2.pt, mbd_comp_8.pt: name one"
+        with self.assertRaisesRegex(ValueError, told):
+            diffusion_files.find(str(self.folder))
+        (self.folder / "mbd_musicgen_32khz.th").symlink_to(source)
+        found = diffusion_files.find(str(self.folder))
+        self.assertEqual(found.name, "mbd_musicgen_32khz.th")
 
     def test_the_hub_without_a_network(self):
         told = "The Hub did not give the decoder facebook/multiband-diffusion: .* name "
