@@ -180,13 +180,18 @@ def read_processor(
     state, n_bands = part["processor_state"], setting(settings, "processor.n_bands")
     counts = state["counts"]
     mean, power = state["sum_x"] / counts, setting(settings, "processor.power_std")
+    powers = power if isinstance(power, list) else [power] * len(mean)
     if mean.shape != (n_bands,):
         raise ValueError(
             f"processor_state must have {n_bands} bands, got {mean.shape}."
         )
+    if len(powers) != n_bands or any(type(p) not in (int, float) for p in powers):
+        raise ValueError(
+            f"processor.power_std must be a number, or {n_bands} of them, got {power!r:.40}."
+        )
     spread = mx.sqrt(mx.maximum(state["sum_x2"] / counts - mean**2, 0))
     target = state["sum_target_x2"] / counts  # a power: audiocraft takes no root of it
-    return mean, (spread / target) ** mx.array(power)
+    return mean, (spread / target) ** mx.array(powers)
 
 
 def weights_of(part: dict[str, Any]) -> dict[str, mx.array]:

@@ -145,6 +145,8 @@ class TestSettings(Test):
             (("processor", "use"), "${${one}}", "processor.use must be true or false"),
             (("processor", "name"), "other", "name must be multi_band_processor, got"),
             (("processor", "n_bands"), 9, "must have 9 bands, got"),
+            (("processor", "power_std"), [0.4] * 3, "a number, or 8 of them, got .0.4"),
+            (("processor", "power_std"), "0.4", "a number, or 8 of them, got '0.4'"),
             (("processor", "power_std"), None, "must have processor.power_std"),
         ):
             cfg = {
@@ -156,6 +158,15 @@ class TestSettings(Test):
                 del cfg[place[0]][place[1]]
             with self.subTest(told), self.assertRaisesRegex(ValueError, told):
                 model._build(read_parts(self.part | dict(cfg=cfg)))
+
+    def test_a_power_for_each_band(self):
+        gains = {}
+        for power in (1, 0.5, [1.0, 0.5] * 4):
+            cfg = dict(self.part["cfg"])
+            cfg["processor"] = cfg["processor"] | dict(power_std=power)
+            gains[str(power)[:3]] = read_parts(self.part | dict(cfg=cfg)).processor[1]
+        self.assertSame(gains["[1."][::2], gains["1"][::2])
+        self.assertSame(gains["[1."][1::2], gains["0.5"][1::2])
 
     def test_channels(self):
         cfg = self.part["cfg"] | dict(one=2)
