@@ -357,7 +357,8 @@ class MultiBandDiffusion:
         seed + i, or of the i-th of a list, whatever the others are. Stereo codes are two
         rows of a mono codec, as MusicGen's.
 
-        Raises ValueError for a codec of another rate or width.
+        Raises ValueError for a codec of another rate or width, and for fewer or more
+        seeds than rows.
         """
         decoding = Decoding(self, codes, seed, codec, channels)
         for _ in decoding:
@@ -405,6 +406,8 @@ class Decoding:
         check_rate(model, codec)
         self._model, self._codec, (B, T, K) = model, codec, codes.shape
         self._seeds = [seed + i for i in range(B)] if isinstance(seed, int) else seed
+        if len(self._seeds) != B:
+            raise ValueError(f"seed must be one, or {B} of them, got {seed!r:.80}.")
         rows = codes.reshape(B, T, K // channels, channels)
         self._rows = rows.transpose(0, 3, 1, 2)  # (B, C, T, K'), each a batch of C
         sizes = (int(seconds * codec.config.frame_rate) for seconds in (PIECE, OVERLAP))

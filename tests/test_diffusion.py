@@ -170,6 +170,11 @@ class TestDecode(Test):
         other = self.model.decode(self.codes[1:], 5, self.codec)
         self.assertGreater(mx.abs(other - alone).max().item(), 1e-3)
 
+    def test_a_seed_for_each_row(self):
+        for seeds in ([], [3], [3, 4, 5]):
+            with self.assertRaisesRegex(ValueError, "seed must be one, or 2 of them"):
+                self.model.decode(self.codes, seeds, self.codec)
+
     def test_stereo_is_two_rows(self):
         codes = mx.stack([self.codes[0], self.codes[1]], axis=-1).reshape(1, 12, 8)
         sound = self.model.decode(codes, 3, self.codec, channels=2)
