@@ -29,15 +29,14 @@ FIXED = {  # what is not ported, by where it stands
     "diffusion_unet.transformer": False,
     "diffusion_unet.cross_attention": False,
 }
-MOST = dict(
-    hidden=4096, depth=12, growth=64, max_channels=10**6, kernel=256, stride=256
-)
-MOST |= dict(norm_groups=4096, res_blocks=16, codec_dim=4096)  # of sizes
+MOST = dict(hidden=4096, depth=12, growth=64, max_channels=10**6)  # of sizes
+MOST |= dict(kernel=256, stride=256, norm_groups=4096, res_blocks=16, codec_dim=4096)
 SCHEDULE = dict(beta_t0=(1e-9, 0.99), beta_t1=(1e-9, 0.99), beta_exp=(0.01, 1000))
 SCHEDULE |= dict(clip=(0, 1e6), noise_scale=(1e-3, 1e3))  # least and most of numbers
 SUMS = ("counts", "sum_x", "sum_x2", "sum_target_x2")  # of a processor
 MOST_BANDS, MOST_POWER = 64, 100
-LINK = re.compile(r"\$\{([\w.]+)\}")
+LINK = re.compile(r"\$\{ *(\.*)([\w-]+(?:\.[\w-]+)*) *\}")
+PROCESSOR = "multi_band_processor"
 MOST_LINKS = 20  # from one setting to the next
 RECOMMENDED = "max_recommended_working_set_size"  # of a Mac, in bytes
 ROOM = 2  # times the weights must fit into what memory is left, for all to be kept
@@ -48,9 +47,7 @@ class Parts(NamedTuple):
 
     sizes: dict[str, Any]  # of the UNet
     schedule: dict[str, Any]
-    processor: (
-        tuple[mx.array, mx.array] | None
-    )  # means and gains of its bands, (n,) each
+    processor: tuple[mx.array, mx.array] | None  # means and gains (n,) of its bands
     weights: dict[str, mx.array]  # float32, laid out as in MLX
 
 
@@ -88,18 +85,13 @@ def open_files(path_or_repo: str | Path) -> Files:
 
 
 def find(name: str) -> Path:
-    """The file of a name. Raises FileNotFoundError for a folder without one, OSError
-    where the Hub does not give it."""
+    """The file of a name. Raises as `find_in` for a folder, OSError where the Hub does
+    not give it."""
     path = Path(name).expanduser()
     if path.is_file():
         return path
     if (folder := local(name)) is not None:
-        found = [p for p in sorted(folder.iterdir()) if p.suffix in SUFFIXES]
-        if not found:
-            raise FileNotFoundError(
-                f"{name:.150} holds no {' or '.join(SUFFIXES)} file."
-            )
-        return found[0]
+        return find_in(folder)
     from huggingface_hub import hf_hub_download
 
     repo, reason = REPO if name in FILES else name, no_network()
@@ -113,6 +105,22 @@ def find(name: str) -> Path:
             f"The Hub did not give the decoder {repo:.80}{here}: {why}. To work offline, "
             f"name its file {file}."
         ) from error
+
+
+def find_in(folder: Path) -> Path:
+    """The file in a folder: MusicGen's where there are several, as Meta's are. Raises
+    FileNotFoundError for none, ValueError where it is not clear which."""
+    found = [p for p in sorted(folder.iterdir()) if p.suffix in SUFFIXES]
+    if not found:
+        wanted = " or ".join(SUFFIXES)
+        raise FileNotFoundError(f"{folder!s:.150} holds no {wanted} file.")
+    ours = [p for p in found if p.name == FILES["musicgen"]] or found
+    if len(ours) > 1:
+        names = ", ".join(p.name for p in found)
+        raise ValueError(
+            f"{folder!s:.150} must hold one file, has {names:.150}: name one."
+        )
+    return ours[0]
 
 
 def fits(files: Files, dtype: mx.Dtype) -> bool:
@@ -179,8 +187,13 @@ def read_processor(
 ) -> tuple[mx.array, mx.array] | None:
     """Means and gains that turn a band back; None where the settings use none. Raises
     ValueError where they cannot."""
-    if not setting(settings, "processor.use"):
+    use = setting(settings, "processor.use")
+    if type(use) is not bool:
+        raise ValueError(f"processor.use must be true or false, got {use!r:.40}.")
+    if not use:
         return None
+    if (kind := setting(settings, "processor.name")) != PROCESSOR:
+        raise ValueError(f"processor.name must be {PROCESSOR}, got {kind!r:.40}.")
     state, n_bands = tensors(part, "processor_state"), read_bands(settings)
     if lacking := [name for name in SUMS if name not in state]:
         raise ValueError(f"processor_state must have {lacking[0]}.")
@@ -248,16 +261,20 @@ def weights_of(part: dict[str, Any]) -> dict[str, mx.array]:
 
 
 def setting(cfg: dict[str, Any], name: str) -> Any:
-    """A setting by its dotted name; what refers to another is that. Raises ValueError
-    for one that is missing, or refers to itself."""
+    """A setting by its dotted name. What refers to another one is that: `${a.b}` from the
+    top, `${.b}` beside it, `${..b}` a level up, also on the way to the name. Raises
+    ValueError for one that is missing, or refers to itself."""
+    words = name.split(".")
     for _ in range(MOST_LINKS):
         value: Any = cfg
-        for word in name.split("."):
+        for i, word in enumerate(words, 1):
             if not isinstance(value, dict) or word not in value:
-                raise ValueError(f"its settings must have {name:.80}.")
+                raise ValueError(f"its settings must have {'.'.join(words):.80}.")
             value = value[word]
-        link = LINK.fullmatch(value) if isinstance(value, str) else None
-        if link is None:
+            if link := LINK.fullmatch(value) if isinstance(value, str) else None:
+                above = words[: max(i - len(link[1]), 0)] if link[1] else []
+                words = above + link[2].split(".") + words[i:]
+                break
+        else:
             return value
-        name = link[1]
     raise ValueError(f"its setting {name:.80} refers to itself.")

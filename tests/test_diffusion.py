@@ -73,6 +73,18 @@ class TestAgainstAudiocraft(Test):
         made = self.model.re_eq(found, self.codec.decode_chunk(self.codes))
         self.assertClose(made, self.want("whole"), 1e-4)
 
+    def test_re_eq_of_silence(self):
+        noise, silence = self.x[:1, :3000], mx.zeros((1, 3000, 1))
+        for sound, reference in ((silence, noise), (noise, silence)):
+            found = self.model.re_eq(sound, reference)
+            self.assertEqual(mx.abs(found).max().item(), 0)
+
+    def test_loudness_of_a_long_sound(self):
+        """MLX's own sums on a CPU were wrong by 3e-4."""
+        noise = np.random.default_rng(0).normal(size=(1, 960_000, 1)).astype("f4")
+        wanted = np.std(noise, ddof=1, dtype=np.float64)
+        self.assertLess(abs(diffusion.spread(mx.array(noise)) / wanted - 1), 1e-6)
+
 
 class TestBands(Test):
     def test_as_julius(self):
@@ -105,6 +117,20 @@ class TestBands(Test):
                 parts = split_bands(sound, 32000, count)
                 self.assertEqual(parts.shape, (count, *sound.shape))
                 self.assertLess(mx.abs(parts.sum(axis=0) - sound).max().item(), 1e-5)
+
+    def test_blocks(self):
+        """As all at once, in the memory of one block."""
+        sound = mx.random.normal((2, 9000, 2))
+        whole = split_bands(sound, 32000, 8)
+        for block in (1000, 9000, 8999):
+            with patch.object(bands, "BLOCK", block):
+                self.assertClose(split_bands(sound, 32000, 8), whole, 1e-6)
+        sound = mx.random.normal((1, 160_000, 1))  # in one go it took 500 MB
+        mx.eval(sound)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(split_bands(sound, 32000, 8))
+        self.assertLess(mx.get_peak_memory() - before, 2e8)
 
     def test_a_tone_lies_in_its_band(self):
         time = mx.arange(32000)[None, :, None] / 32000
@@ -143,6 +169,11 @@ class TestDecode(Test):
         self.assertClose(both[1:], alone, 1e-6)
         other = self.model.decode(self.codes[1:], 5, self.codec)
         self.assertGreater(mx.abs(other - alone).max().item(), 1e-3)
+
+    def test_a_seed_for_each_row(self):
+        for seeds in ([], [3], [3, 4, 5]):
+            with self.assertRaisesRegex(ValueError, "seed must be a number from 0 to .*, or a list of 2"):
+                self.model.decode(self.codes, seeds, self.codec)
 
     def test_stereo_is_two_rows(self):
         codes = mx.stack([self.codes[0], self.codes[1]], axis=-1).reshape(1, 12, 8)

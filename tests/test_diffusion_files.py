@@ -95,6 +95,24 @@ class TestSettings(Test):
         with self.assertRaisesRegex(ValueError, "its settings must have b"):
             setting(dict(a="${b}"), "a")
 
+    def test_links_as_omegaconf_has_them(self):
+        """From the top, from beside, from above, on the way, and of links to links."""
+        settings = dict(a=dict(b=7, c="${.b}", d="${..e}"), e=5, f="${a}", g="${f.c}")
+        settings |= {"h": dict(i="${ a.b }"), "j-k": 3, "l": "${j-k}"}
+        for name, value in (
+            ("a.c", 7),
+            ("a.d", 5),
+            ("f.b", 7),
+            ("f.c", 7),
+            ("g", 7),
+            ("h.i", 7),
+            ("l", 3),
+        ):
+            self.assertEqual(setting(settings, name), value, name)
+        for name, link in (("a", "${a.b}"), ("a.b", "${.b}"), ("a.b", "${....b}")):
+            with self.assertRaisesRegex(ValueError, "refers to itself|must have"):
+                setting(dict(a=dict(b=link) if "." in name else link), name)
+
     def test_settings_within_themselves(self):
         cfg = dict(self.part["cfg"])
         cfg["again"] = cfg
@@ -133,6 +151,8 @@ class TestSettings(Test):
             (("processor", "n_bands"), 65, "n_bands must be from 1 to 64, got 65"),
             (("processor", "power_std"), [1, 2], "a number, or 8, got .1, 2."),
             (("processor", "power_std"), "1", "a number, or 8, got '1'"),
+            (("processor", "use"), "${${one}}", "processor.use must be true or false"),
+            (("processor", "name"), "other", "name must be multi_band_processor, got"),
             (("processor", "power_std"), None, "must have processor.power_std"),
         ):
             cfg = {
@@ -144,6 +164,15 @@ class TestSettings(Test):
                 del cfg[place[0]][place[1]]
             with self.subTest(told), self.assertRaisesRegex(ValueError, told):
                 model._build(read_parts(self.part | dict(cfg=cfg)))
+
+    def test_a_power_for_each_band(self):
+        gains = {}
+        for power in (1, 0.5, [1.0, 0.5] * 4):
+            cfg = dict(self.part["cfg"])
+            cfg["processor"] = cfg["processor"] | dict(power_std=power)
+            gains[str(power)[:3]] = read_parts(self.part | dict(cfg=cfg)).processor[1]
+        self.assertSame(gains["[1."][::2], gains["1"][::2])
+        self.assertSame(gains["[1."][1::2], gains["0.5"][1::2])
 
     def test_channels(self):
         cfg = self.part["cfg"] | dict(one=2)
@@ -188,6 +217,18 @@ class TestFiles(Test):
         path.write_bytes(b"PK" + bytes(99))
         with self.assertRaisesRegex(ValueError, "is not a checkpoint that torch wrote"):
             MultiBandDiffusion.from_pretrained(path)
+
+    def test_a_folder_of_several(self):
+        """Of all that Meta released MusicGen's is meant; else one is to be named."""
+        source = FOLDER / "mbd_tiny.th"
+        for name in ("mbd_comp_2.pt", "mbd_comp_8.pt"):
+            (self.folder / name).symlink_to(source)
+        told = "must hold one file, has mbd_comp_2.pt, mbd_comp_8.pt: name one"
+        with self.assertRaisesRegex(ValueError, told):
+            diffusion_files.find(str(self.folder))
+        (self.folder / "mbd_musicgen_32khz.th").symlink_to(source)
+        found = diffusion_files.find(str(self.folder))
+        self.assertEqual(found.name, "mbd_musicgen_32khz.th")
 
     def test_the_hub_without_a_network(self):
         told = "The Hub did not give the decoder facebook/multiband-diffusion: .* name "
