@@ -214,7 +214,8 @@ class Schedule:
         """The share (num_steps,) of the sound's power that is left after each step."""
         ends = [beta ** (1 / self.beta_exp) for beta in (self.beta_t0, self.beta_t1)]
         roots = np.linspace(*ends, self.num_steps, dtype=np.float32)
-        return np.cumprod(1 - roots ** np.float32(self.beta_exp), dtype=np.float32)
+        kept = np.cumprod(1 - roots ** np.float32(self.beta_exp), dtype=np.float64)
+        return kept.astype(np.float32)
 
     def steps(
         self,
@@ -336,8 +337,12 @@ class MultiBandDiffusion:
     ) -> mx.array:
         """Sound (B, N, 1) before `re_eq`, under a condition (B, T, D).
 
-        noise: of each band the initial one and those of 19 steps, (B, N, 1) each.
+        noise: of each band the initial one and those of 19 steps, (B, N, 1) each; raises
+        ValueError for fewer or more.
         """
+        steps = len(STEPS) - 1
+        if [len(one) for one in noise] != [steps] * self.n_bands:
+            raise ValueError(f"noise must be {steps} of each of {self.n_bands} bands.")
         total = mx.array(0.0)
         for number in range(self.n_bands):
             unet, schedule, processor = self.band(number)

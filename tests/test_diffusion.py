@@ -66,6 +66,11 @@ class TestAgainstAudiocraft(Test):
         found = self.model.sample(self.condition, self.noise)
         self.assertClose(found, self.want("sample"), 1e-4)
 
+    def test_as_many_noises_as_steps(self):
+        for noise in (self.noise[:2], [one[1:] for one in self.noise]):
+            with self.assertRaisesRegex(ValueError, "noise must be 20 of each of 3"):
+                self.model.sample(self.condition, noise)
+
     def test_re_eq_and_the_whole(self):
         sample, codec = self.want("sample"), self.want("codec")
         self.assertClose(self.model.re_eq(sample, codec), self.want("re_eq"), 1e-5)
