@@ -177,7 +177,9 @@ class TestDecode(Test):
 
     def test_a_seed_for_each_row(self):
         for seeds in ([], [3], [3, 4, 5]):
-            with self.assertRaisesRegex(ValueError, "seed must be a number from 0 to .*, or a list of 2"):
+            with self.assertRaisesRegex(
+                ValueError, "seed must be a number from 0 to .*, or a list of 2"
+            ):
                 self.model.decode(self.codes, seeds, self.codec)
 
     def test_stereo_is_two_rows(self):
