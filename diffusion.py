@@ -45,6 +45,7 @@ OF_CUTS = ("ending", "loop", "bars", "loop_start", "loop_score", "drop_prompt")
 NOT_MADE = (*OF_CUTS, "subtype", "mp3_bitrate")  # by it: it decodes all that there is
 RELEASED = dict(musicgen=(32_000, 128))  # rate in Hz, and width of the codec's states
 PIECE, OVERLAP = 30.0, 1.0  # seconds that are decoded at once, and that pieces share
+ALIGNED = 4  # frames, so that all pieces begin where the published UNets' strides do
 
 
 @dataclass(frozen=True)
@@ -515,12 +516,11 @@ def check_codec(model: MultiBandDiffusion, codec: Encodec) -> None:
 
 
 def cut(frames: int, piece: int, overlap: int) -> list[tuple[int, int]]:
-    """First frames and ends of pieces, as few as can be and alike in length, which share
-    an overlap with the next."""
+    """First frames and ends of pieces, as few as can be and about alike in length, which
+    share an overlap with the next."""
     count = max(math.ceil((frames - overlap) / (piece - overlap)), 1)
-    size = math.ceil((frames + (count - 1) * overlap) / count)
-    starts = [i * (size - overlap) for i in range(count)]
-    return [(start, min(start + size, frames)) for start in starts]
+    step = math.ceil((frames - overlap) / count / ALIGNED) * ALIGNED
+    return [(i * step, min((i + 1) * step + overlap, frames)) for i in range(count)]
 
 
 def join(pieces: list[mx.array], starts: list[int]) -> mx.array:
