@@ -58,7 +58,7 @@ def in_words(error: Exception) -> str:
     if isinstance(error, KeyError):
         text = f"it lacks {text}"
     if isinstance(error, RecursionError):
-        text = "it holds what holds itself"
+        text = "it holds what holds itself, or goes too deep"
     if text == "" or "b'" in text:
         return "it holds something else"
     shown = (c if c.isprintable() else ascii(c)[1:-1] for c in text.rstrip(". "))

@@ -277,7 +277,7 @@ class TestHostileSettings(Test):
 
     def test_trees_without_end(self):
         circle = mapping(b"}q\0" + text("a") + b"h\0s")
-        self.fails("recursion", program(circle), (zip_file,))
+        self.fails("holds itself", program(circle), (zip_file,))
         parent = (
             b"comegaconf.dictconfig\nDictConfig\n)\x81q\0}" + text("_content") + b"}s"
         )
