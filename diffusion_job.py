@@ -3,17 +3,18 @@
     decode = Decoder(model, "diffusion")
     audio = decode(codes, seeds=[7])  # (B, T, K) -> (B, N, C)
 
-The seed of a take is also that of its noise. Stands alone; where diffusion is asked for
-it needs diffusion.py and what that needs.
+The seed of a take is also that of its noise. Needs hub.py beside it; where diffusion is
+asked for diffusion.py and what that needs.
 """
 
 import functools
 import os
-import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+
+from hub import HUB_ID
 
 if TYPE_CHECKING:
     from diffusion import Decoding, MultiBandDiffusion
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 CODEC, DIFFUSION = "encodec", "diffusion"  # decoders
 RELEASED = "musicgen"  # what `diffusion` is
 STOPPED = "the diffusion was stopped, and the sound is the codec's own."
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 Watch = Callable[["Decoding"], Iterable["Decoding"]]
 
 
@@ -39,10 +39,14 @@ def make_decoder(name: Any) -> str | None:
     return DIFFUSION if name == RELEASED else os.path.expanduser(name)
 
 
+def is_known(name: str) -> bool:
+    """Whether a decoder is the released one, or is there, or may be on the Hub."""
+    return bool(name == DIFFUSION or HUB_ID.fullmatch(name) or os.path.exists(name))
+
+
 def check_decoder(name: str | None) -> None:
     """Raise ValueError for what is neither there nor a Hub id: before a model is read."""
-    known = name in (None, DIFFUSION) or HUB_ID.fullmatch(name)
-    if not known and not os.path.exists(name):
+    if name and not is_known(name):
         raise ValueError(
             f"decoder must be {CODEC}, {DIFFUSION}, a Hub id, or a file or folder that is "
             f"there, got {name!r:.80}."

@@ -47,6 +47,7 @@ MODELS |= {name: f"facebook/{name}" for name in ("audiogen-medium", *MAGNETS)}
 BESIDE = ("tiny", "tiny-magnet")  # folders beside this file
 MODELS |= {name: str(Path(__file__).with_name(name)) for name in BESIDE}
 SIZES = {"small": (24, 1024), "medium": (48, 1536), "large": (48, 2048)}
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 LOOK = 2.5  # seconds that the Hub's server has to answer
 
 
@@ -56,7 +57,7 @@ def check_name(name: str) -> None:
         if os.path.exists(os.path.expanduser(name)):
             raise ValueError(f"{name:.200} is no folder.")
         raise ValueError(f"There is no folder {name:.200}.")
-    hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not os.path.exists(name)
+    hub_id = HUB_ID.fullmatch(name) and not os.path.exists(name)
     if not (name in MODELS or local(name) or hub_id):
         raise ValueError(
             f"model must be one of {', '.join(MODELS)}, a Hub id or a local folder, "

@@ -61,7 +61,7 @@ from retakes import read_again, read_edit, read_extension, read_redecoding
 from settings import to_comment
 from sound_tasks import Listen, Separate, read_level
 from takes import Take, Takes
-from tasks import HUB_ID, Generate, Limits, read_order
+from tasks import Generate, Limits, read_order
 from web import Request, Server
 from worker import LAST, MOST, Event, Refused, Task, Ticket, Worker, status_of
 
@@ -553,11 +553,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def check_decoder(name: str) -> None:
     """Raise ValueError for what is no decoder's name, or the codec's own."""
     named = diffusion_job.make_decoder(name)
-    if named is None or not (
-        named in (diffusion_job.DIFFUSION, diffusion_job.RELEASED)
-        or os.path.exists(named)
-        or HUB_ID.fullmatch(named)
-    ):
+    if named is None or not diffusion_job.is_known(named):
         raise ValueError(
             f"--decoder must be {diffusion_job.DIFFUSION}, a Hub id, or a file or folder "
             f"that is there, got {name!r:.200}."

@@ -12,7 +12,6 @@ hub.py, diffusion_job.py, encodec_stream.py, wav_stream.py and what these need b
 
 import io
 import os
-import re
 import secrets
 import time
 from collections.abc import Iterable, Iterator
@@ -30,7 +29,7 @@ from diffusion_job import CODEC, DIFFUSION, Watch
 from encodec_stream import pieces_of
 from endings import FADE, Ending
 from forms import Form
-from hub import MODELS
+from hub import HUB_ID, MODELS
 from job import ALL_KEYS, Job, make_job
 from jobs import Batch, Result, Sounds, Start
 from lines import ALIASES
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
     from diffusion import Decoding
     from musicgen import MusicGen, Take
 
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 STREAMS = {False: "", True: "wav", "wav": "wav", "events": "events"}
 FILES = ("audio_prompt", "melody", "style")  # that come with a request
 MOST_TAKES = 16
