@@ -304,17 +304,13 @@ def redecode(
     """Make the sound of saved codes."""
     began = time.perf_counter()
     progress.stage("decoding")
-    codes, prompt_frames, _ = start
     decoder = Decoder(model, job.decoder, watched_decoding("decoding", stop, progress))
-    decoder.check()
-    samples = jobs.decode(model, [job], codes, prompt_frames, decoder)[0]
-    samples, facts = jobs.shape(model, job, samples, codes, prompt_frames, decoder)
+    samples, record = jobs.redecode(model, job, sounds, start, decoder)
     if stop.heeded:
         return []
-    record = jobs.take_settings(model, job, sounds, prompt_frames, start) | facts
     job = jobs.save(model, job, samples, record)
     if args.save_codes:
-        settings.save_codes(args.save_codes, codes, record, args.force)
+        settings.save_codes(args.save_codes, start.codes, record, args.force)
     seconds = len(samples) / model.sampling_rate
     result = Result(job, None, seconds, time.perf_counter() - began)
     tell(describe(result), args)

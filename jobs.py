@@ -431,6 +431,17 @@ def decode(
     return audio
 
 
+def redecode(
+    model: MusicGen, job: Job, sounds: Sounds, start: Start, decoder: Decoder
+) -> tuple[mx.array | np.ndarray, dict[str, Any]]:
+    """The sound (N, C) of saved codes as the job wants it, and its settings."""
+    decoder.check()
+    of = (start.codes, start.prompt_frames, decoder)
+    samples, facts = shape(model, job, decode(model, [job], *of)[0], *of)
+    told = take_settings(model, job, sounds, start.prompt_frames, start)
+    return samples, told | facts
+
+
 def is_whole_loop(model: MusicGen, job: Job, codes: mx.array) -> bool:
     """Whether the codes (B, T, K) are those of a loop; a take that was stopped is none."""
     whole = codes.shape[1] >= model.frames_in(job.options.duration)

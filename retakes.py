@@ -211,13 +211,9 @@ class Redecode(Generate):
         seconds = start.codes.shape[1] / model.frame_rate
         decodings = Decodings(worker, ticket, 1, seconds)
         decoder = Decoder(model, job.decoder, decodings)
-        decoder.check()
-        of = (start.codes, start.prompt_frames, decoder)
-        samples, facts = jobs.shape(model, job, jobs.decode(model, [job], *of)[0], *of)
+        samples, record = jobs.redecode(model, job, sounds, start, decoder)
         if ticket.heeded:
             return
-        record = jobs.take_settings(model, job, sounds, start.prompt_frames, start)
-        record |= facts
         path = jobs.save(model, job, samples, record).output
         beside = path.with_suffix(".safetensors")
         settings.save_codes(beside, start.codes, record, overwrite=False)
