@@ -38,13 +38,17 @@ class Conv1d(nn.Module):
         return y
 
 
-class StridedConv1d(nn.Module):
-    """One frame of `stride`, which N is a multiple of; taps are a multiple of it, too.
-    Of the taps that reach out, half are on each side."""
+class Strided(nn.Module):
+    """What both ways have in common."""
 
     def __init__(self, inputs: int, outputs: int, taps: int, stride: int):
         super().__init__()
         self.weight, self._stride = drawn(taps, inputs, outputs), stride
+
+
+class StridedConv1d(Strided):
+    """One frame of `stride`, which N is a multiple of; taps are a multiple of it, too.
+    Of the taps that reach out, half are on each side."""
 
     def __call__(self, x: mx.array) -> mx.array:
         (B, N, C), stride = x.shape, self._stride
@@ -56,12 +60,8 @@ class StridedConv1d(nn.Module):
         return sum(groups[:, i : i + frames] @ w for i, w in enumerate(weight))
 
 
-class ConvTranspose1d(nn.Module):
+class ConvTranspose1d(Strided):
     """`stride` frames of one; the other way round than `StridedConv1d`."""
-
-    def __init__(self, inputs: int, outputs: int, taps: int, stride: int):
-        super().__init__()
-        self.weight, self._stride = drawn(taps, inputs, outputs), stride
 
     def __call__(self, x: mx.array) -> mx.array:
         (B, N, C), stride = x.shape, self._stride
