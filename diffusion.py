@@ -8,12 +8,14 @@ are summed. Then the loudness of 32 bands is brought to that of EnCodec's own de
     audio = model.decode(codes, 0, codec)  # codes (B, T, K), a seed -> (B, N, C)
 
 or `python diffusion.py take.safetensors take.wav`, for codes of generate.py's
---save-codes. Needs bands.py, group_norm.py, matmul_conv.py, encodec.py, encodec_stream.py
-and parallel.py beside it; diffusion_files.py to load what was published, and to decode a
-file musicgen.py, settings.py, prompt.py, audio.py and progress.py, with what these need.
+--save-codes. Needs bands.py, group_norm.py, matmul_conv.py, encodec.py, encodec_stream.py,
+parallel.py and options.py beside it; diffusion_files.py to load what was published, and to
+decode a file musicgen.py, settings.py, prompt.py, audio.py and progress.py, with what
+these need.
 """
 
 import argparse
+import functools
 import math
 import os
 import sys
@@ -33,6 +35,7 @@ from encodec import Encodec
 from encodec_stream import DecodingStream
 from group_norm import GroupNorm
 from matmul_conv import Conv1d, ConvTranspose1d, StridedConv1d
+from options import row_seeds
 
 if TYPE_CHECKING:
     from diffusion_files import Files, Parts
@@ -153,7 +156,7 @@ class UNet(nn.Module):
         ValueError for another shape or step, a condition of another width, or one that
         is more than twice as long as the deepest level."""
         check_call(x, step)
-        self.check_width(condition.shape[2])
+        check_width(self.width, condition.shape[2])
         N = x.shape[1]
         x, condition = (a.astype(self.conv_codec.weight.dtype) for a in (x, condition))
         levels, z = [], x
@@ -169,14 +172,19 @@ class UNet(nn.Module):
             z = decoder(z[:, : level.shape[1]] + level)
         return z[:, :N].astype(mx.float32)
 
-    def check_width(self, width: int) -> None:
-        """Raise ValueError for a condition of another width."""
-        wanted = self.conv_codec.weight.shape[1]
-        if width != wanted:
-            raise ValueError(
-                f"The diffusion decodes codes of a codec that is {wanted} wide, not "
-                f"{width}: it is not this model's."
-            )
+    @property
+    def width(self) -> int:
+        """How wide a condition is."""
+        return self.conv_codec.weight.shape[1]
+
+
+def check_width(wanted: int, width: int) -> None:
+    """Raise ValueError for a condition of another width."""
+    if width != wanted:
+        raise ValueError(
+            f"The diffusion decodes codes of a codec that is {wanted} wide, not {width}: it "
+            "is not this model's."
+        )
 
 
 def check_call(x: mx.array, step: int) -> None:
@@ -319,6 +327,13 @@ class MultiBandDiffusion:
             processor = Processor(self.sampling_rate, *parts.processor)
         return Band(unet, Schedule(**parts.schedule), processor)
 
+    @functools.cached_property
+    def width(self) -> int:
+        """How wide a condition is. Reads a band, the first time."""
+        width = self.unet(0).width
+        self.forget()
+        return width
+
     def forget(self) -> None:
         """Give the memory of the bands back, unless they are to be kept."""
         if not self._keep:
@@ -424,7 +439,7 @@ class Decoding:
     ):
         check_rate(model, codec)
         self._model, self._codec, (B, T, K) = model, codec, codes.shape
-        self._seeds = seeds_of(seed, B)
+        self._seeds = row_seeds([] if seed is None else seed, B)  # None would be any
         rows = codes.reshape(B, T, K // channels, channels)
         self._rows = rows.transpose(0, 3, 1, 2)  # (B, C, T, K'), each a batch of C
         sizes = (int(seconds * codec.config.frame_rate) for seconds in (PIECE, OVERLAP))
@@ -474,20 +489,6 @@ class Decoding:
                 yield x, i == len(STEPS) - 1
 
 
-def seeds_of(seed: int | list[int], rows: int) -> list[int]:
-    """One for each row. Raises ValueError where there cannot be."""
-    if isinstance(seed, int | np.integer):
-        seed = [int(seed) + i for i in range(rows)]
-    seeds = [*seed] if isinstance(seed, list | tuple) else []
-    whole = all(isinstance(one, int) and 0 <= one < 2**64 for one in seeds)
-    if len(seeds) != rows or not whole:
-        raise ValueError(
-            f"seed must be a number from 0 to 2**64 - {rows}, or a list of {rows}, got "
-            f"{seed!r:.80}."
-        )
-    return seeds
-
-
 def check_rate(model: MultiBandDiffusion, codec: Encodec) -> None:
     """Raise ValueError for a codec of another rate."""
     if codec.sampling_rate != model.sampling_rate:
@@ -509,10 +510,9 @@ def check_released(name: str | Path, codec: Encodec) -> None:
 
 
 def check_codec(model: MultiBandDiffusion, codec: Encodec) -> None:
-    """Raise ValueError for a codec of another rate or width. Reads a band."""
+    """Raise ValueError for a codec of another rate or width."""
     check_rate(model, codec)
-    model.unet(0).check_width(codec.config.hidden_size)
-    model.forget()
+    check_width(model.width, codec.config.hidden_size)
 
 
 def cut(frames: int, piece: int, overlap: int) -> list[tuple[int, int]]:
@@ -540,7 +540,6 @@ def run(args: argparse.Namespace) -> None:
     """Decode one file."""
     import settings
     from audio import check_output, save_audio
-    from options import row_seeds
     from outputs import check_apart, print_out
     from progress import Progress
 

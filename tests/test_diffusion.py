@@ -243,7 +243,8 @@ class TestDecode(Test):
             with self.subTest(bad), self.assertRaisesRegex(ValueError, told):
                 diffusion.Decoding(self.model, self.codes[:2], bad, self.codec)
         for good in ([7, 8], (7, 8), 7, np.int64(7)):
-            self.assertEqual(diffusion.seeds_of(good, 2), [7, 8])
+            decoding = diffusion.Decoding(self.model, self.codes, good, self.codec)
+            self.assertEqual(decoding._seeds, [7, 8])
 
     def test_what_a_unet_does_not_take(self):
         """Rather than numbers that are not there, or are others."""
