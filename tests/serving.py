@@ -146,6 +146,13 @@ def generate_py(folder: Path, *flags: str) -> bytes:
     return done.stdout
 
 
+def generate_beside(path: Path, *flags: str) -> bytes:
+    """The file that generate.py makes there, with its codes beside it."""
+    codes = path.with_suffix(".safetensors")
+    generate_py(path.parent, *flags, f"--output={path}", f"--save-codes={codes}")
+    return path.read_bytes()
+
+
 class MadeTest(ServerTest):
     """With generate.py to make the same."""
 

@@ -6,7 +6,7 @@ from unittest.mock import patch
 import mlx.core as mx
 import numpy as np
 from common import REFERENCE, slow
-from serving import BELL, NOISE, MadeTest, ServerTest, generate_py, in_base64
+from serving import BELL, NOISE, MadeTest, ServerTest, generate_beside, in_base64
 
 import demucs
 from audio import load_audio, read_sound, save_audio
@@ -40,10 +40,7 @@ class RetakeTest(MadeTest):
         return self.get(f"/takes/{take['id']}.wav").body
 
     def generate(self, name: str, *flags: str) -> bytes:
-        path = self.folder / name
-        codes = path.with_suffix(".safetensors")
-        generate_py(self.folder, *flags, f"--output={path}", f"--save-codes={codes}")
-        return path.read_bytes()
+        return generate_beside(self.folder / name, *flags)
 
 
 class TestAgain(RetakeTest):

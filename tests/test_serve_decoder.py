@@ -12,7 +12,7 @@ from serving import (
     Event,
     MadeTest,
     ServerTest,
-    generate_py,
+    generate_beside,
     in_base64,
     sound_of,
 )
@@ -58,10 +58,7 @@ class DecoderTest(MadeTest):
 
     def generate(self, name: str, *flags: str) -> bytes:
         """The file that generate.py makes, with its codes beside it."""
-        path = self.folder / name
-        codes = path.with_suffix(".safetensors")
-        generate_py(self.folder, *flags, f"--output={path}", f"--save-codes={codes}")
-        return path.read_bytes()
+        return generate_beside(self.folder / name, *flags)
 
     def on(self, name: str, act) -> None:
         """Do something with the ticket, and with what is told, whenever it tells that."""
